@@ -1,0 +1,31 @@
+"""The environment variables of the plugin, in one table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+MODES = ("auto", "0", "1")
+
+
+def _mode() -> str:
+    value = os.environ.get("VLLM_MOE_LORA", "auto").strip().lower() or "auto"
+    if value not in MODES:
+        raise ValueError(f"VLLM_MOE_LORA={value!r}: use one of {', '.join(MODES)}")
+    return value
+
+
+VARIABLES: dict[str, Callable[[], str | bool]] = {
+    # auto: on where the vLLM release is known, otherwise off with a warning.
+    # 0: off. 1: must be on, or the process fails with the reason.
+    "VLLM_MOE_LORA": _mode,
+    # 1: also patch functions whose source is not one we have read.
+    "VLLM_MOE_LORA_ALLOW_UNVERIFIED": lambda: (
+        os.environ.get("VLLM_MOE_LORA_ALLOW_UNVERIFIED", "0") == "1"
+    ),
+}
+
+
+def get(name: str) -> str | bool:
+    """The value of one of `VARIABLES` now. Raises ValueError for a value it cannot have."""
+    return VARIABLES[name]()

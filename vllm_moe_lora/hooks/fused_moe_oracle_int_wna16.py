@@ -1,0 +1,76 @@
+"""vllm/model_executor/layers/fused_moe/oracle/int_wna16.py"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_moe_lora.patching import Hook
+
+_ORACLE = "vllm.model_executor.layers.fused_moe.oracle.int_wna16"
+_QUANT = "vllm.model_executor.layers.quantization"
+
+
+def _backends(original: Callable[..., Any]) -> Callable[..., Any]:
+    def backend_to_kernel_cls(backend: Any) -> Any:
+        from vllm_moe_lora.layers.cpu_classes import with_lora
+
+        # The twins say no where LoRA is off, so upstream's class is then chosen as ever.
+        classes = original(backend)
+        return [twin for twin in map(with_lora, classes) if twin is not None] + classes
+
+    return backend_to_kernel_cls
+
+
+def _make_kernel(original: Callable[..., Any]) -> Callable[..., Any]:
+    def make_wna16_moe_kernel(
+        moe_quant_config: Any, moe_config: Any, experts_cls: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        from vllm_moe_lora.layers.cpu_classes import upstream_of
+
+        plain = upstream_of(experts_cls)
+        if plain is None:
+            return original(moe_quant_config, moe_config, experts_cls, *args, **kwargs)
+        # Upstream checks the class by identity and then builds it: build with its own class,
+        # then put the twin's instance, made from the same arguments, in its place.
+        kernel = original(moe_quant_config, moe_config, plain, *args, **kwargs)
+        kernel.fused_experts.__class__ = experts_cls
+        return kernel
+
+    return make_wna16_moe_kernel
+
+
+def _names(name: str) -> tuple[str, ...]:
+    modules = (
+        "auto_gptq",
+        "auto_awq",
+        "moe_wna16",
+        "compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16",
+    )
+    return tuple(f"{_QUANT}.{module}:{name}" for module in modules)
+
+
+_COMMON: dict[str, Any] = {
+    "feature": "cpu-int4-experts",
+    "releases": ">=0.29,<0.34",
+    "platforms": ("cpu",),
+    "upstream": "https://github.com/vllm-project/vllm/issues/29424",
+    "until": "upstream's CPUExpertsInt4 supports LoRA",
+}
+
+HOOKS = (
+    Hook(
+        target=f"{_ORACLE}:backend_to_kernel_cls",
+        make=_backends,
+        why="no CPU experts class takes LoRA, so with LoRA on an INT4 MoE model does not load: "
+        "No WNA16 MoE backend supports the deployment configuration",
+        **_COMMON,
+    ),
+    Hook(
+        target=f"{_ORACLE}:make_wna16_moe_kernel",
+        make=_make_kernel,
+        also=_names("make_wna16_moe_kernel"),
+        why="it asserts that the experts class is one of upstream's own",
+        **_COMMON,
+    ),
+)

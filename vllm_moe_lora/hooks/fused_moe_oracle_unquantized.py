@@ -1,0 +1,41 @@
+"""vllm/model_executor/layers/fused_moe/oracle/unquantized.py"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_moe_lora.patching import Hook
+
+_ORACLE = "vllm.model_executor.layers.fused_moe.oracle.unquantized"
+
+
+def _select(original: Callable[..., Any]) -> Callable[..., Any]:
+    def select_unquantized_moe_backend(moe_config: Any) -> Any:
+        if not moe_config.is_lora_enabled:
+            return original(moe_config)
+        from vllm_moe_lora.layers.cpu_classes import lora_choice
+
+        # The choice upstream makes without LoRA, in its LoRA-capable form.
+        return lora_choice(original, moe_config, moe_config)
+
+    return select_unquantized_moe_backend
+
+
+HOOKS = (
+    Hook(
+        feature="cpu-experts",
+        target=f"{_ORACLE}:select_unquantized_moe_backend",
+        make=_select,
+        also=(
+            "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method:"
+            "select_unquantized_moe_backend",
+        ),
+        releases=">=0.29,<0.34",
+        platforms=("cpu",),
+        why="with LoRA it returns the Triton experts on every platform; a CPU has no Triton, so "
+        "the first token dies with: module 'triton.language' has no attribute 'bfloat16'",
+        upstream="https://github.com/vllm-project/vllm/pull/21229",
+        until="upstream's CPU experts support LoRA",
+    ),
+)

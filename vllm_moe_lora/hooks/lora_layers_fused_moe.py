@@ -1,0 +1,52 @@
+"""vllm/lora/layers/fused_moe.py"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_moe_lora.patching import Hook
+
+_FILE = "vllm.lora.layers.fused_moe"
+
+
+def _tell(wrapper: Any, event: str, *args: Any) -> None:
+    """Call ``event`` on the wrapped experts when they keep a form of their own of the slots."""
+    handler = getattr(wrapper._moe_kernel.fused_experts, event, None)
+    if handler is not None:
+        handler(*args)
+
+
+def _set_lora(original: Callable[..., Any]) -> Callable[..., Any]:
+    def set_lora(self: Any, index: int, lora_a: Any, lora_b: Any) -> None:
+        original(self, index, lora_a, lora_b)
+        rank = max(a.shape[1] for a in lora_a if a is not None)
+        _tell(self, "slot_written", self, index, rank)
+
+    return set_lora
+
+
+def _reset_lora(original: Callable[..., Any]) -> Callable[..., Any]:
+    def reset_lora(self: Any, index: int) -> None:
+        original(self, index)
+        _tell(self, "slot_cleared", index)
+
+    return reset_lora
+
+
+_COMMON: dict[str, Any] = {
+    "feature": "cpu-experts",
+    "releases": ">=0.29,<0.34",
+    "platforms": ("cpu",),
+    "upstream": "",
+    "until": "upstream's CPU experts support LoRA",
+    "why": "the CPU experts keep the factors inside their packed weights and must learn of "
+    "every change of a slot; upstream has no such call, having no such experts",
+    "layers": True,
+}
+
+HOOKS = (
+    Hook(target=f"{_FILE}:FusedMoEWithLoRA.set_lora", make=_set_lora, **_COMMON),
+    Hook(target=f"{_FILE}:FusedMoE3DWithLoRA.set_lora", make=_set_lora, **_COMMON),
+    Hook(target=f"{_FILE}:FusedMoEWithLoRA.reset_lora", make=_reset_lora, **_COMMON),
+)

@@ -1,0 +1,35 @@
+"""Reads `supported.toml`: which vLLM releases are known and which sources were hooked there."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PATH = Path(__file__).with_name("supported.toml")
+
+
+@functools.cache
+def table() -> dict[str, Any]:
+    """The whole file: "releases" (release -> notes) and "hashes" (target -> digest -> releases)."""
+    with PATH.open("rb") as file:
+        return tomllib.load(file)
+
+
+def releases() -> dict[str, Any]:
+    """Known releases -> {"level": engine | import | source, "note": ...}."""
+    return dict(table().get("releases", {}))
+
+
+def hashes(release: str) -> dict[str, set[str]]:
+    """target -> digests of its source that hold for ``release``."""
+    return {
+        target: {digest for digest, where in found.items() if release in where}
+        for target, found in table().get("hashes", {}).items()
+    }

@@ -31,11 +31,11 @@ def _make_kernel(original: Callable[..., Any]) -> Callable[..., Any]:
         plain = upstream_of(experts_cls)
         if plain is None:
             return original(moe_quant_config, moe_config, experts_cls, *args, **kwargs)
-        # Upstream checks the class by identity and then builds it: build with its own class,
-        # then put the twin's instance, made from the same arguments, in its place.
+        # Upstream checks the class by identity before it builds it: let it build its own, then
+        # build the kernel again around the twin.
         kernel = original(moe_quant_config, moe_config, plain, *args, **kwargs)
-        kernel.fused_experts.__class__ = experts_cls
-        return kernel
+        experts = experts_cls(moe_config=moe_config, quant_config=moe_quant_config)
+        return type(kernel)(kernel.prepare_finalize, experts)
 
     return make_wna16_moe_kernel
 

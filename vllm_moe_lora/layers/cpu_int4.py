@@ -64,6 +64,13 @@ class Int4CPUExperts(CPULoRAExperts):
         return bool(current_platform.is_cpu()) and operators_work()
 
     @staticmethod
+    def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
+        """Upstream's one scheme, and group 32 of compressed-tensors, which the operators take."""
+        from vllm.model_executor.layers.quantization.utils import quant_utils as q
+
+        return weight_key in (q.kInt4Static, q.kInt4Static32) and activation_key is None
+
+    @staticmethod
     def is_supported_config(
         cls: type[Any], moe_config: Any, *keys: Any
     ) -> tuple[bool, str | None]:

@@ -1,0 +1,95 @@
+"""Random adapters in PEFT's format, for one module of a checkpoint or for all of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_moe_lora.tiny.oracle import load_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+# What LoRA may target in a checkpoint: every matrix of attention, MLPs, experts and gates.
+_TARGET = re.compile(
+    r"\.layers\.\d+\..*(_proj|_proj_with_mqa|\.w[123]|\.gate|shared_expert_gate|in_proj_\w+)\.weight$"
+)
+
+
+def targets(checkpoint: Path) -> dict[str, tuple[int, int]]:
+    """Module name -> (out, in) of what an adapter can target; fused experts in PEFT's names.
+
+    Fused experts (3-D tensors) are reported as ``...experts.base_layer`` (gate_up_proj) and
+    ``...experts`` (down_proj).
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for key, weight in load_tensors(checkpoint).items():
+        if weight.ndim == 3 and key.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            prefix, which = key.rsplit(".", 1)
+            name = f"{prefix}.base_layer" if which == "gate_up_proj" else prefix
+            found[name] = (weight.shape[1], weight.shape[2])
+        elif weight.ndim == 2 and _TARGET.search(key):
+            found[key.removesuffix(".weight")] = (weight.shape[0], weight.shape[1])
+    return found
+
+
+def write(
+    checkpoint: Path,
+    folder: Path,
+    keep: Callable[[str], bool] = lambda name: True,
+    rank: int = 8,
+    alpha: int = 16,
+    size: float = 0.15,
+    seed: int = 1,
+    experts: int = 8,
+    in_first: bool = False,
+) -> Path:
+    """Write an adapter over the modules of ``checkpoint`` for which ``keep`` says yes.
+
+    Every tensor is drawn on its own, so factors differ between experts, layers and projections
+    and none is zero.
+
+    Args:
+        checkpoint: full precision; quantised twins have the same module names.
+        folder: is created.
+        keep: module name -> whether it gets LoRA.
+        rank, alpha: as in PEFT.
+        size: standard deviation of the factors.
+        seed: of the factors.
+        experts: number of experts behind a fused name.
+        in_first: fused weights are [E, in, out] (gpt-oss) instead of [E, out, in].
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, (rows, columns) in sorted(targets(checkpoint).items()):
+        if not keep(name):
+            continue
+        r = rank
+        if name.endswith((".experts", ".experts.base_layer")):
+            r = rank * experts
+            if in_first:
+                rows, columns = columns, rows
+        draw = [torch.randn(r, columns, generator=generator), torch.randn(rows, r, generator=generator)]
+        tensors[f"base_model.model.{name}.lora_A.weight"] = draw[0] * size
+        tensors[f"base_model.model.{name}.lora_B.weight"] = draw[1] * size
+    if not tensors:
+        raise ValueError(f"nothing in {checkpoint} is to get LoRA")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    suffixes = {key.split(".lora_")[0].rsplit(".", 1)[-1] for key in tensors}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(suffixes - {"base_layer"}),
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    return folder

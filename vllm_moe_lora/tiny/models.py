@@ -1,0 +1,166 @@
+"""Random small checkpoints of the MoE families, in the key format their originals have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+VOCAB = 512
+LAYERS = 2
+EXPERTS = 8
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.1,
+}
+_MOE = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+_ROUTED = {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+_GROUPS = {"n_group": 2, "topk_group": 1}
+_MLA = {
+    "kv_lora_rank": 512,  # 512 + 64 is the one latent width that vLLM's CPU MLA has
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+}
+
+# family -> (transformers class prefix, config on top of _COMMON)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {**_MOE, "intermediate_size": 128, "shared_expert_intermediate_size": 128},
+    ),
+    "qwen3_moe": ("Qwen3Moe", {**_MOE, "intermediate_size": 128, "head_dim": 32}),
+    "mixtral": (
+        "Mixtral",
+        {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": 128},
+    ),
+    "olmoe": (
+        "Olmoe",
+        {"num_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": 128},
+    ),
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            **_ROUTED,
+            **_GROUPS,
+            "intermediate_size": 128,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "head_dim": 32,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
+    "deepseek_v2": (
+        "DeepseekV2",
+        {
+            **_ROUTED,
+            **_MLA,
+            "intermediate_size": 128,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": None,
+            "head_dim": 64,
+            "n_group": 1,
+            "topk_group": 1,
+            "topk_method": "greedy",
+            "scoring_func": "softmax",
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {
+            **_ROUTED,
+            **_GROUPS,
+            **_MLA,
+            "intermediate_size": 128,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 32,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+        },
+    ),
+    "qwen3_next": (
+        "Qwen3Next",
+        {
+            **_MOE,
+            "intermediate_size": 128,
+            "shared_expert_intermediate_size": 128,
+            "head_dim": 32,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 128,  # vLLM's CPU kernels for gated delta nets have only 128
+            "linear_value_head_dim": 128,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5Moe",
+        {
+            **_MOE,
+            "shared_expert_intermediate_size": 128,
+            "head_dim": 32,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 128,  # vLLM's CPU kernels for gated delta nets have only 128
+            "linear_value_head_dim": 128,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "num_local_experts": EXPERTS,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 128,
+            "head_dim": 32,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+}
+
+
+def build(family: str, folder: Path, seed: int = 0, **overrides: Any) -> Path:
+    """Write a random fp32 checkpoint of ``family`` into ``folder`` and return the folder.
+
+    Args:
+        family: a key of `FAMILIES`.
+        folder: is created; config.json and model.safetensors are written into it.
+        seed: of the weights.
+        overrides: config entries that replace the tiny ones.
+    """
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    prefix, extra = FAMILIES[family]
+    config_name = f"{prefix}TextConfig" if prefix == "Qwen3_5Moe" else f"{prefix}Config"
+    config = getattr(transformers, config_name)(**{**_COMMON, **extra, **overrides})
+    config.architectures = [f"{prefix}ForCausalLM"]
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # What transformers starts at zero or one would hide an error that only scales it.
+            if name.endswith(("bias", "sinks", "e_score_correction_bias")):
+                parameter.normal_(0, 0.1)
+            elif "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0, 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint."""
+    return dict(json.loads((folder / "config.json").read_text()))

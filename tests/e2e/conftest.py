@@ -1,0 +1,101 @@
+"""Checkpoints, adapters and their oracles, made once a test session in a temporary folder."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_moe_lora.tiny import adapters, models, oracle, quantise
+
+PROMPTS = [[1, 2, 3], [5, 9, 11, 300, 17, 44, 2, 8], list(range(20, 60))]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = importlib.util.find_spec("vllm") is None
+    for item in items:
+        if missing and item.get_closest_marker("cpu_engine"):
+            item.add_marker(pytest.mark.skip(reason="vLLM is not installed: run ci/install.sh"))
+
+
+@dataclass
+class Case:
+    """A checkpoint for the engine, its full-precision twin, and adapters with their oracles."""
+
+    folder: Path
+    model: Path
+    plain: Path
+    adapters: dict[str, Path] = field(default_factory=dict)
+    oracles: dict[str | None, list[torch.Tensor]] = field(default_factory=dict)
+
+    def add(
+        self, name: str, keep: Callable[[str], bool] = lambda name: True, **how: object
+    ) -> None:
+        """Make an adapter; its oracle is computed when first asked for."""
+        self.adapters[name] = adapters.write(
+            self.plain, self.folder / name, keep=keep, **how
+        )
+
+    def want(self, name: str | None) -> list[torch.Tensor]:
+        """The oracle's log-probs on `PROMPTS`: [len(prompt), vocab] each."""
+        if name not in self.oracles:
+            merged = self.plain
+            if name is not None:
+                target = self.folder / f"{name}-merged"
+                merged = oracle.merge(self.plain, self.adapters[name], target)
+            self.oracles[name] = oracle.log_probs(merged, PROMPTS)
+        return self.oracles[name]
+
+
+@pytest.fixture(scope="session")
+def make_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
+    """make_case(family, quant=(form, group, symmetric) or None) -> a fresh `Case`."""
+    plain: dict[str, Path] = {}
+
+    def make(family: str, quant: tuple[str, int, bool] | None = None, **overrides: object) -> Case:
+        folder = tmp_path_factory.mktemp(family)
+        if family not in plain or overrides:
+            built = models.build(family, folder / "full", **overrides)
+            if overrides:
+                return Case(folder, built, built)
+            plain[family] = built
+        full = plain[family]
+        if quant is None:
+            return Case(folder, full, full)
+        form, group, symmetric = quant
+        packed, dequantised = folder / "int4", folder / "dequantised"
+        quantise.quantise(full, packed, dequantised, form, group, symmetric)
+        return Case(folder, packed, dequantised)
+
+    return make
+
+
+TOP = 40
+FP32_LIMIT = 1e-3  # fp32 against fp32: rounding in different orders over a few hundred products
+SHARE = 0.10  # bf16, fp16 and INT4: of the adapter's own mean effect
+
+
+def compare_fp32(got: list[torch.Tensor], case: Case, name: str | None) -> None:
+    """Largest difference over the oracle's 40 likeliest tokens ≤ 1e-3, effect ≥ 20 times that."""
+    for i, (have, want, base) in enumerate(zip(got, case.want(name), case.want(None), strict=True)):
+        top = want[-1].topk(TOP).indices
+        difference = (have - want[-1])[top].abs().max().item()
+        assert difference <= FP32_LIMIT, f"{name}, prompt {i}: differs by {difference:.2e}"
+        if name is not None:
+            effect = (base[-1] - want[-1])[top].abs().max().item()
+            assert effect >= 20 * FP32_LIMIT, f"{name}, prompt {i}: adapter does {effect:.2e} only"
+
+
+def compare_low_precision(got: list[torch.Tensor], case: Case, name: str) -> None:
+    """Mean difference over the oracle's 40 likeliest tokens ≤ 10 % of the adapter's mean effect."""
+    differences, effects = [], []
+    for have, want, base in zip(got, case.want(name), case.want(None), strict=True):
+        top = want[-1].topk(TOP).indices
+        differences.append((have - want[-1])[top].abs().mean())
+        effects.append((base[-1] - want[-1])[top].abs().mean())
+    difference, effect = torch.stack(differences).mean(), torch.stack(effects).mean()
+    assert difference <= SHARE * effect, f"{name}: {difference:.4f} of an effect of {effect:.4f}"

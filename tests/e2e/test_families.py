@@ -1,0 +1,96 @@
+"""Every MoE family that vLLM's CPU backend starts: adapter == merged, alone and mixed in a batch."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import PROMPTS, compare_fp32, compare_low_precision
+
+from vllm_moe_lora.tiny import engine
+
+pytestmark = pytest.mark.cpu_engine
+
+
+def _everything(name: str) -> bool:
+    # The short convolution of a gated delta net is no matrix; kv_b_proj has a test of its own.
+    return "conv" not in name and "kv_b_proj" not in name
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "glm4_moe", "gpt_oss"]
+)
+def test_fp32(make_case, family):
+    case = make_case(family)
+    in_first = family == "gpt_oss"
+    case.add("all", _everything, seed=1, in_first=in_first)
+    case.add("other", _everything, seed=2, rank=4, alpha=12, in_first=in_first)
+    names = [None, "all", "other"]
+    rounds = [[(p, name) for p in PROMPTS] for name in names]
+    rounds.append([(p, name) for p in PROMPTS for name in names])
+    answers, _, _ = engine.run(
+        engine.Job(
+            str(case.model),
+            {n: str(p) for n, p in case.adapters.items()},
+            rounds,
+            options={"dtype": "float32"},
+        )
+    )
+    for i, name in enumerate(names):
+        compare_fp32([lp[-1] for _, lp in answers[i]], case, name)
+        compare_fp32([lp[-1] for _, lp in answers[-1][i :: len(names)]], case, name)
+
+
+def test_qwen3_next_bf16(make_case):
+    """Its gated delta nets run in bf16 only on vLLM's CPU backend."""
+    case = make_case("qwen3_next")
+    case.add("all", _everything)
+    answers, _, _ = engine.run(
+        engine.Job(
+            str(case.model),
+            {"all": str(case.adapters["all"])},
+            [[(p, "all") for p in PROMPTS]],
+            options={"dtype": "bfloat16"},
+        )
+    )
+    compare_low_precision([lp[-1] for _, lp in answers[0]], case, "all")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(make_case, dtype):
+    case = make_case("qwen2_moe")
+    case.add("all")
+    answers, _, _ = engine.run(
+        engine.Job(
+            str(case.model),
+            {"all": str(case.adapters["all"])},
+            [[(p, name) for p in PROMPTS for name in (None, "all")]],
+            options={"dtype": dtype},
+        )
+    )
+    compare_low_precision([lp[-1] for _, lp in answers[0][1::2]], case, "all")
+
+
+@pytest.mark.parametrize(
+    "quant",
+    [
+        ("gptq", 32, True),
+        ("gptq", 64, True),
+        ("gptq", 128, True),
+        ("gptq", -1, True),
+        ("compressed-tensors", 32, True),
+        ("compressed-tensors", 64, True),
+        ("compressed-tensors", 128, True),
+    ],
+    ids=lambda q: f"{q[0]}-g{q[1]}",
+)
+def test_int4(make_case, quant):
+    case = make_case("qwen2_moe", quant)
+    case.add("all")
+    answers, _, _ = engine.run(
+        engine.Job(
+            str(case.model),
+            {"all": str(case.adapters["all"])},
+            [[(p, name) for p in PROMPTS for name in (None, "all")]],
+            options={"dtype": "bfloat16"},
+        )
+    )
+    compare_low_precision([lp[-1] for _, lp in answers[0][1::2]], case, "all")

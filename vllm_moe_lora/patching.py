@@ -26,8 +26,9 @@ class Hook:
     Attributes:
         feature: what it serves; the hooks of a feature are applied together or not at all.
         target: "package.module:Class.method" or "package.module:function".
-        make: original -> replacement. The original is what attribute access on the owner gives,
-            a plain function for methods and static methods.
+        make: original -> replacement. The original is what attribute access on the owner gives:
+            a plain function for methods and static methods, a bound method for class methods,
+            whose replacement is to be a classmethod object.
         releases: PEP 440 specifier of the vLLM releases it was written for.
         why: what goes wrong without it.
         upstream: link to the report or change upstream, "" where there is none.
@@ -192,7 +193,8 @@ def _replace(hook: Hook, spots: list[_Spot]) -> None:
     if not spots:
         return
     replacement = hook.make(spots[0].get())
-    setattr(replacement, MARK, hook.target)
+    function = getattr(replacement, "__func__", replacement)  # of a classmethod or staticmethod
+    setattr(function, MARK, hook.target)
     for spot in spots:
         spot.put(replacement)
         _applied.append(spot)

@@ -1,4 +1,4 @@
-"""register(): what vLLM calls in every process it starts, and what `import vllm_moe_lora` arranges."""
+"""register(), which vLLM calls in every process, and what `import vllm_moe_lora` arranges."""
 
 from __future__ import annotations
 

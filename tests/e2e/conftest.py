@@ -36,9 +36,7 @@ class Case:
         self, name: str, keep: Callable[[str], bool] = lambda name: True, **how: object
     ) -> None:
         """Make an adapter; its oracle is computed when first asked for."""
-        self.adapters[name] = adapters.write(
-            self.plain, self.folder / name, keep=keep, **how
-        )
+        self.adapters[name] = adapters.write(self.plain, self.folder / name, keep=keep, **how)
 
     def want(self, name: str | None) -> list[torch.Tensor]:
         """The oracle's log-probs on `PROMPTS`: [len(prompt), vocab] each."""

@@ -1,4 +1,4 @@
-"""Every MoE family that vLLM's CPU backend starts: adapter == merged, alone and mixed in a batch."""
+"""Every MoE family that vLLM's CPU backend starts: adapter == merged, alone and mixed."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def _measure(folder: Path, say: _Speaker) -> tuple[list[dict[str, Any]], str]:
         _, _, log = engine.run(job, {"VLLM_MOE_LORA": "0", "VLLM_PLUGINS": ""})
         bare = "started without error"
     except engine.EngineError as error:
-        log, bare = error.log, str(error).removeprefix("[rank0]:").strip()
+        log, bare = error.log, str(error)
     say.log(log)
     say("4/4 vLLM with vllm-moe-lora")
     answers, _, log = engine.run(job, {"VLLM_MOE_LORA": "1"})

@@ -41,7 +41,6 @@ def _add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     return _add_adapter
 
 
-
 HOOKS = (
     Hook(
         feature="aliases",

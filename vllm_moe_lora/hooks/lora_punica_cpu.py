@@ -68,6 +68,21 @@ def _add_lora_logits(original: Callable[..., Any]) -> Callable[..., Any]:
     return add_lora_logits
 
 
+def _add_lora_embedding(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add_lora_embedding(
+        self: Any, y: Any, x: Any, lora_b_stacked: Any, *rest: Any, **kw: Any
+    ) -> None:
+        if not serves_moe(self):
+            return original(self, y, x, lora_b_stacked, *rest, **kw)
+        from vllm_moe_lora.kernels.cpu_dense import add_expanded
+
+        y2, x2 = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        add_expanded(y2, x2, lora_b_stacked, self.token_segments)
+        return None
+
+    return add_lora_embedding
+
+
 _COMMON: dict[str, Any] = {
     "feature": "cpu-dense-lora",
     "releases": ">=0.29,<0.34",
@@ -83,5 +98,6 @@ _COMMON: dict[str, Any] = {
 HOOKS = (
     Hook(target=f"{_CLASS}.update_metadata", make=_update_metadata, **_COMMON),
     Hook(target=f"{_CLASS}.add_lora_linear", make=_add_lora_linear, **_COMMON),
+    Hook(target=f"{_CLASS}.add_lora_embedding", make=_add_lora_embedding, **_COMMON),
     Hook(target=f"{_CLASS}.add_lora_logits", make=_add_lora_logits, **_COMMON),
 )

@@ -56,3 +56,22 @@ def add_lora(
             else:
                 part.index_add_(0, rows, delta)
             start += width
+
+
+def add_expanded(
+    y: torch.Tensor, z: torch.Tensor, lora_b: torch.Tensor, segments: Segments
+) -> None:
+    """y += B z, in place, rows of no segment untouched (embeddings look A up by themselves).
+
+    Args:
+        y: [tokens, out].
+        z: [tokens, rank].
+        lora_b: [slots, 1, out, rank] or [slots, out, rank].
+        segments: from `row_segments`.
+    """
+    for slot, rows in segments:
+        b = lora_b[slot].reshape(-1, lora_b.shape[-1]).to(y.dtype)
+        if rows is None:
+            y += z.to(y.dtype) @ b.t()
+        else:
+            y.index_add_(0, rows, z.index_select(0, rows).to(y.dtype) @ b.t())

@@ -53,7 +53,7 @@ def lora_choice(
         backend, experts_cls = choose(*args, **kwargs)
     finally:
         config.is_lora_enabled = True
-    twin = None if experts_cls is None else with_lora(experts_cls)
+    twin = None if experts_cls is None else with_lora(experts_cls)  # type: ignore[arg-type]
     if twin is None:
         name = getattr(experts_cls, "__name__", backend)
         raise NotImplementedError(

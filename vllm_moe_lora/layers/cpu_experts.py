@@ -26,9 +26,7 @@ def token_slots(context: MoELoRAContext, num_tokens: int) -> torch.Tensor:
     return torch.nn.functional.pad(slots, (0, num_tokens - slots.numel()), value=-1)
 
 
-def combine(
-    pairs: torch.Tensor, topk_weights: torch.Tensor | None, plan: PairPlan
-) -> torch.Tensor:
+def combine(pairs: torch.Tensor, topk_weights: torch.Tensor | None, plan: PairPlan) -> torch.Tensor:
     """Weighted sum over the experts of each token, in fp32: [pairs, out] -> [rows, out]."""
     y = pairs.view(plan.rows.numel(), plan.top_k, -1)
     if topk_weights is None:

@@ -71,13 +71,11 @@ class Int4CPUExperts(CPULoRAExperts):
         return weight_key in (q.kInt4Static, q.kInt4Static32) and activation_key is None
 
     @staticmethod
-    def is_supported_config(
-        cls: type[Any], moe_config: Any, *keys: Any
-    ) -> tuple[bool, str | None]:
+    def is_supported_config(cls: type[Any], moe_config: Any, *keys: Any) -> tuple[bool, str | None]:
         """Upstream's rules, and only with LoRA on: without it upstream's own class serves."""
         if not moe_config.is_lora_enabled:
             return False, "LoRA is off"
-        return super(Int4CPUExperts, cls).is_supported_config(cls, moe_config, *keys)  # type: ignore[misc]
+        return super().is_supported_config(cls, moe_config, *keys)  # type: ignore[misc]
 
     def apply_lora(
         self,

@@ -125,9 +125,7 @@ def _shape(module: Any, index: int) -> tuple[int, int] | None:
     return b[index].shape[-2], a[index].shape[-1]
 
 
-def _expert_places(
-    name: str, module: Any, parts: list[str]
-) -> dict[str, tuple[int, int] | None]:
+def _expert_places(name: str, module: Any, parts: list[str]) -> dict[str, tuple[int, int] | None]:
     places: dict[str, tuple[int, int] | None] = {name: None, f"{name}.base_layer": None}
     config = module.moe_config
     hidden = config.hidden_dim_unpadded or config.hidden_dim

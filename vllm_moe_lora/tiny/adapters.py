@@ -75,7 +75,10 @@ def write(
             r = rank * experts
             if in_first:
                 rows, columns = columns, rows
-        draw = [torch.randn(r, columns, generator=generator), torch.randn(rows, r, generator=generator)]
+        draw = [
+            torch.randn(r, columns, generator=generator),
+            torch.randn(rows, r, generator=generator),
+        ]
         tensors[f"base_model.model.{name}.lora_A.weight"] = draw[0] * size
         tensors[f"base_model.model.{name}.lora_B.weight"] = draw[1] * size
     if not tensors:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -57,7 +58,8 @@ class EngineError(RuntimeError):
 
 def last_error(log: str) -> str:
     """The line of a log that names the error: the last that starts like an exception's text."""
-    lines = [line.split("] ")[-1].strip() for line in log.splitlines()]
+    lines = [line for line in log.splitlines() if "WARNING" not in line]
+    lines = [re.sub(r"^(\[rank\d+\]:|.*?\])\s+", "", line).strip() for line in lines]
     named = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception"))]
     inner = [line for line in named if "Engine core initialization failed" not in line]
     return (inner or named or lines[-1:] or ["the engine printed nothing"])[-1]

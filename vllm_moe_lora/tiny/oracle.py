@@ -84,7 +84,7 @@ def _merge_fused(
 
 
 def log_probs(checkpoint: Path, prompts: list[list[int]]) -> list[torch.Tensor]:
-    """Next-token log-probs after each prompt position: one [len(prompt), vocab] fp32 tensor each."""
+    """Next-token log-probs after each position of each prompt: [len(prompt), vocab] fp32 each."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

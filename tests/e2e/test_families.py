@@ -39,6 +39,21 @@ def test_fp32(make_case, family):
         compare_fp32([lp[-1] for _, lp in answers[-1][i :: len(names)]], case, name)
 
 
+def test_padded_intermediate(make_case):
+    """80 is no multiple of the operator's 32: gate and up are padded apart, each to 96 rows."""
+    case = make_case("qwen3_moe", moe_intermediate_size=80)
+    case.add("all", rank=5)
+    answers, _, _ = engine.run(
+        engine.Job(
+            str(case.model),
+            {"all": str(case.adapters["all"])},
+            [[(p, "all") for p in PROMPTS]],
+            options={"dtype": "float32"},
+        )
+    )
+    compare_fp32([lp[-1] for _, lp in answers[0]], case, "all")
+
+
 def test_qwen3_next_bf16(make_case):
     """Its gated delta nets run in bf16 only on vLLM's CPU backend."""
     case = make_case("qwen3_next")

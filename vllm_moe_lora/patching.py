@@ -1,12 +1,14 @@
 """Hooks into vLLM as data: what is replaced, where it is right to, and how to undo it.
 
-Only the standard library is imported here. `apply` resolves and checks every hook of every
-feature before it changes anything; a feature with one hook that does not fit stays off as a
-whole. `revert` puts back exactly what `vars(owner)` held.
+Only the standard library is imported here (and `packaging`, which vLLM brings, when hooks are
+applied). `apply` resolves and checks every hook of every feature before it changes anything; a
+feature with one hook that does not fit stays off as a whole. `revert` puts back exactly what
+`vars(owner)` held.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import inspect
@@ -25,15 +27,19 @@ class Hook:
 
     Attributes:
         feature: what it serves; the hooks of a feature are applied together or not at all.
-        target: "package.module:Class.method" or "package.module:function".
+        target: "package.module:Class.method" or "package.module:function"; also a property, a
+            class or, with ``hashed=False``, plain data.
         make: original -> replacement. The original is what attribute access on the owner gives:
-            a plain function for methods and static methods, a bound method for class methods,
-            whose replacement is to be a classmethod object.
+            a plain function for methods and static methods, the property itself, a bound method
+            for class methods, whose replacement is to be a classmethod object. To step aside,
+            return the original.
         releases: PEP 440 specifier of the vLLM releases it was written for.
         why: what goes wrong without it.
         upstream: link to the report or change upstream, "" where there is none.
         until: the event after which it can go.
         also: other names bound to the same object (copies made by ``from x import f``).
+        hashed: False for plain data, which has no source text to check.
+        patch: file below patches/ that makes the same change to a checkout, "" while there is none.
         platforms: vLLM device types it is for ("cpu", "cuda", "rocm", ...); empty means all.
         layers: it changes LoRA layer classes, which out-of-tree platforms replace themselves.
     """
@@ -46,15 +52,25 @@ class Hook:
     upstream: str
     until: str
     also: tuple[str, ...] = ()
+    hashed: bool = True
+    patch: str = ""
     platforms: tuple[str, ...] = ()
     layers: bool = False
 
 
 @dataclass
 class Status:
-    """What `apply` did: feature -> "on" or the reason why it is off."""
+    """What `apply` did.
+
+    Attributes:
+        features: feature -> "on" or the reason why it is off.
+        not_needed: features that are off because this platform has no use for them.
+        unverified: what did not fit and was passed over, because the caller allowed it.
+    """
 
     features: dict[str, str] = field(default_factory=dict)
+    not_needed: set[str] = field(default_factory=set)
+    unverified: list[str] = field(default_factory=list)
 
     @property
     def on(self) -> list[str]:
@@ -63,6 +79,11 @@ class Status:
     @property
     def off(self) -> dict[str, str]:
         return {name: why for name, why in self.features.items() if why != "on"}
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """The features that are off and should be on."""
+        return {name: why for name, why in self.off.items() if name not in self.not_needed}
 
 
 class HookError(Exception):
@@ -80,10 +101,13 @@ class _Spot:
     @classmethod
     def find(cls, target: str) -> _Spot:
         module, _, path = target.partition(":")
-        owner: Any = importlib.import_module(module)
+        try:
+            owner: Any = importlib.import_module(module)
+        except Exception as error:  # a broken extension may raise anything while it is imported
+            raise HookError(f"{target}: {type(error).__name__}: {error}") from error
         *parents, name = path.split(".")
         for parent in parents:
-            owner = getattr(owner, parent)
+            owner = getattr(owner, parent, None)
         if not hasattr(owner, name):
             raise HookError(f"{target} does not exist")
         return cls(owner, name, vars(owner).get(name, _MISSING))
@@ -91,9 +115,16 @@ class _Spot:
     def get(self) -> Any:
         return getattr(self.owner, self.name)
 
+    def fitting(self, value: Any, target: str) -> Any:
+        """``value`` as ``vars(owner)`` is to hold it. Raises HookError."""
+        kind = inspect.getattr_static(self.owner, self.name)
+        if isinstance(kind, staticmethod) and not isinstance(value, staticmethod):
+            return staticmethod(value)
+        if isinstance(kind, classmethod | property) and not isinstance(value, type(kind)):
+            raise HookError(f"the replacement of {target} is no {type(kind).__name__}")
+        return value
+
     def put(self, value: Any) -> None:
-        if isinstance(self.held, staticmethod):
-            value = staticmethod(value)
         setattr(self.owner, self.name, value)
 
     def restore(self) -> None:
@@ -102,13 +133,29 @@ class _Spot:
         else:
             setattr(self.owner, self.name, self.held)
 
+    def is_ours(self) -> bool:
+        """Whether `apply` has replaced it; somebody may have wrapped the replacement since."""
+        return hasattr(_function(self.get()), MARK) or any(
+            spot.owner is self.owner and spot.name == self.name for spot in _applied
+        )
+
 
 _applied: list[_Spot] = []
 
 
-def source_text(function: Any) -> str:
-    """Source of a function, dedented, so that it hashes alike whether imported or parsed."""
-    text = inspect.getsource(inspect.unwrap(function))
+def _function(thing: Any) -> Any:
+    """The function inside a property, classmethod or staticmethod; anything else as it is."""
+    if isinstance(thing, property):
+        return thing.fget
+    return thing.__func__ if isinstance(thing, classmethod | staticmethod) else thing
+
+
+def source_text(thing: Any) -> str:
+    """Source of a function, property or class, dedented: the same imported or parsed.
+
+    Raises OSError or TypeError where there is none.
+    """
+    text = inspect.getsource(inspect.unwrap(_function(thing)))
     return textwrap.dedent(text).rstrip() + "\n"
 
 
@@ -117,29 +164,64 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _plan(hook: Hook, known: Mapping[str, Iterable[str]] | None) -> list[_Spot]:
-    """The names to rebind, after every check. Raises HookError."""
-    spot = _Spot.find(hook.target)
-    current = spot.get()
-    if hasattr(current, MARK):
-        return []
-    if known is not None:
-        found = digest(source_text(current))
-        if found not in known.get(hook.target, ()):
-            raise HookError(
-                f"the source of {hook.target} (hash {found}) is not one this version was "
-                "written against"
-            )
-    spots = [spot]
-    for name in hook.also:
+@dataclass
+class _Checker:
+    """The circumstances of one `apply`; the arguments are explained there."""
+
+    version: str
+    platform: str
+    hashes: Mapping[str, Iterable[str]] | None
+    out_of_tree: bool
+    allow_unverified: bool
+    unverified: list[str]
+
+    def not_needed(self, hook: Hook) -> str:
+        """Why the platform has no use for ``hook``, or ""."""
+        if hook.platforms and self.platform not in hook.platforms:
+            return f"not needed on {self.platform or 'an unknown platform'}"
+        if hook.layers and self.out_of_tree:
+            return "the platform plugin brings its own LoRA layers"
+        return ""
+
+    def spots(self, hook: Hook) -> list[_Spot]:
+        """The names to rebind, none where that is done already. Raises HookError."""
+        from packaging.specifiers import SpecifierSet
+
+        if not SpecifierSet(hook.releases).contains(self.version, prereleases=True):
+            self._doubt(f"{hook.target}: vLLM {self.version} is outside {hook.releases}")
+        spot = _Spot.find(hook.target)
+        if spot.is_ours():
+            return []
+        current = spot.get()
+        if hook.hashed and self.hashes is not None:
+            self._compare(hook.target, current, set(self.hashes.get(hook.target, ())))
+        spots = [spot]
+        for name in hook.also:
+            try:
+                alias = _Spot.find(name)
+            except HookError:
+                continue  # the release does not import the name there
+            if alias.get() is not current:
+                raise HookError(f"{name} is not {hook.target}: something else replaced it")
+            spots.append(alias)
+        return spots
+
+    def _compare(self, target: str, current: Any, known: set[str]) -> None:
         try:
-            alias = _Spot.find(name)
-        except (ImportError, AttributeError, HookError):
-            continue  # the release does not import the name there
-        if alias.get() is not current:
-            raise HookError(f"{name} is not {hook.target}: something else replaced it")
-        spots.append(alias)
-    return spots
+            found = digest(source_text(current))
+        except (OSError, TypeError) as error:
+            found = f"none, {error}"
+        if found not in known:
+            expected = " or ".join(sorted(known)) or "none recorded"
+            self._doubt(
+                f"the source of {target} is not one this version was written against "
+                f"(hash {found}, expected {expected} for vLLM {self.version})"
+            )
+
+    def _doubt(self, text: str) -> None:
+        if not self.allow_unverified:
+            raise HookError(text)
+        self.unverified.append(text)
 
 
 def apply(
@@ -149,6 +231,7 @@ def apply(
     platform: str,
     hashes: Mapping[str, Iterable[str]] | None,
     out_of_tree: bool = False,
+    allow_unverified: bool = False,
 ) -> Status:
     """Check every hook, then apply the features whose hooks all fit.
 
@@ -157,47 +240,69 @@ def apply(
         version: release of vLLM without local part, "0.32.0".
         platform: vLLM's device type, "cpu", "cuda", ...
         hashes: target -> accepted `digest`s of its source; None skips the check.
-        out_of_tree: the platform brings its own LoRA layers: leave out hooks on layers.
+        out_of_tree: the platform brings its own LoRA layers: leave out features with such hooks.
+        allow_unverified: a release outside a hook's range, or a source of another hash, is only
+            noted in `Status.unverified`. A target that does not exist still keeps its feature off.
 
     Returns:
         Each feature's state. Applying again changes nothing and answers the same.
-    """
-    from packaging.specifiers import SpecifierSet
 
+    Raises:
+        ValueError: two hooks for one target.
+    """
+    status = Status()
+    check = _Checker(version, platform, hashes, out_of_tree, allow_unverified, status.unverified)
     targets: set[str] = set()
-    status, plans = Status(), dict[str, list[tuple[Hook, list[_Spot]]]]()
+    plans: dict[str, list[tuple[Hook, list[_Spot]]]] = {}
     for hook in hooks:
         if hook.target in targets:
             raise ValueError(f"two hooks for {hook.target}")
         targets.add(hook.target)
-        state = status.features.setdefault(hook.feature, "on")
-        if state != "on":
+        if status.features.setdefault(hook.feature, "on") != "on":
+            continue
+        if why := check.not_needed(hook):
+            status.features[hook.feature] = why
+            status.not_needed.add(hook.feature)
             continue
         try:
-            if hook.platforms and platform not in hook.platforms:
-                raise HookError(f"not needed on {platform}")
-            if hook.layers and out_of_tree:
-                raise HookError("the platform plugin brings its own LoRA layers")
-            if not SpecifierSet(hook.releases).contains(version, prereleases=True):
-                raise HookError(f"vLLM {version} is outside {hook.releases}")
-            plans.setdefault(hook.feature, []).append((hook, _plan(hook, hashes)))
-        except (HookError, ImportError, AttributeError, OSError, TypeError) as error:
+            plans.setdefault(hook.feature, []).append((hook, check.spots(hook)))
+        except HookError as error:
             status.features[hook.feature] = str(error)
     for feature in status.on:
-        for hook, spots in plans.get(feature, []):
-            _replace(hook, spots)
+        try:
+            _install(plans[feature])
+        except HookError as error:
+            status.features[feature] = str(error)
     return status
 
 
-def _replace(hook: Hook, spots: list[_Spot]) -> None:
-    if not spots:
-        return
-    replacement = hook.make(spots[0].get())
-    function = getattr(replacement, "__func__", replacement)  # of a classmethod or staticmethod
-    setattr(function, MARK, hook.target)
-    for spot in spots:
-        spot.put(replacement)
-        _applied.append(spot)
+def _install(plan: list[tuple[Hook, list[_Spot]]]) -> None:
+    """Rebind all names of one feature, or none. Raises HookError."""
+    ready: list[tuple[_Spot, Any]] = []
+    for hook, spots in plan:
+        if not spots:
+            continue
+        original = spots[0].get()
+        try:
+            replacement = hook.make(original)
+        except Exception as error:
+            text = f"the replacement of {hook.target} cannot be made: {error!r}"
+            raise HookError(text) from error
+        if replacement is original:
+            continue
+        with contextlib.suppress(AttributeError, TypeError):  # plain data takes no mark
+            setattr(_function(replacement), MARK, hook.target)
+        ready += [(spot, spot.fitting(replacement, hook.target)) for spot in spots]
+    done: list[_Spot] = []
+    try:
+        for spot, value in ready:
+            spot.put(value)
+            done.append(spot)
+    except Exception as error:
+        for spot in reversed(done):
+            spot.restore()
+        raise HookError(f"{spot.owner}.{spot.name} cannot be set: {error}") from error
+    _applied.extend(done)
 
 
 def revert() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 import textwrap
 from pathlib import Path
 
@@ -26,7 +27,9 @@ def target_text(tree: Path, target: str) -> str:
     file, node = _find(tree, module, path.split("."))
     lines = file.read_text().splitlines(keepends=True)
     first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-    return textwrap.dedent("".join(lines[first - 1 : node.end_lineno])).rstrip() + "\n"
+    # The same function that inspect.getsource uses: comments may end a body, and the tree of
+    # the parser does not know them.
+    return textwrap.dedent("".join(inspect.getblock(lines[first - 1 :]))).rstrip() + "\n"
 
 
 @functools.cache

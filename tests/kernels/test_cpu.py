@@ -40,10 +40,14 @@ def test_shrink_and_expand(tokens, experts, top_k, slots, rank, shared, foreign,
         assert plan is None
         return
     assert plan.rows.tolist() == (token_slots >= 0).nonzero().flatten().tolist()
-    pairs = x[plan.rows].repeat_interleave(top_k, 0)
+    pairs = x[plan.tokens()]
     y = torch.full((len(plan), 9), float("nan"))
     y[:, :7] = 1.0  # a strided view of wider, poisoned rows
     cpu.expand_add(y[:, :7], cpu.shrink(pairs, lora_a, plan), lora_b, plan)
+    assert torch.equal(plan.in_turn(plan.tokens()), plan.rows[:, None].expand(-1, top_k))
+    covered = torch.cat([torch.arange(s, e) for _, s, e in plan.expert_slices()])
+    assert torch.equal(covered, torch.arange(len(plan)))
+    y = plan.in_turn(y)
     for i, row in enumerate(plan.rows.tolist()):
         for k in range(top_k):
             want = torch.ones(7, dtype=torch.float64)
@@ -52,7 +56,7 @@ def test_shrink_and_expand(tokens, experts, top_k, slots, rank, shared, foreign,
                 e = 0 if shared else expert
                 a, b = lora_a[slot, e].double(), lora_b[slot, e].double()
                 want += b @ (a @ x[row].double())
-            got = y[i * top_k + k, :7].double()
+            got = y[i, k, :7].double()
             assert torch.allclose(got, want, atol=1e-4), (row, k)
 
 

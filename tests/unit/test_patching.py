@@ -22,6 +22,17 @@ def victim(tmp_path, monkeypatch):
     (folder / "base.py").write_text(
         textwrap.dedent(
             '''
+            import functools
+
+
+            def cached(function):
+                @functools.wraps(function)
+                def wrapper(*args):
+                    return function(*args)
+
+                return wrapper
+
+
             def free(x):
                 return x + 1
 
@@ -38,6 +49,18 @@ def victim(tmp_path, monkeypatch):
                 @staticmethod
                 def still(x):
                     return x
+
+                @property
+                def width(self):
+                    return 3
+
+                @cached
+                def wrapped(self):
+                    return "wrapped"  # a comment ends the body
+                    # like this one
+
+
+            LIST = ["a"]
             '''
         )
     )
@@ -117,6 +140,9 @@ def test_hash_from_the_tree_is_the_hash_of_the_import(victim):
         "victim.base:Base.still",
         "victim.user:User.inherited",
         "victim.user:free",
+        "victim.base:Base.width",
+        "victim.base:Base.wrapped",
+        "victim.base:Base",
     ):
         spot = patching._Spot.find(target)
         assert patching.source_text(spot.get()) == target_text(victim, target)
@@ -174,3 +200,138 @@ def test_out_of_tree_platforms_keep_their_layers(victim):
         hook("victim.base:Base.still", louder, feature="loader"),
     ]
     assert apply(hooks, out_of_tree=True).on == ["loader"]
+
+
+def test_property_is_replaced_and_comes_back(victim):
+    base = importlib.import_module("victim.base").Base
+    held = vars(base)["width"]
+    wide = hook("victim.base:Base.width", lambda o: property(lambda self: 10 * o.fget(self)))
+    known = hashes_of(victim, wide.target)
+    assert apply([wide], known).on == ["f"]
+    assert base().width == 30
+    assert apply([wide], known).on == ["f"], "applied twice"
+    assert base().width == 30
+    patching.revert()
+    assert vars(base)["width"] is held
+
+
+def test_plain_data_needs_no_hash_and_comes_back(victim):
+    base = importlib.import_module("victim.base")
+    held = base.LIST
+    longer = hook("victim.base:LIST", lambda o: [*o, "b"], hashed=False)
+    assert apply([longer], {}).on == apply([longer], {}).on == ["f"]
+    assert base.LIST == ["a", "b"]
+    patching.revert()
+    assert base.LIST is held
+
+
+def test_inherited_static_method_stays_static(victim):
+    user = importlib.import_module("victim.user").User
+    apply([hook("victim.user:User.still", louder)])
+    assert user.still(1) == user().still(1) == ("new", 1)
+    patching.revert()
+    assert "still" not in vars(user)
+
+
+def test_class_method_made_into_a_function_is_refused(victim):
+    status = apply([hook("victim.base:Base.made", louder)])
+    assert "classmethod" in status.off["f"]
+    assert importlib.import_module("victim.base").Base.made(1) == ("Base", 1)
+
+
+def test_a_replacement_that_cannot_be_made_changes_nothing(victim):
+    def broken(original):
+        raise KeyError("upstream moved it")
+
+    hooks = [
+        hook("victim.base:free", louder),
+        hook("victim.base:Base.still", broken),
+        hook("victim.base:Base.inherited", louder, feature="other"),
+    ]
+    status = apply(hooks)
+    base = importlib.import_module("victim.base")
+    assert base.free(1) == 2, "half applied"
+    assert "victim.base:Base.still" in status.off["f"]
+    assert "upstream moved it" in status.off["f"]
+    assert status.on == ["other"]
+    assert patching.revert() == 1
+
+
+def test_a_name_that_cannot_be_set_takes_its_feature_back(victim, monkeypatch):
+    put = patching._Spot.put
+
+    def fails_on_still(self, value):
+        if self.name == "still":
+            raise TypeError("read-only")
+        put(self, value)
+
+    monkeypatch.setattr(patching._Spot, "put", fails_on_still)
+    status = apply([hook("victim.base:free", louder), hook("victim.base:Base.still", louder)])
+    assert importlib.import_module("victim.base").free(1) == 2, "half applied"
+    assert "read-only" in status.off["f"]
+    assert patching.revert() == 0
+
+
+def test_a_hook_that_steps_aside_leaves_no_mark(victim):
+    base = importlib.import_module("victim.base")
+    free = base.free
+    assert apply([hook("victim.base:free", lambda original: original)]).on == ["f"]
+    assert base.free is free
+    assert not hasattr(free, patching.MARK)
+
+
+def test_a_module_that_cannot_be_imported_keeps_its_feature_off(victim):
+    (victim / "victim" / "broken.py").write_text("raise RuntimeError('no such device')\n")
+    status = apply([hook("victim.broken:f", louder), hook("victim.base:free", louder, feature="g")])
+    assert "victim.broken" in status.off["f"]
+    assert "no such device" in status.off["f"]
+    assert status.on == ["g"]
+
+
+def test_what_somebody_wrapped_after_us_counts_as_applied(victim):
+    base = importlib.import_module("victim.base")
+    hooks = [hook("victim.base:free", louder)]
+    known = hashes_of(victim, hooks[0].target)
+    apply(hooks, known)
+    ours = base.free
+    base.free = lambda x: ("theirs", ours(x))
+    assert apply(hooks, known).on == ["f"]
+    assert base.free(1) == ("theirs", ("new", 2))
+
+
+def test_the_reason_names_symbol_both_hashes_and_release(victim):
+    target = "victim.base:free"
+    found = patching.digest(target_text(victim, target))
+    why = apply([hook(target, louder)], {target: {"0123456789abcdef"}}, version="7.1").off["f"]
+    for word in (target, found, "0123456789abcdef", "7.1"):
+        assert word in why
+
+
+def test_allow_unverified_applies_and_tells(victim):
+    target = "victim.base:free"
+    one = hook(target, louder, releases=">=2")
+    status = apply([one], {target: {"0123456789abcdef"}}, allow_unverified=True)
+    assert status.on == ["f"]
+    assert importlib.import_module("victim.base").free(1) == ("new", 2)
+    assert any(target in text and "0123456789abcdef" in text for text in status.unverified)
+    assert any(">=2" in text for text in status.unverified)
+
+
+def test_allow_unverified_does_not_invent_targets(victim):
+    status = apply([hook("victim.base:gone", louder)], {}, allow_unverified=True)
+    assert "victim.base:gone" in status.off["f"]
+
+
+def test_a_release_that_is_no_version_is_outside_every_range(victim):
+    assert "dev" in apply([hook("victim.base:free", louder)], version="dev").off["f"]
+
+
+def test_not_needed_here_is_no_refusal(victim):
+    hooks = [
+        hook("victim.base:free", louder, platforms=("cuda",)),
+        hook("victim.base:Base.still", louder, feature="layer", layers=True),
+        hook("victim.base:gone", louder, feature="bad"),
+    ]
+    status = apply(hooks, out_of_tree=True)
+    assert sorted(status.off) == ["bad", "f", "layer"]
+    assert list(status.refused) == ["bad"]

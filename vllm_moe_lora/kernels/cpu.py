@@ -1,8 +1,8 @@
-"""MoE LoRA on CPU tensors with torch's own operators: shrink, expand, and the routing plan.
+"""MoE LoRA on CPU tensors with torch's own operators: the routing plan, shrink and expand.
 
-Small batches gather the factors of every (token, expert) pair and run one batched product;
-large ones walk the non-empty (slot, expert) segments, so each factor is read once. Both follow
-`kernels/reference.py`, which defines what is right.
+Small batches gather the factors of every (token, expert) pair and run one batched product. Larger
+ones sort the pairs by (expert, slot) once, so that every segment is a slice of rows: each factor
+is read once and no row is copied for it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 # (measured by benchmarks/cpu_engine.py on a 2-core EPYC, rank 16, hidden 2048).
 GATHER_PAIRS = 12
 
+Segment = tuple[int, int, int, int]  # slot, expert, first pair, one past the last pair
+
 
 @dataclass
 class PairPlan:
@@ -22,18 +24,23 @@ class PairPlan:
 
     Attributes:
         rows: [n] int64, the tokens of the batch that have an adapter, ascending.
-        top_k: experts per token; pair p belongs to token ``rows[p // top_k]``.
-        slots: [n * top_k] int64, adapter slot of each pair.
-        experts: [n * top_k] int64, local expert of each pair (0 where ``valid`` is False).
-        valid: [n * top_k] bool, or None when every pair's expert lives on this rank.
+        top_k: experts per token.
+        order: [pairs] int64: pair i here is pair ``order[i]`` of the rows in turn, so it belongs
+            to token ``rows[order[i] // top_k]``. Sorted by expert, then slot; None for a small
+            batch, whose pairs stay in turn.
+        slots: [pairs] int64, adapter slot of each pair.
+        experts: [pairs] int64, local expert of each pair (0 where ``valid`` is False).
+        valid: [pairs] bool, or None when every pair's expert lives on this rank.
+        segments: the non-empty (slot, expert) slices of a sorted plan, else empty.
     """
 
     rows: torch.Tensor
     top_k: int
+    order: torch.Tensor | None
     slots: torch.Tensor
     experts: torch.Tensor
     valid: torch.Tensor | None
-    segments: list[tuple[int, int, torch.Tensor]] | None = None
+    segments: list[Segment]
 
     def __len__(self) -> int:
         return self.slots.numel()
@@ -45,6 +52,29 @@ class PairPlan:
     def pairs_of(self, slot: int) -> torch.Tensor:
         """Indices of the pairs of one slot."""
         return (self.slots == slot).nonzero().flatten()
+
+    def tokens(self) -> torch.Tensor:
+        """[pairs] int64, the batch row of each pair."""
+        if self.order is None:
+            return self.rows.repeat_interleave(self.top_k)
+        return self.rows[self.order // self.top_k]
+
+    def in_turn(self, pairs: torch.Tensor) -> torch.Tensor:
+        """[pairs, ...] in this plan's order -> [rows, top_k, ...]."""
+        if self.order is not None:
+            back = torch.empty_like(self.order)
+            back[self.order] = torch.arange(len(self))
+            pairs = pairs[back]
+        return pairs.unflatten(0, (-1, self.top_k))
+
+    def expert_slices(self) -> list[tuple[int, int, int]]:
+        """[(expert, first pair, one past the last pair)], every pair in one of them."""
+        if self.order is None:
+            return [(expert, i, i + 1) for i, expert in enumerate(self.experts.tolist())]
+        found, counts = self.experts.unique_consecutive(return_counts=True)
+        stops = counts.cumsum(0)
+        starts = stops - counts
+        return list(zip(found.tolist(), starts.tolist(), stops.tolist(), strict=True))
 
 
 def make_plan(
@@ -64,35 +94,27 @@ def make_plan(
     top_k = topk_ids.shape[1]
     experts = topk_ids.index_select(0, rows).reshape(-1).to(torch.int64)
     slots = token_slots.index_select(0, rows).to(torch.int64).repeat_interleave(top_k)
-    valid: torch.Tensor | None = (experts >= 0) & (experts < num_experts)
-    assert valid is not None
-    if bool(valid.all()):
-        valid = None
-    else:
+    inside = (experts >= 0) & (experts < num_experts)
+    valid = None if bool(inside.all()) else inside
+    if valid is not None:
         experts = experts.masked_fill(~valid, 0)
-    plan = PairPlan(rows, top_k, slots, experts, valid)
-    if len(plan) > GATHER_PAIRS:
-        plan.segments = _segments(plan, num_experts)
-    return plan
+    if slots.numel() <= GATHER_PAIRS:
+        return PairPlan(rows, top_k, None, slots, experts, valid, [])
 
-
-def segments_of(keys: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-    """[(key, indices that hold it)] of a 1-d int64 tensor, keys ascending, indices in order."""
-    ordered, order = keys.sort(stable=True)
-    found, counts = ordered.unique_consecutive(return_counts=True)
-    return list(zip(found.tolist(), order.split(counts.tolist()), strict=True))
-
-
-def _segments(plan: PairPlan, num_experts: int) -> list[tuple[int, int, torch.Tensor]]:
-    """[(slot, expert, pair indices)] of the non-empty segments, in ascending order."""
-    keys = plan.slots * num_experts + plan.experts
-    if plan.valid is not None:
-        keys = keys.masked_fill(~plan.valid, -1)
-    return [(k // num_experts, k % num_experts, p) for k, p in segments_of(keys) if k >= 0]
+    width = int(slots.max()) + 1
+    keys, order = (experts * width + slots).sort(stable=True)
+    found, counts = keys.unique_consecutive(return_counts=True)
+    segments: list[Segment] = []
+    start = 0
+    for key, count in zip(found.tolist(), counts.tolist(), strict=True):
+        segments.append((key % width, key // width, start, start + count))
+        start += count
+    valid = None if valid is None else valid[order]
+    return PairPlan(rows, top_k, order, slots[order], experts[order], valid, segments)
 
 
 def shrink(x: torch.Tensor, lora_a: torch.Tensor, plan: PairPlan) -> torch.Tensor:
-    """z[p] = A[slot_p, expert_p] x[p].
+    """z[p] = A[slot_p, expert_p] x[p]; zero for pairs of another rank's experts.
 
     Args:
         x: [pairs, in], one row a pair.
@@ -103,14 +125,14 @@ def shrink(x: torch.Tensor, lora_a: torch.Tensor, plan: PairPlan) -> torch.Tenso
         [pairs, rank] in x's dtype.
     """
     a = lora_a if lora_a.dtype == x.dtype else lora_a.to(x.dtype)
-    z = x.new_zeros(len(plan), a.shape[2])
-    if plan.segments is None:
-        picked = a[plan.slots, plan.experts if a.shape[1] > 1 else 0]
+    shared = a.shape[1] == 1
+    z = x.new_empty(len(plan), a.shape[2])
+    if plan.order is None:
+        picked = a[plan.slots, 0 if shared else plan.experts]
         torch.bmm(picked, x.unsqueeze(-1), out=z.unsqueeze(-1))
-        return z if plan.valid is None else z.mul_(plan.valid.unsqueeze(-1))
-    for slot, expert, pairs in plan.segments:
-        z[pairs] = x[pairs] @ a[slot, expert if a.shape[1] > 1 else 0].t()
-    return z
+    for slot, expert, start, stop in plan.segments:
+        torch.mm(x[start:stop], a[slot, 0 if shared else expert].t(), out=z[start:stop])
+    return z if plan.valid is None else z.mul_(plan.valid.unsqueeze(-1))
 
 
 def expand_add(y: torch.Tensor, z: torch.Tensor, lora_b: torch.Tensor, plan: PairPlan) -> None:
@@ -123,9 +145,9 @@ def expand_add(y: torch.Tensor, z: torch.Tensor, lora_b: torch.Tensor, plan: Pai
         plan: the pairs.
     """
     b = lora_b if lora_b.dtype == y.dtype else lora_b.to(y.dtype)
-    if plan.segments is None:
-        picked = b[plan.slots, plan.experts if b.shape[1] > 1 else 0]
+    shared = b.shape[1] == 1
+    if plan.order is None:
+        picked = b[plan.slots, 0 if shared else plan.experts]
         y += torch.bmm(picked, z.unsqueeze(-1)).squeeze(-1)
-        return
-    for slot, expert, pairs in plan.segments:
-        y.index_add_(0, pairs, z[pairs] @ b[slot, expert if b.shape[1] > 1 else 0].t())
+    for slot, expert, start, stop in plan.segments:
+        y[start:stop].addmm_(z[start:stop], b[slot, 0 if shared else expert].t())

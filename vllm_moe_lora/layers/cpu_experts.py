@@ -28,14 +28,14 @@ def token_slots(context: MoELoRAContext, num_tokens: int) -> torch.Tensor:
 
 def combine(pairs: torch.Tensor, topk_weights: torch.Tensor | None, plan: PairPlan) -> torch.Tensor:
     """Weighted sum over the experts of each token, in fp32: [pairs, out] -> [rows, out]."""
-    y = pairs.view(plan.rows.numel(), plan.top_k, -1)
+    y = plan.in_turn(pairs)
     if topk_weights is None:
         weights = torch.ones(y.shape[:2], dtype=torch.float32)
     else:
         weights = topk_weights.index_select(0, plan.rows).to(torch.float32)
     if plan.valid is not None:
-        weights = weights * plan.valid.view_as(weights)
-    return torch.einsum("tk,tkh->th", weights, y.to(torch.float32))
+        weights = weights * plan.in_turn(plan.valid)
+    return torch.bmm(weights.unsqueeze(1), y.to(torch.float32)).squeeze(1)
 
 
 class CPULoRAExperts:

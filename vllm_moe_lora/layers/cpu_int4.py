@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vllm_moe_lora.kernels.cpu import PairPlan, expand_add, segments_of, shrink
+from vllm_moe_lora.kernels.cpu import PairPlan, expand_add, shrink
 from vllm_moe_lora.layers.cpu_experts import CPULoRAExperts, combine
 
 
@@ -93,16 +93,17 @@ class Int4CPUExperts(CPULoRAExperts):
         context = self._lora_context
         assert context is not None
         rank = max(self.rank_of(slot) for slot in plan.slot_set())
-        tokens = hidden_states.index_select(0, plan.rows)
-        x = tokens.repeat_interleave(plan.top_k, dim=0)
-        by_expert = segments_of(plan.experts)
+        x = hidden_states.index_select(0, plan.tokens())
+        slices = plan.expert_slices()
 
         def matmul(
             x: torch.Tensor, w: torch.Tensor, z: torch.Tensor, s: torch.Tensor
         ) -> torch.Tensor:
             y = x.new_empty(x.shape[0], s.shape[1] * s.shape[-1])
-            for expert, pairs in by_expert:
-                y[pairs] = int4_scaled_mm_cpu(x[pairs], w[expert], z[expert], s[expert], None)
+            for expert, start, stop in slices:
+                y[start:stop] = int4_scaled_mm_cpu(
+                    x[start:stop], w[expert], z[expert], s[expert], None
+                )
             return y
 
         gate_up = matmul(x, w1, self.w1_zp, self.w1_scale)

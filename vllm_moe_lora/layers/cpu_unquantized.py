@@ -235,8 +235,7 @@ class WidenedCPUExperts(CPULoRAExperts):
     ) -> torch.Tensor:
         context = self._lora_context
         assert context is not None
-        tokens = hidden_states.index_select(0, plan.rows)
-        x = self._widened_input(tokens.repeat_interleave(plan.top_k, dim=0))
+        x = self._widened_input(hidden_states.index_select(0, plan.tokens()))
         narrow = x[:, : self._hidden]
         ranks = {slot: self.rank_of(slot) for slot in plan.slot_set()}
         rank = max(ranks.values())

@@ -32,9 +32,9 @@ def status() -> dict[str, str]:
 
 
 def _arrange() -> None:
-    from vllm_moe_lora import plugin
+    from vllm_moe_lora import trigger
 
-    plugin.arrange()
+    trigger.arrange()
 
 
 _arrange()

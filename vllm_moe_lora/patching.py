@@ -188,7 +188,7 @@ class _Checker:
         from packaging.specifiers import SpecifierSet
 
         if not SpecifierSet(hook.releases).contains(self.version, prereleases=True):
-            self._doubt(f"{hook.target}: vLLM {self.version} is outside {hook.releases}")
+            self._doubt(f"vLLM {self.version} is outside {hook.releases}")
         spot = _Spot.find(hook.target)
         if spot.is_ours():
             return []
@@ -221,7 +221,8 @@ class _Checker:
     def _doubt(self, text: str) -> None:
         if not self.allow_unverified:
             raise HookError(text)
-        self.unverified.append(text)
+        if text not in self.unverified:
+            self.unverified.append(text)
 
 
 def apply(

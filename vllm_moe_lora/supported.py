@@ -28,8 +28,12 @@ def releases() -> dict[str, Any]:
 
 
 def hashes(release: str) -> dict[str, set[str]]:
-    """target -> digests of its source that hold for ``release``."""
+    """target -> digests of its source that hold for ``release``.
+
+    For a release that is not known: the digests of all that are.
+    """
+    known = release in releases()
     return {
-        target: {digest for digest, where in found.items() if release in where}
+        target: {digest for digest, where in found.items() if release in where or not known}
         for target, found in table().get("hashes", {}).items()
     }

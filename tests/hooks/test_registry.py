@@ -145,6 +145,32 @@ def test_unknown_release_stays_off_with_one_warning_and_its_cure():
 
 
 @needs_vllm
+def test_must_be_on_stops_vllm_through_the_entry_point():
+    """vLLM logs what a plugin raises while it is imported, and starts without it."""
+    rc, out = _python("import vllm; vllm.__version__ = '9.9.9'\n" + LOAD, VLLM_MOE_LORA="1")
+    assert rc != 0, out[-2000:]
+    assert "VLLM_MOE_LORA=1, but vllm-moe-lora: vLLM 9.9.9 is not a release it knows" in out
+    assert "Failed to load plugin" not in out
+
+
+@needs_vllm
+def test_unverified_applies_to_an_unknown_release_and_says_so_once():
+    code = "import vllm; vllm.__version__ = '0.99.0'\n" + LOAD + STATE
+    rc, out = _python(code, VLLM_MOE_LORA_ALLOW_UNVERIFIED="1")
+    assert rc == 0, out[-2000:]
+    assert f"ON {ALL}" in out
+    assert out.count("vLLM 0.99.0 is outside") == 1
+
+
+@needs_vllm
+@pytest.mark.parametrize("mode", ["0", "auto"])
+def test_vllm_accepts_our_variables(mode):
+    code = "from vllm.platforms import current_platform as p; p.validate_environ(True)"
+    rc, out = _python(LOAD + code, VLLM_MOE_LORA=mode)
+    assert rc == 0, out[-2000:]
+
+
+@needs_vllm
 def test_changed_upstream_function_switches_its_feature_off():
     code = """
 import vllm.lora.model_manager as m

@@ -17,6 +17,7 @@ ROOMS = [
     "cli",
     "commands",
     "tiny",
+    "trigger",
     "plugin",
     "hooks",
     "layers",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_moe_lora.tiny import adapters, models, oracle, quantise
+from vllm_moe_lora.tiny import adapters, engine, models, oracle, quantise
 
 PROMPTS = [[1, 2, 3], [5, 9, 11, 300, 17, 44, 2, 8], list(range(20, 60))]
 
@@ -37,6 +37,17 @@ class Case:
     ) -> None:
         """Make an adapter; its oracle is computed when first asked for."""
         self.adapters[name] = adapters.write(self.plain, self.folder / name, keep=keep, **how)
+
+    def ask(
+        self, *names: str | None, env: dict[str, str] | None = None, **options: object
+    ) -> dict[str | None, list[torch.Tensor]]:
+        """One engine, one batch of all `PROMPTS` for each name: log-probs after each prompt."""
+        rounds: list[list[engine.Request]] = [[(p, name) for p in PROMPTS] for name in names]
+        paths = {name: str(self.adapters[name]) for name in names if name is not None}
+        job = engine.Job(str(self.model), paths, rounds, options=dict(options))
+        answers, _, _ = engine.run(job, env)
+        found = ([logprobs[-1] for _, logprobs in batch] for batch in answers)
+        return dict(zip(names, found, strict=True))
 
     def want(self, name: str | None) -> list[torch.Tensor]:
         """The oracle's log-probs on `PROMPTS`: [len(prompt), vocab] each."""

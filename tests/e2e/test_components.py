@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from conftest import PROMPTS, compare_fp32
+from conftest import compare_fp32
 
-from vllm_moe_lora.tiny import adapters, engine
+from vllm_moe_lora.tiny import adapters
 
 pytestmark = pytest.mark.cpu_engine
 
@@ -28,19 +28,6 @@ ALWAYS = {
 }
 
 
-def _run(case, names):
-    rounds = [[(p, name) for p in PROMPTS] for name in names]
-    answers, _, _ = engine.run(
-        engine.Job(
-            str(case.model),
-            {n: str(case.adapters[n]) for n in names},
-            rounds,
-            options={"dtype": "float32"},
-        )
-    )
-    return {n: [lp[-1] for _, lp in a] for n, a in zip(names, answers, strict=True)}
-
-
 @pytest.mark.parametrize("family", sorted(ALWAYS))
 def test_gates_shared_experts_attention(make_case, family):
     case = make_case(family)
@@ -51,7 +38,7 @@ def test_gates_shared_experts_attention(make_case, family):
             seed=10 + i,
             size=0.4,
         )
-    got = _run(case, list(case.adapters))
+    got = case.ask(*case.adapters, dtype="float32")
     for name, have in got.items():
         compare_fp32(have, case, name)
 
@@ -69,7 +56,7 @@ def test_one_expert_one_projection(make_case, family):
     for layer in ("layers-0", "layers-1"):
         for projection in {n.rsplit("-", 1)[-1] for n in used}:
             assert any(layer in n and n.endswith(projection) for n in used), (layer, projection)
-    for name, have in _run(case, used).items():
+    for name, have in case.ask(*used, dtype="float32").items():
         for i, got in enumerate(have):
             want = case.want(name)[i][-1]
             top = want.topk(40).indices
@@ -92,7 +79,7 @@ def test_projections_and_ranks_that_differ(make_case):
     case.add("even", lambda n: ".experts." in n and int(n.split(".")[-2]) % 2 == 0, seed=5)
     case.add("ranks", lambda n: ".experts." in n, seed=6)
     _vary_ranks(case.adapters["ranks"])
-    for name, have in _run(case, list(case.adapters)).items():
+    for name, have in case.ask(*case.adapters, dtype="float32").items():
         compare_fp32(have, case, name)
 
 

@@ -43,45 +43,24 @@ def test_padded_intermediate(make_case):
     """80 is no multiple of the operator's 32: gate and up are padded apart, each to 96 rows."""
     case = make_case("qwen3_moe", moe_intermediate_size=80)
     case.add("all", rank=5)
-    answers, _, _ = engine.run(
-        engine.Job(
-            str(case.model),
-            {"all": str(case.adapters["all"])},
-            [[(p, "all") for p in PROMPTS]],
-            options={"dtype": "float32"},
-        )
-    )
-    compare_fp32([lp[-1] for _, lp in answers[0]], case, "all")
+    got = case.ask("all", dtype="float32")
+    compare_fp32(got["all"], case, "all")
 
 
 def test_qwen3_next_bf16(make_case):
     """Its gated delta nets run in bf16 only on vLLM's CPU backend."""
     case = make_case("qwen3_next")
     case.add("all", _everything)
-    answers, _, _ = engine.run(
-        engine.Job(
-            str(case.model),
-            {"all": str(case.adapters["all"])},
-            [[(p, "all") for p in PROMPTS]],
-            options={"dtype": "bfloat16"},
-        )
-    )
-    compare_low_precision([lp[-1] for _, lp in answers[0]], case, "all")
+    got = case.ask("all", dtype="bfloat16")
+    compare_low_precision(got["all"], case, "all")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(make_case, dtype):
     case = make_case("qwen2_moe")
     case.add("all")
-    answers, _, _ = engine.run(
-        engine.Job(
-            str(case.model),
-            {"all": str(case.adapters["all"])},
-            [[(p, name) for p in PROMPTS for name in (None, "all")]],
-            options={"dtype": dtype},
-        )
-    )
-    compare_low_precision([lp[-1] for _, lp in answers[0][1::2]], case, "all")
+    got = case.ask("all", dtype=dtype)
+    compare_low_precision(got["all"], case, "all")
 
 
 @pytest.mark.parametrize(
@@ -100,15 +79,8 @@ def test_half_precision(make_case, dtype):
 def test_int4(make_case, quant):
     case = make_case("qwen2_moe", quant)
     case.add("all")
-    answers, _, _ = engine.run(
-        engine.Job(
-            str(case.model),
-            {"all": str(case.adapters["all"])},
-            [[(p, name) for p in PROMPTS for name in (None, "all")]],
-            options={"dtype": "bfloat16"},
-        )
-    )
-    compare_low_precision([lp[-1] for _, lp in answers[0][1::2]], case, "all")
+    got = case.ask("all", dtype="bfloat16")
+    compare_low_precision(got["all"], case, "all")
 
 
 # vLLM's Qwen3.5 file imports image code that imports torchvision, which has no CPU build for this
@@ -140,13 +112,7 @@ def test_qwen3_5_moe_bf16(make_case, tmp_path):
         (folder / "__init__.py").write_text(STUB)
     case = make_case("qwen3_5_moe")
     case.add("all", _everything)
-    answers, _, _ = engine.run(
-        engine.Job(
-            str(case.model),
-            {"all": str(case.adapters["all"])},
-            [[(p, "all") for p in PROMPTS]],
-            options={"dtype": "bfloat16", "language_model_only": True},
-        ),
-        {"PYTHONPATH": str(tmp_path)},
+    got = case.ask(
+        "all", dtype="bfloat16", language_model_only=True, env={"PYTHONPATH": str(tmp_path)}
     )
-    compare_low_precision([lp[-1] for _, lp in answers[0]], case, "all")
+    compare_low_precision(got["all"], case, "all")

@@ -25,16 +25,16 @@ from vllm_moe_lora.sources import target_text  # noqa: E402
 
 HEADER = """\
 # Releases this version knows, and the hashes of the upstream sources its hooks were written for.
-# [hashes] is written by ci/record_hashes.py; [releases] by hand: level is how it is known,
-#   engine  a real engine ran on it here (tests/e2e)
-#   import  the hooks were applied to its real modules and layer tests ran
-#   source  its sources were read and hashed; never run
+# [hashes] is written by ci/record_hashes.py; [releases] by hand: how each feature is known,
+#   engine  a real engine ran it here (tests/e2e, on the CPU)
+#   import  its hooks were applied to the release's real modules and layer tests ran
+#   source  the hooked sources were read and hashed; never run
 """
 
 
 def main(pairs: list[str]) -> int:
     trees = {name: Path(path) for name, _, path in (pair.partition("=") for pair in pairs)}
-    hooks, missing = all_hooks(), 0
+    hooks, missing = [hook for hook in all_hooks() if hook.hashed], 0
     table: dict[str, dict[str, set[str]]] = {}
     for target, found in supported.table().get("hashes", {}).items():
         for value, where in found.items():

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import vllm_moe_lora
 
-# name -> one line of help; a module is imported only when its command is used.
+# name -> one line of help. `vllm_moe_lora.commands.<name>` is imported only when it is used, and
+# holds `add_arguments(parser)` and `run(args) -> exit code`.
 COMMANDS = {
     "demo": "build a tiny INT4 MoE model and show that adapter == merged on a real engine",
 }

@@ -41,28 +41,42 @@ def _parse(tree: Path, module: str) -> tuple[Path, ast.Module]:
     raise LookupError(f"no module {module} below {tree}")
 
 
+def _defined(body: list[ast.stmt], name: str) -> Definition | None:
+    """What ``name`` is bound to at the end of ``body``: its last definition.
+
+    The setter and deleter of a property are passed over, its source is its getter's.
+    """
+    found: Definition | None = None
+    for node in body:
+        if isinstance(node, Definition) and node.name == name:
+            marks = {ast.unparse(decorator) for decorator in node.decorator_list}
+            if not marks & {f"{name}.setter", f"{name}.deleter"}:
+                found = node
+    return found
+
+
 def _find(tree: Path, module: str, path: list[str]) -> tuple[Path, Definition]:
     file, parsed = _parse(tree, module)
-    for node in parsed.body:
-        if isinstance(node, Definition) and node.name == path[0]:
-            if len(path) == 1:
-                return file, node
-            if isinstance(node, ast.ClassDef):
-                return _find_member(tree, module, file, node, path[1:])
-    for node in parsed.body:
-        if isinstance(node, ast.ImportFrom) and node.module:
-            for name in node.names:
+    node = _defined(parsed.body, path[0])
+    if node is not None:
+        if len(path) == 1:
+            return file, node
+        if isinstance(node, ast.ClassDef):
+            return _find_member(tree, module, file, node, path[1:])
+    for statement in parsed.body:
+        if isinstance(statement, ast.ImportFrom) and statement.module:
+            for name in statement.names:
                 if (name.asname or name.name) == path[0]:
-                    return _find(tree, _absolute(module, node, file), [name.name, *path[1:]])
+                    return _find(tree, _absolute(module, statement, file), [name.name, *path[1:]])
     raise LookupError(f"{module} has no {'.'.join(path)}")
 
 
 def _find_member(
     tree: Path, module: str, file: Path, owner: ast.ClassDef, path: list[str]
 ) -> tuple[Path, Definition]:
-    for node in owner.body:
-        if isinstance(node, Definition) and node.name == path[0]:
-            return file, node
+    node = _defined(owner.body, path[0])
+    if node is not None:
+        return file, node
     for base in owner.bases:
         if isinstance(base, ast.Name):
             try:

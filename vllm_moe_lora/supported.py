@@ -12,6 +12,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+LEVELS = ("engine", "import", "source")  # explained in the file
 PATH = Path(__file__).with_name("supported.toml")
 
 
@@ -22,8 +23,8 @@ def table() -> dict[str, Any]:
         return tomllib.load(file)
 
 
-def releases() -> dict[str, Any]:
-    """Known releases -> {"level": engine | import | source, "note": ...}."""
+def releases() -> dict[str, dict[str, str]]:
+    """Known releases -> {feature: how it is known, one of `LEVELS`}."""
     return dict(table().get("releases", {}))
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from vllm_moe_lora import cli
 
 PACKAGE = Path(__file__).parents[2] / "vllm_moe_lora"
 
@@ -101,3 +104,21 @@ def test_usage_error_is_2():
         "try:\n    cli.main(['no-such-command'])\nexcept SystemExit as stop:\n    print(stop.code)"
     )
     assert _python(code) == "2"
+
+
+def test_commands_and_their_modules_are_the_same_set():
+    """Nothing is offered that does not exist, and nothing exists unoffered."""
+    files = {file.stem for file in (PACKAGE / "commands").glob("*.py")} - {"__init__"}
+    assert files == set(cli.COMMANDS)
+    for name in files:
+        module = importlib.import_module(f"vllm_moe_lora.commands.{name}")
+        assert callable(module.add_arguments)
+        assert callable(module.run)
+
+
+def test_a_wrong_mode_does_not_keep_help_away():
+    code = (
+        "from vllm_moe_lora import cli\n"
+        "try:\n    cli.main(['--help'])\nexcept SystemExit as stop:\n    print(stop.code)"
+    )
+    assert _python(code, VLLM_MOE_LORA="yes").endswith("0")

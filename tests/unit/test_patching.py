@@ -23,6 +23,7 @@ def victim(tmp_path, monkeypatch):
         textwrap.dedent(
             '''
             import functools
+            import typing
 
 
             def cached(function):
@@ -53,6 +54,17 @@ def victim(tmp_path, monkeypatch):
                 @property
                 def width(self):
                     return 3
+
+                @width.setter
+                def width(self, value):
+                    raise AttributeError
+
+                @typing.overload
+                def twice(self, x: int) -> int: ...
+                @typing.overload
+                def twice(self, x: str) -> str: ...
+                def twice(self, x):
+                    return 2 * x
 
                 @cached
                 def wrapped(self):
@@ -142,6 +154,7 @@ def test_hash_from_the_tree_is_the_hash_of_the_import(victim):
         "victim.user:free",
         "victim.base:Base.width",
         "victim.base:Base.wrapped",
+        "victim.base:Base.twice",
         "victim.base:Base",
     ):
         spot = patching._Spot.find(target)

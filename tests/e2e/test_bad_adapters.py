@@ -41,13 +41,13 @@ def test_refused_with_name_and_cure(make_case):
     case.add("rank", seed=2, rank=24)
     _edit(case, "layer", _rename("layers.1.", "layers.7."))
     _edit(case, "expert", _rename("experts.5.", "experts.55."))
-    _edit(case, "path", _rename("mlp.experts", "block_sparse_moe.experts"))
+    _edit(case, "path", _rename("mlp.experts", "sparse_block.experts"))
     _edit(case, "narrow", _first_column_off)
     expected = {
         "rank": ["lora_A", "rank 24", "max_lora_rank=16", "--max-lora-rank 24"],
         "layer": ["model.layers.7.", "no place"],
-        "expert": ["experts.55.gate_proj"],  # upstream's own check
-        "path": ["block_sparse_moe", "no place"],
+        "expert": ["experts.55.", "experts 0 to 7"],
+        "path": ["sparse_block.experts", "no place"],
         "narrow": ["experts.3.up_proj", "127", "128"],
         "good": ["ok"],
     }

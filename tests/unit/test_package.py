@@ -24,6 +24,7 @@ ROOMS = [
     "plugin",
     "hooks",
     "layers",
+    "store",
     "adapters",
     "kernels",
     "sources",

@@ -32,10 +32,10 @@ def _create_lora_modules(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     def _add_adapter(self: Any, lora: Any) -> None:
-        if self._is_moe:
-            from vllm_moe_lora.layers.strict import check
+        if self._is_moe or hasattr(lora, "moe_lora"):
+            from vllm_moe_lora.store.fit import fit
 
-            check(self, lora)
+            fit(self, lora)
         original(self, lora)
 
     return _add_adapter
@@ -53,12 +53,13 @@ HOOKS = (
         until="upstream points every alias of a wrapped module at its wrapper",
     ),
     Hook(
-        feature="aliases",
+        feature="adapters",
         target="vllm.lora.model_manager:LoRAModelManager._add_adapter",
         make=_add_adapter,
         releases=">=0.29,<0.34",
-        why="tensors without a place in the model, of a wrong shape, or on a module that "
-        "attention absorbs (MLA's kv_b_proj) are accepted and ignored",
+        why="adapters on some experts, projections or with several ranks die with an "
+        "AssertionError without text; tensors without a place in the model, of a wrong shape, or "
+        "on a module that attention absorbs (MLA's kv_b_proj) are accepted and ignored",
         upstream="https://github.com/vllm-project/vllm/issues/55193",
         until="upstream accounts for every tensor of an adapter",
     ),

@@ -18,9 +18,10 @@ def _load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             if self._adapter_manager._is_moe and "max_lora_rank" in str(error):
                 found = _widest(Path(lora_request.lora_path), limit)
                 if found is not None:
-                    from vllm_moe_lora.layers.strict import AdapterMismatch, rank_text
+                    from vllm_moe_lora.adapters.errors import AdapterError
+                    from vllm_moe_lora.store.strict import rank_text
 
-                    raise AdapterMismatch(rank_text(*found, limit)) from error
+                    raise AdapterError(rank_text(*found, limit)) from error
             raise
 
     return _load_adapter

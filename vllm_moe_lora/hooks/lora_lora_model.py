@@ -1,0 +1,138 @@
+"""vllm/lora/lora_model.py"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm_moe_lora.patching import Hook
+
+
+class _Mapped(dict[str, Any]):
+    """Tensors that are views of a file, so that what is kept of them must be copied."""
+
+
+def _from_local_checkpoint(original: Callable[..., Any]) -> Any:
+    def from_local_checkpoint(
+        cls: type[Any],
+        /,
+        lora_dir: str,
+        expected_lora_modules: set[str],
+        peft_helper: Any,
+        *,
+        lora_model_id: int | None = None,
+        device: str = "cuda",
+        dtype: Any = None,
+        **more: Any,
+    ) -> Any:
+        from vllm_moe_lora.adapters import config, folder
+
+        path = Path(lora_dir)
+        tensors = None if more.get("tensorizer_config_dict") else folder.with_experts(path)
+        if tensors is None:
+            return original(
+                lora_dir,
+                expected_lora_modules,
+                peft_helper,
+                lora_model_id=lora_model_id,
+                device=device,
+                dtype=dtype,
+                **more,
+            )
+        from vllm.lora.utils import get_lora_id
+
+        peft_helper.moe_lora_markers = config.markers(path)
+        return cls.from_lora_tensors(
+            lora_model_id=get_lora_id() if lora_model_id is None else lora_model_id,
+            tensors=_Mapped(tensors),
+            peft_helper=peft_helper,
+            device=device,
+            dtype=dtype,
+            **{key: more[key] for key in _PASSED if key in more},
+        )
+
+    return classmethod(from_local_checkpoint)
+
+
+_PASSED = ("model_vocab_size", "weights_mapper", "skip_prefixes")
+
+
+def _from_lora_tensors(original: Callable[..., Any]) -> Any:
+    def from_lora_tensors(
+        cls: type[Any],
+        lora_model_id: int,
+        tensors: dict[str, Any],
+        peft_helper: Any,
+        *args: Any,
+        **more: Any,
+    ) -> Any:
+        from vllm_moe_lora.adapters import names
+
+        if not names.touches_experts(tensors):
+            return original(lora_model_id, tensors, peft_helper, *args, **more)
+        from dataclasses import asdict
+
+        from vllm_moe_lora.adapters.config import Config
+        from vllm_moe_lora.adapters.group import group, refuse_what_is_not_lora
+        from vllm_moe_lora.store.fit import Pending
+
+        raw = getattr(peft_helper, "moe_lora_raw", None) or asdict(peft_helper)
+        config = Config.from_dict(raw, getattr(peft_helper, "moe_lora_markers", None))
+        skipped = more.get("skip_prefixes") or []
+        found = group(
+            {key: t for key, t in tensors.items() if not cls._should_skip_module(key, skipped)}
+        )
+        heads = tuple(f".{name}" for name in getattr(peft_helper, "modules_to_save", None) or ())
+        saved = {k: t for k, t in found.full.items() if k.rpartition(".")[0].endswith(heads)}
+        found.full = {k: t for k, t in found.full.items() if k not in saved}
+        refuse_what_is_not_lora(found)
+        dense = {**found.dense, **saved}
+        if isinstance(tensors, _Mapped):
+            dense = {key: tensor.clone() for key, tensor in dense.items()}
+        lora = original(lora_model_id, dense, peft_helper, *args, **more)
+        mapper = more.get("weights_mapper")
+        if not hasattr(peft_helper, "get_rank_and_scaling"):  # up to 0.31: no patterns
+            _scale(lora, found.dense, config, mapper)
+        lora.moe_lora = Pending(
+            found.experts,
+            {p: mapper._map_name(p) if mapper is not None else p for p in found.experts},
+            config,
+        )
+        return lora
+
+    return classmethod(from_lora_tensors)
+
+
+def _scale(lora: Any, dense: dict[str, Any], config: Any, mapper: Any) -> None:
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    from vllm_moe_lora.adapters.names import parse
+
+    for key in dense:
+        weights = lora.loras[parse_fine_tuned_lora_name(key, mapper)[0]]
+        weights.scaling, _ = config.scale(parse(key).module, weights.lora_a.shape[0])
+
+
+HOOKS = (
+    Hook(
+        feature="adapters",
+        target="vllm.lora.lora_model:LoRAModel.from_local_checkpoint",
+        make=_from_local_checkpoint,
+        releases=">=0.29,<0.34",
+        why="most layouts of routed experts are refused, or accepted by their suffix and then "
+        "dropped; 36,864 tensors are read one by one",
+        upstream="https://github.com/vllm-project/vllm/issues/40005",
+        until="upstream recognises every layout of routed experts and accounts for each tensor",
+    ),
+    Hook(
+        feature="adapters",
+        target="vllm.lora.lora_model:LoRAModel.from_lora_tensors",
+        make=_from_lora_tensors,
+        releases=">=0.29,<0.34",
+        why="in-memory adapters (verl and others push them) with packed experts are dropped "
+        "without a word",
+        upstream="https://github.com/vllm-project/vllm/issues/48297",
+        until="upstream recognises every layout of routed experts and accounts for each tensor",
+    ),
+)

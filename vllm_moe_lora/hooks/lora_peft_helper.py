@@ -1,0 +1,31 @@
+"""vllm/lora/peft_helper.py"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_moe_lora.patching import Hook
+
+
+def _from_dict(original: Callable[..., Any]) -> Any:
+    def from_dict(cls: type[Any], config_dict: dict[str, Any]) -> Any:
+        helper = original(config_dict)
+        # What the dataclass leaves out: patterns (up to 0.31), target_parameters, layout markers.
+        helper.moe_lora_raw = dict(config_dict)
+        return helper
+
+    return classmethod(from_dict)
+
+
+HOOKS = (
+    Hook(
+        feature="adapters",
+        target="vllm.lora.peft_helper:PEFTHelper.from_dict",
+        make=_from_dict,
+        releases=">=0.29,<0.34",
+        why="the markers by which an adapter says its layout are dropped",
+        upstream="",
+        until="upstream keeps the whole adapter_config.json",
+    ),
+)

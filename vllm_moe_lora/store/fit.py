@@ -1,0 +1,167 @@
+"""A loaded adapter -> the model it is for, or an error before anything has changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_moe_lora.adapters.canonical import Dims
+from vllm_moe_lora.adapters.config import Config
+from vllm_moe_lora.adapters.errors import AdapterError, listed
+from vllm_moe_lora.adapters.group import Tensors
+from vllm_moe_lora.adapters.resolve import resolve
+from vllm_moe_lora.log import get_logger
+from vllm_moe_lora.store import strict
+from vllm_moe_lora.store.names import Spellings
+from vllm_moe_lora.store.stage import Slots, stage
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class Pending:
+    """Tensors of routed experts that wait for their model. Set as ``LoRAModel.moe_lora``.
+
+    Attributes:
+        layers: prefix of a layer's experts, as the adapter calls them -> tensors.
+        mapped: that prefix -> what vLLM's weights mapper makes of it.
+        config: of the adapter.
+    """
+
+    layers: dict[str, Tensors]
+    mapped: dict[str, str]
+    config: Config
+
+
+def fit(manager: Any, lora: Any) -> None:
+    """Give every module of the adapter the model's name, and stage its routed experts.
+
+    Args:
+        manager: vLLM's `LoRAModelManager`, its modules wrapped.
+        lora: a `LoRAModel` before upstream packs it. Staged experts go into ``lora.loras`` under
+            the wrapper's name, in the form that `set_lora` takes.
+
+    Raises:
+        AdapterError: a tensor has no place, or does not fit it. Nothing has changed then but
+            ``lora`` itself.
+    """
+    pending: Pending | None = getattr(lora, "moe_lora", None)
+    if pending is None and strict.is_warm_up(lora):
+        return
+    places = strict.places(manager)
+    spellings = Spellings(places)
+    for name in [name for name in lora.loras if name not in places]:
+        own = spellings.find(name)
+        if own is not None and own in lora.loras:
+            raise AdapterError(f"LoRA adapter {lora.id}: {name} and {own} are one module")
+        if own is not None:
+            lora.loras[own] = lora.loras.pop(name)
+            lora.loras[own].module_name = own
+    strict.check(manager, lora, places)
+    if pending is None:
+        return
+    wrappers = {name: m for name, m in manager.modules.items() if is_experts(m)}
+    fitted = _wrappers_of(manager, lora, pending, wrappers)
+    if fitted:
+        dims = dims_of(manager, next(iter(wrappers.values())))
+        layers = {prefix: pending.layers[prefix] for prefix in fitted}
+        try:
+            resolved, notes = resolve(layers, dims, pending.config)
+            staged = {
+                fitted[found.prefix]: stage(
+                    found, slots_of(manager, wrappers[fitted[found.prefix]])
+                )
+                for found in resolved
+            }
+        except AdapterError as error:
+            raise AdapterError(f"LoRA adapter {lora.id}: {error}") from error
+        for note in notes:
+            logger.warning("LoRA adapter %d: %s", lora.id, note)
+        logger.debug("LoRA adapter %d: %s", lora.id, {found.layout for found in resolved})
+        _deliver(lora, staged)
+    if not lora.loras:
+        raise AdapterError(f"LoRA adapter {lora.id} has no tensor for this model")
+    del lora.moe_lora  # and with it the views of the file
+
+
+def is_experts(module: Any) -> bool:
+    return hasattr(module, "w13_lora_a_stacked")
+
+
+def dims_of(manager: Any, wrapper: Any) -> Dims:
+    """Sizes of the model's experts, without the padding of a weight format or of ranks."""
+    config = wrapper.moe_config
+    inner = (
+        config.intermediate_size_per_partition_unpadded or wrapper.intermediate_size_per_partition
+    )
+    return Dims(
+        experts=wrapper.global_num_experts,
+        hidden=config.hidden_dim_unpadded or config.hidden_dim,
+        inner=inner * wrapper.tp_size,
+        gated=bool(config.is_act_and_mul),
+        # Upstream knows the one model of this kind by its name, too.
+        interleaved=manager.model.config.architectures[0] == "GptOssForCausalLM",
+    )
+
+
+def slots_of(manager: Any, wrapper: Any) -> Slots:
+    return Slots(
+        local=local_experts(wrapper),
+        fused=wrapper._w13_slices == 1 and wrapper.moe_config.is_act_and_mul,
+        dims=dims_of(manager, wrapper),
+        dtype=manager.lora_config.lora_dtype,
+        limit=manager.lora_config.max_lora_rank,
+        shared=bool(getattr(wrapper, "enable_moe_shared_loras", False)),
+    )
+
+
+def local_experts(wrapper: Any) -> list[int]:
+    """Global numbers of this rank's experts, in the order of its weights."""
+    routed = getattr(wrapper.base_layer, "routed_experts", None)
+    owned = getattr(routed, "expert_map", None)
+    if owned is None:
+        return list(range(wrapper.local_num_experts))
+    pairs = [(int(local), number) for number, local in enumerate(owned.tolist()) if local >= 0]
+    return [number for _, number in sorted(pairs)][: wrapper.local_num_experts]
+
+
+def _wrappers_of(
+    manager: Any, lora: Any, pending: Pending, wrappers: dict[str, Any]
+) -> dict[str, str]:
+    """Prefix in the adapter -> name of the model's layer."""
+    spellings = Spellings(wrappers)
+    fitted: dict[str, str] = {}
+    lost = []
+    for prefix, mapped in pending.mapped.items():
+        own = spellings.find(mapped)
+        if own is None:
+            lost.append(prefix)
+        elif own in fitted.values():
+            raise AdapterError(f"LoRA adapter {lora.id}: {prefix} is there under two names")
+        else:
+            fitted[prefix] = own
+    if not lost or strict.may_be_elsewhere(manager):
+        return fitted
+    if not wrappers and manager.lora_config.target_modules is None:
+        raise AdapterError(
+            f"LoRA adapter {lora.id} has routed experts ({listed(lost)}), this model has none "
+            "that take LoRA. Nothing was loaded."
+        )
+    if manager.lora_config.target_modules is not None:
+        logger.warning(
+            "LoRA adapter %d: --lora-target-modules leaves out %s", lora.id, listed(lost)
+        )
+        return fitted
+    raise AdapterError(
+        f"LoRA adapter {lora.id}: this model has no place for {listed(lost)}. Nothing was loaded. "
+        f"Its routed experts are {listed(wrappers)}."
+    )
+
+
+def _deliver(lora: Any, staged: dict[str, Any]) -> None:
+    from vllm.lora.lora_weights import PackedLoRALayerWeights
+
+    for name, (a, b) in staged.items():
+        rank = max(one.shape[1] for one in a)
+        ones = [1.0] * len(a)
+        lora.loras[name] = PackedLoRALayerWeights(name, rank, list(ones), a, b, scaling=ones)

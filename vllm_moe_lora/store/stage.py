@@ -1,0 +1,221 @@
+"""Canonical experts -> the tensors that a LoRA layer of vLLM copies into a slot.
+
+One copy moves a tensor from the file (or the trainer's memory) to where it stays: in the order of
+the experts, in the slots' dtype, scaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_moe_lora.adapters.canonical import Dims, Experts, Part, Stack, first, same
+from vllm_moe_lora.adapters.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What one layer's wrapper takes.
+
+    Attributes:
+        local: numbers of the experts on this rank, in the order of its buffers.
+        fused: gate and up share one lora_a (vLLM's 3-D wrapper).
+        dims: of the model's experts.
+        dtype: of the buffers.
+        limit: max_lora_rank.
+        shared: w13's lora_a and w2's lora_b are one for all experts (--enable-moe-shared-loras).
+    """
+
+    local: Sequence[int]
+    fused: bool
+    dims: Dims
+    dtype: torch.dtype
+    limit: int
+    shared: bool = False
+
+
+@dataclass
+class _Piece:
+    """Some rows and ranks of a buffer, for some experts."""
+
+    part: Part
+    stack: Stack
+    offset: int = 0  # in the rank
+    rows: slice | None = None  # of lora_b
+
+
+def stage(experts: Experts, slots: Slots) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Tensors for `set_lora`: [w1, w2, w3] or, for fused slots, [w13, w2].
+
+    Args:
+        experts: of one layer.
+        slots: of its wrapper.
+
+    Returns:
+        lora_a ([local experts, rank, in] each) and lora_b ([local experts, out, rank]), scale
+        folded into lora_b. What the adapter leaves out is a zero of rank 1 without memory.
+
+    Raises:
+        AdapterError: the rank is above the limit, a number is not finite, or factors differ where
+            the engine stores one for all experts.
+    """
+    if slots.fused:
+        names = ["w13", "w2"]
+        pieces = {"w13": _fused(experts, slots), "w2": _plain(experts.parts.get("w2", []))}
+    else:
+        names = ["w1", "w2", "w3"] if slots.dims.gated else ["w1", "w2"]
+        whole = experts.split()
+        pieces = {name: _plain(whole.parts.get(name, [])) for name in names}
+    out_a, out_b = [], []
+    for name in names:
+        a, b = _filled(name, *pieces[name], slots)
+        if slots.shared:
+            _demand_shared(name, a if name != "w2" else b, pieces[name][0])
+        out_a.append(a)
+        out_b.append(b)
+    if not slots.fused and not slots.dims.gated:
+        out_a.append(out_a[0])  # upstream's list has three; it copies two
+        out_b.append(out_b[0])
+    return out_a, out_b
+
+
+def _plain(parts: list[Part]) -> tuple[list[_Piece], list[_Piece]]:
+    return [_Piece(p, p.a) for p in parts], [_Piece(p, p.b) for p in parts]
+
+
+def _fused(experts: Experts, slots: Slots) -> tuple[list[_Piece], list[_Piece]]:
+    """Gate and up in one factor: as they are, over a shared lora_a, or side by side in the rank."""
+    parts = experts.parts.get("w13", [])
+    if all(part.interleaved == slots.dims.interleaved for part in parts) and parts:
+        return _plain(parts)
+    halves = experts.split()
+    gates, ups = halves.parts.get("w1", []), halves.parts.get("w3", [])
+    inner = slots.dims.inner
+    rows = (
+        (slice(0, None, 2), slice(1, None, 2))
+        if slots.dims.interleaved
+        else (slice(0, inner), slice(inner, 2 * inner))
+    )
+    if len(gates) == len(ups) and all(
+        gate.experts == up.experts and gate.rank == up.rank and same(gate.a, up.a)
+        for gate, up in zip(gates, ups, strict=True)
+    ):
+        offset, a = 0, [_Piece(gate, gate.a) for gate in gates]
+    else:
+        offset = max((gate.rank for gate in gates), default=0)
+        a = [_Piece(g, g.a) for g in gates] + [_Piece(u, u.a, offset) for u in ups]
+    b = [_Piece(g, g.b, 0, rows[0]) for g in gates] + [_Piece(u, u.b, offset, rows[1]) for u in ups]
+    return a, b
+
+
+def _filled(
+    name: str, a: list[_Piece], b: list[_Piece], slots: Slots
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, inn = slots.dims.shape(name)
+    local = len(slots.local)
+    if not a:
+        zero = torch.zeros(1, 1, 1, dtype=slots.dtype)
+        return zero.expand(local, 1, inn), zero.expand(local, out, 1)
+    rank = max(piece.offset + piece.part.rank for piece in a)
+    if rank > slots.limit:
+        if any(piece.offset or piece.rows for piece in a + b):
+            widest = a[0]
+        else:
+            parts = [p.part.trimmed() if p.part.rank > slots.limit else p.part for p in a]
+            a, b = _plain(parts)
+            rank = max(part.rank for part in parts)
+            widest = max(a, key=lambda piece: piece.part.rank)
+        if rank > slots.limit:
+            raise AdapterError(_too_wide(widest, rank, slots))
+    return (
+        _buffer(a, (local, rank, inn), slots, is_a=True),
+        _buffer(b, (local, out, rank), slots, is_a=False),
+    )
+
+
+def _too_wide(piece: _Piece, rank: int, slots: Slots) -> str:
+    text = f"{piece.part.label}: rank {rank} is above max_lora_rank={slots.limit}. "
+    if piece.part.rank < rank:
+        text = (
+            f"{piece.part.label}: gate and up have different lora_A, and vLLM stores this model's "
+            f"gate_up as one, so together they have rank {rank}, above max_lora_rank="
+            f"{slots.limit}. Start the engine with --enable-mixed-moe-lora-format, or "
+        )
+        return f"{text}with --max-lora-rank {rank} or higher."
+    return f"{text}Start the engine with --max-lora-rank {rank} or higher."
+
+
+def _buffer(
+    pieces: list[_Piece], shape: tuple[int, int, int], slots: Slots, is_a: bool
+) -> torch.Tensor:
+    local = slots.local
+    one = pieces[0]
+    axis = 1 if is_a else 2
+    alone = len(pieces) == 1 and one.rows is None and one.part.rank == shape[axis]
+    scale = 1.0 if is_a else one.part.scale
+    if alone and len(one.stack) == 1 and _covers(one.part, local):
+        row = _scaled(first(one.stack)[None].clone(), scale, slots.dtype)
+        _demand_finite(row, one, local)
+        return row.expand(shape)
+    if alone and _covers(one.part, local):
+        result = _scaled(_select(one, local), scale, slots.dtype)
+        _demand_finite(result, one, local)
+        return result
+    result = torch.zeros(shape, dtype=slots.dtype)
+    for piece in pieces:
+        own = set(piece.part.experts)
+        here = [i for i, number in enumerate(local) if number in own]
+        if not here:
+            continue
+        factor = 1.0 if is_a else piece.part.scale
+        values = _scaled(_select(piece, [local[i] for i in here]), factor, slots.dtype)
+        _demand_finite(values, piece, [local[i] for i in here])
+        ranks = slice(piece.offset, piece.offset + piece.part.rank)
+        target = result[:, ranks] if is_a else result[:, piece.rows or slice(None), ranks]
+        target[here] = values
+    return result
+
+
+def _covers(part: Part, local: Sequence[int]) -> bool:
+    return len(part.experts) >= len(local) and set(local) <= set(part.experts)
+
+
+def _select(piece: _Piece, numbers: Sequence[int]) -> torch.Tensor:
+    """A new tensor with the matrices of ``numbers``, in their order."""
+    stack = piece.stack
+    if len(stack) == 1:
+        return first(stack)[None].expand(len(numbers), *first(stack).shape).contiguous()
+    position = {number: i for i, number in enumerate(piece.part.experts)}
+    index = [position[number] for number in numbers]
+    if not isinstance(stack, torch.Tensor):
+        return torch.stack([stack[i] for i in index])
+    if index == list(range(len(stack))):
+        return stack.clone(memory_format=torch.contiguous_format)
+    return stack.index_select(0, torch.tensor(index))
+
+
+def _scaled(values: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """In ``dtype``; scaled before rounding to it. ``values`` is ours to change."""
+    return (values if scale == 1.0 else values.mul_(scale)).to(dtype)
+
+
+def _demand_finite(values: torch.Tensor, piece: _Piece, numbers: Sequence[int]) -> None:
+    low, high = torch.aminmax(values)
+    if torch.isfinite(low) and torch.isfinite(high):
+        return
+    bad = int((~torch.isfinite(values)).nonzero()[0][0])
+    raise AdapterError(
+        f"{piece.part.label}: NaN or infinite numbers (expert {numbers[bad]}, as {values.dtype}). "
+        "The training run diverged or the file is damaged."
+    )
+
+
+def _demand_shared(name: str, values: torch.Tensor, pieces: list[_Piece]) -> None:
+    if pieces and values.stride(0) and not torch.equal(values, values[:1].expand_as(values)):
+        side = "lora_B" if name == "w2" else "lora_A"
+        raise AdapterError(
+            f"{pieces[0].part.label}: experts have different {side}, but this engine stores one "
+            "for all of them. Start it without --enable-moe-shared-loras."
+        )

@@ -7,7 +7,6 @@ package's writers: these files are what the package's readers are tested against
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -121,7 +120,7 @@ EXP = "model.layers.{i}.mlp.experts"
 
 
 def _rows(truth, form, interleaved):
-    """[(prefix, layer)] and per layer gate_up factors fused: a [E, r, H], b [E, 2I, r]."""
+    """Each layer: prefix, then fused gate_up a [E, r, H] and b [E, 2I, r], then down's a and b."""
     for i, layer in enumerate(truth.layers):
         gate_b = torch.stack([b for _, b in layer["gate_proj"]])
         up_b = torch.stack([b for _, b in layer["up_proj"]])
@@ -158,7 +157,7 @@ def per_expert(truth, form=EXP, prefix=P, leaf="weight", names=None, fused=False
 
 
 def flat(truth, form=EXP, transposed=False, a_grouped=True, b_grouped=False, interleaved=False):
-    """PEFT's target_parameters: A rows expert-major, B columns rank-major; the rest are variants."""
+    """PEFT's target_parameters: A rows expert-major, B columns rank-major; else a variant."""
     out = {}
     for prefix, ga, gb, da, db in _rows(truth, form, interleaved):
         for where, a, b in ((".base_layer", ga, gb), ("", da, db)):
@@ -175,17 +174,15 @@ def flat_doubled(truth, form=EXP, interleaved=False):
     """PEFT's rewriting of gate_proj, up_proj: A stacked, B block-diagonal, rank 2 r."""
     out = flat(truth, form, interleaved=interleaved)
     for i, layer in enumerate(truth.layers):
-        ga = torch.stack(
-            [torch.cat([g[0], u[0]]) for g, u in zip(layer["gate_proj"], layer["up_proj"])]
-        )
-        zero = torch.zeros_like(layer["gate_proj"][0][1])
+        pairs = list(zip(layer["gate_proj"], layer["up_proj"], strict=True))
+        ga = torch.stack([torch.cat([gate, up]) for (gate, _), (up, _) in pairs])
         blocks = []
-        for (_, g), (_, u) in zip(layer["gate_proj"], layer["up_proj"]):
-            gate, up = torch.cat([g, zero], 1), torch.cat([zero, u], 1)
-            both = (
-                torch.stack([gate, up], 1).flatten(0, 1) if interleaved else torch.cat([gate, up])
+        for (_, gate), (_, up) in pairs:
+            zero = torch.zeros_like(gate)
+            halves = [torch.cat([gate, zero], 1), torch.cat([zero, up], 1)]
+            blocks.append(
+                torch.stack(halves, 1).flatten(0, 1) if interleaved else torch.cat(halves)
             )
-            blocks.append(both)
         name = f"{P}{form.format(i=i)}.base_layer"
         out[f"{name}.lora_A.weight"] = ga.flatten(0, 1)
         out[f"{name}.lora_B.weight"] = torch.stack(blocks).permute(1, 2, 0).flatten(1, 2)
@@ -208,7 +205,7 @@ def stacked(truth, form=EXP, names=("w1", "w3", "w2"), shared=False, leaf=".weig
     """Tinker's raw stacks; shared: lora_A of w1, w3 and lora_B of w2 once for all experts."""
     out = {}
     for i, layer in enumerate(truth.layers):
-        for word, projection in zip(names, ("gate_proj", "up_proj", "down_proj")):
+        for word, projection in zip(names, ("gate_proj", "up_proj", "down_proj"), strict=True):
             a = torch.stack([a for a, _ in layer[projection]])
             b = torch.stack([b for _, b in layer[projection]])
             if shared:
@@ -239,7 +236,3 @@ def shared_outer(truth, form=EXP):
         for e, (a, _) in enumerate(layer["down_proj"]):
             out[f"{base}.{e}.down_proj.lora_A.weight"] = a
     return out
-
-
-def rank_of(a):
-    return math.prod(a.shape[:-1])

@@ -108,3 +108,34 @@ def compare_low_precision(got: list[torch.Tensor], case: Case, name: str) -> Non
         effects.append((base[-1] - want[-1])[top].abs().mean())
     difference, effect = torch.stack(differences).mean(), torch.stack(effects).mean()
     assert difference <= SHARE * effect, f"{name}: {difference:.4f} of an effect of {effect:.4f}"
+
+
+# vLLM's Qwen3.5 file imports image code that imports torchvision, which has no CPU build for this
+# torch. Nothing of it is called for text, so names that cannot do anything are enough.
+STUB = """
+__version__ = "0.0.0"
+
+
+class Meta(type):
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return f"{cls.__name__}.{name}"
+
+
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return Meta(name, (), {})
+"""
+
+
+@pytest.fixture
+def no_torchvision(tmp_path: Path) -> dict[str, str]:
+    """Environment in which torchvision can be imported and does nothing."""
+    names = ["", "io", "transforms", "transforms/functional", "transforms/v2"]
+    for name in [*names, "transforms/v2/functional"]:
+        folder = tmp_path / "torchvision" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "__init__.py").write_text(STUB)
+    return {"PYTHONPATH": str(tmp_path)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,16 @@ def with_experts(folder: Path) -> dict[str, torch.Tensor] | None:
     Raises:
         AdapterError: the adapter has routed experts, but its file is damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not (folder / WEIGHTS).is_file():
-        if not any((folder / name).is_file() for name in _PICKLES):
-            return None
-        found = tensors(folder)
-        return found if touches_experts(found) else None
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            names = file.keys()
-    except (SafetensorError, OSError):
-        return None  # upstream's own error says what is wrong with the file
-    return tensors(folder) if touches_experts(names) else None
+    if (folder / WEIGHTS).is_file():
+        try:
+            header, start = _header(folder / WEIGHTS)
+        except AdapterError:
+            return None  # upstream's own error says what is wrong with the file
+        return _views(folder / WEIGHTS, header, start) if touches_experts(header) else None
+    if not any((folder / name).is_file() for name in _PICKLES):
+        return None
+    found = tensors(folder)
+    return found if touches_experts(found) else None
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -54,7 +52,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """
     file = folder / WEIGHTS
     if file.is_file():
-        return _mapped(file)
+        return _views(file, *_header(file))
     for name in _PICKLES:
         if (folder / name).is_file():
             try:
@@ -67,30 +65,39 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     raise AdapterError(f"{folder} has no {WEIGHTS}")
 
 
-def _mapped(file: Path) -> dict[str, torch.Tensor]:
-    header, start = _header(file)
+def _views(file: Path, header: dict[str, Any], start: int) -> dict[str, torch.Tensor]:
+    """Each tensor as a view of the mapped file."""
     size = file.stat().st_size
     storage = torch.UntypedStorage.from_file(str(file), False, size)
-    flat: dict[torch.dtype, torch.Tensor] = {}
+    flat: dict[str, torch.Tensor] = {}
     out: dict[str, torch.Tensor] = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        dtype = DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise AdapterError(
-                f"{file.name}: {name} is {entry['dtype']}; LoRA factors are float32, bfloat16 or "
-                "float16. Save the adapter in one of them."
-            )
-        shape, (begin, _) = entry["shape"], entry["data_offsets"]
-        if (start + begin) % dtype.itemsize:
+        code, shape, offset = entry["dtype"], entry["shape"], start + entry["data_offsets"][0]
+        whole = flat.get(code)
+        if whole is None:
+            whole = flat[code] = _as_dtype(file, name, code, storage)
+        offset, rest = divmod(offset, whole.itemsize)
+        if rest:
             return _unaligned(file)
-        if dtype not in flat:
-            whole = torch.empty(0, dtype=dtype)
-            flat[dtype] = whole.set_(storage, 0, (size // dtype.itemsize,))
-        offset = (start + begin) // dtype.itemsize
-        out[name] = flat[dtype].as_strided(shape, _strides(shape), offset)
+        if len(shape) == 2:  # all of them, nearly
+            out[name] = whole.as_strided(shape, (shape[1], 1), offset)
+        else:
+            numbers = math.prod(shape)
+            out[name] = whole[offset : offset + numbers].view(shape)
     return out
+
+
+def _as_dtype(file: Path, name: str, code: str, storage: torch.UntypedStorage) -> torch.Tensor:
+    dtype = DTYPES.get(code)
+    if dtype is None:
+        raise AdapterError(
+            f"{file.name}: {name} is {code}; LoRA factors are float32, bfloat16 or float16. Save "
+            "the adapter in one of them."
+        )
+    length = storage.nbytes() // dtype.itemsize
+    return torch.empty(0, dtype=dtype).set_(storage, 0, (length,))
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
@@ -98,25 +105,16 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="pt"):  # checks sizes, offsets and overlaps
+        # Checks sizes and offsets; as tensors must fill the file without a gap or an overlap,
+        # no name can be there twice.
+        with safe_open(file, framework="pt"):
             pass
         with file.open("rb") as data:
             length = int.from_bytes(data.read(8), "little")
-            header = json.loads(data.read(length), object_pairs_hook=_no_doubles)
+            header = json.loads(data.read(length))
     except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, AdapterError):
-            raise
         raise AdapterError(f"{file} cannot be read as safetensors: {error}") from error
     return header, 8 + length
-
-
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise AdapterError(f"{WEIGHTS}: {twice} is there twice")
-    return table
 
 
 def _unaligned(file: Path) -> dict[str, torch.Tensor]:
@@ -124,11 +122,3 @@ def _unaligned(file: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(file)
-
-
-def _strides(shape: list[int]) -> list[int]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return strides[::-1]

@@ -55,13 +55,8 @@ def group(tensors: Mapping[str, torch.Tensor]) -> Grouped:
     adapters: dict[str, str] = {}
     for key, tensor in tensors.items():
         name = parse(key)
-        if name.side != "full":
-            adapters.setdefault(name.adapter, key)
-            if len(adapters) > 1:
-                raise AdapterError(
-                    f"{' and '.join(sorted(adapters.values()))} belong to two adapters in one "
-                    "file. Save one adapter (PEFT's save_pretrained does)."
-                )
+        if name.side != "full" and name.adapter not in adapters:
+            adapters[name.adapter] = key
         if name.side == "full":
             out.full[key] = tensor
         elif name.side in ("magnitude", "bias"):
@@ -75,6 +70,11 @@ def group(tensors: Mapping[str, torch.Tensor]) -> Grouped:
             if name.side in sides:
                 raise AdapterError(f"{key} and {sides[name.side][0]} are the same factor twice")
             sides[name.side] = (key, tensor)
+    if len(adapters) > 1:
+        raise AdapterError(
+            f"{' and '.join(sorted(adapters.values()))} belong to two adapters in one file. Save "
+            "one adapter (PEFT's save_pretrained does)."
+        )
     _refuse_lonely(out)
     return out
 

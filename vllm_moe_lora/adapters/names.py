@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 PREFIX = "base_model.model."
@@ -67,32 +69,43 @@ class Place(NamedTuple):
 def parse(tensor: str) -> Name:
     """Split a tensor's name. Forms: ``[base_model.model.]M.lora_A[.default][.weight]`` and kin."""
     name = tensor.removeprefix(PREFIX)
-    module, found, tail = name.rpartition(".lora_")
-    if not found:
-        return Name(name, "full", "", False)
+    module, _, tail = name.rpartition(".lora_")
+    side, adapter, embedding = _tail(tail) if module else _FULL
+    return Name(name if side == "full" else module, side, adapter, embedding)
+
+
+_FULL = ("full", "", False)
+
+
+@lru_cache(maxsize=1024)  # a file has thousands of names, and a handful of tails
+def _tail(tail: str) -> tuple[str, str, bool]:
     word, *rest = ("lora_" + tail).split(".")
     leaf = rest.pop() if rest and rest[-1] in ("weight", "bias") else ""
     side = _SIDES.get(word, "full")
     if side == "full" or len(rest) > 1:
-        return Name(name, "full", "", False)
-    if leaf == "bias":
-        side = "bias"
-    return Name(module, side, rest[0] if rest else "", "embedding" in word)
+        return _FULL
+    return "bias" if leaf == "bias" else side, rest[0] if rest else "", "embedding" in word
 
 
 def place(module: str) -> Place | None:
     """The routed experts that a module belongs to, None for any other module."""
     prefix, found, rest = module.rpartition(EXPERTS)
-    if not found or rest[:1] not in ("", "."):
+    where = _expert(rest) if found else None
+    return None if where is None else Place(prefix + EXPERTS, *where)
+
+
+@lru_cache(maxsize=8192)  # every layer has the same
+def _expert(rest: str) -> tuple[int | None, str] | None:
+    if rest[:1] not in ("", "."):
         return None
     words = rest[1:].split(".")
     expert = int(words.pop(0)) if words[0].isdecimal() else None
     projection = PROJECTIONS.get(".".join(words))
     if projection is None or (expert is not None and projection in ("inner", "outer")):
         return None
-    return Place(prefix + EXPERTS, expert, projection)
+    return expert, projection
 
 
-def touches_experts(tensors: object) -> bool:
+def touches_experts(tensors: Iterable[str]) -> bool:
     """Whether any of these names is of routed experts."""
-    return any(f"{EXPERTS}." in name for name in tensors)  # type: ignore[attr-defined]
+    return any(f"{EXPERTS}." in name for name in tensors)

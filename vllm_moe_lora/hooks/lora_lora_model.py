@@ -27,10 +27,13 @@ def _from_local_checkpoint(original: Callable[..., Any]) -> Any:
         **more: Any,
     ) -> Any:
         from vllm_moe_lora.adapters import config, folder
+        from vllm_moe_lora.store.memory import NoCollection
 
         path = Path(lora_dir)
+        quiet = NoCollection()
         tensors = None if more.get("tensorizer_config_dict") else folder.with_experts(path)
         if tensors is None:
+            del quiet
             return original(
                 lora_dir,
                 expected_lora_modules,
@@ -76,10 +79,12 @@ def _from_lora_tensors(original: Callable[..., Any]) -> Any:
         from vllm_moe_lora.adapters.config import Config
         from vllm_moe_lora.adapters.group import group, refuse_what_is_not_lora
         from vllm_moe_lora.store.fit import Pending
+        from vllm_moe_lora.store.memory import NoCollection
 
         raw = getattr(peft_helper, "moe_lora_raw", None) or asdict(peft_helper)
         config = Config.from_dict(raw, getattr(peft_helper, "moe_lora_markers", None))
         skipped = more.get("skip_prefixes") or []
+        quiet = NoCollection()
         found = group(
             {key: t for key, t in tensors.items() if not cls._should_skip_module(key, skipped)}
         )
@@ -98,6 +103,7 @@ def _from_lora_tensors(original: Callable[..., Any]) -> Any:
             found.experts,
             {p: mapper._map_name(p) if mapper is not None else p for p in found.experts},
             config,
+            quiet,
         )
         return lora
 

@@ -12,6 +12,7 @@ from vllm_moe_lora.adapters.group import Tensors
 from vllm_moe_lora.adapters.resolve import resolve
 from vllm_moe_lora.log import get_logger
 from vllm_moe_lora.store import strict
+from vllm_moe_lora.store.memory import NoCollection
 from vllm_moe_lora.store.names import Spellings
 from vllm_moe_lora.store.stage import Slots, stage
 
@@ -26,11 +27,13 @@ class Pending:
         layers: prefix of a layer's experts, as the adapter calls them -> tensors.
         mapped: that prefix -> what vLLM's weights mapper makes of it.
         config: of the adapter.
+        quiet: keeps the garbage collector off meanwhile.
     """
 
     layers: dict[str, Tensors]
     mapped: dict[str, str]
     config: Config
+    quiet: NoCollection
 
 
 def fit(manager: Any, lora: Any) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from vllm_moe_lora.adapters.canonical import Dims, Experts, Part, Stack, first, same
 from vllm_moe_lora.adapters.errors import AdapterError
+from vllm_moe_lora.store.memory import empty
 
 
 @dataclass(frozen=True)
@@ -189,16 +190,19 @@ def _select(piece: _Piece, numbers: Sequence[int]) -> torch.Tensor:
         return first(stack)[None].expand(len(numbers), *first(stack).shape).contiguous()
     position = {number: i for i, number in enumerate(piece.part.experts)}
     index = [position[number] for number in numbers]
+    out = empty((len(index), *first(stack).shape), first(stack).dtype)
     if not isinstance(stack, torch.Tensor):
-        return torch.stack([stack[i] for i in index])
+        return torch.stack([stack[i] for i in index], out=out)
     if index == list(range(len(stack))):
-        return stack.clone(memory_format=torch.contiguous_format)
-    return stack.index_select(0, torch.tensor(index))
+        return out.copy_(stack)
+    return torch.index_select(stack, 0, torch.tensor(index), out=out)
 
 
 def _scaled(values: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
     """In ``dtype``; scaled before rounding to it. ``values`` is ours to change."""
-    return (values if scale == 1.0 else values.mul_(scale)).to(dtype)
+    if scale != 1.0:
+        values.mul_(scale)
+    return values if values.dtype == dtype else empty(values.shape, dtype).copy_(values)
 
 
 def _demand_finite(values: torch.Tensor, piece: _Piece, numbers: Sequence[int]) -> None:

@@ -25,14 +25,13 @@ def check(manager: Any, lora: Any, where: Places) -> None:
         AdapterError: naming the module. Nothing has changed then.
     """
     _refuse_unreachable(manager, lora)
-    if manager.lora_config.target_modules is None and not may_be_elsewhere(manager):
-        unknown = [name for name in lora.loras if name not in where]
-        if unknown:
-            raise AdapterError(
-                f"LoRA adapter {lora.id}: this model has no place for {listed(unknown)}. Nothing "
-                "was loaded. Check that the adapter was trained on this model and that its module "
-                "names are the checkpoint's."
-            )
+    unknown = [name for name in lora.loras if name not in where]
+    if unknown and manager.lora_config.target_modules is None and not may_be_elsewhere(manager):
+        raise AdapterError(
+            f"LoRA adapter {lora.id}: this model has no place for {listed(unknown)}. Nothing "
+            "was loaded. Check that the adapter was trained on this model and that its module "
+            "names are the checkpoint's."
+        )
     limit = manager.lora_config.max_lora_rank
     for name, weights in lora.loras.items():
         for a, b in _pairs(weights):

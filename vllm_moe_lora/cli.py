@@ -12,7 +12,9 @@ import vllm_moe_lora
 # name -> one line of help. `vllm_moe_lora.commands.<name>` is imported only when it is used, and
 # holds `add_arguments(parser)` and `run(args) -> exit code`.
 COMMANDS = {
+    "convert": "write an adapter in another layout, or merge it into a model",
     "demo": "build a tiny INT4 MoE model and show that adapter == merged on a real engine",
+    "inspect": "show what an adapter holds: layout, layers, experts, ranks, scales, bytes",
 }
 
 

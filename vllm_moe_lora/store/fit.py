@@ -10,10 +10,10 @@ from vllm_moe_lora.adapters.config import Config
 from vllm_moe_lora.adapters.errors import AdapterError, listed
 from vllm_moe_lora.adapters.group import Tensors
 from vllm_moe_lora.adapters.resolve import resolve
+from vllm_moe_lora.adapters.spelling import Spellings
 from vllm_moe_lora.log import get_logger
 from vllm_moe_lora.store import strict
 from vllm_moe_lora.store.memory import NoCollection
-from vllm_moe_lora.store.names import Spellings
 from vllm_moe_lora.store.stage import Slots, stage
 
 logger = get_logger(__name__)

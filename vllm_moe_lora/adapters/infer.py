@@ -1,0 +1,105 @@
+"""Sizes of a model's experts without the engine: from its config.json, or from an adapter alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm_moe_lora.adapters.canonical import Dims
+from vllm_moe_lora.adapters.config import Config
+from vllm_moe_lora.adapters.errors import AdapterError
+from vllm_moe_lora.adapters.group import Tensors
+
+_COUNT = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+_INNER = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+_INTERLEAVED = ("gpt_oss",)
+_NO_GATE = ("nemotron_h",)
+
+
+def from_model(folder: Path) -> Dims:
+    """
+    Raises:
+        AdapterError: no config.json, or no experts in it.
+    """
+    config = model_config(folder)
+    text = config.get("text_config") or config
+    experts = next((text[key] for key in _COUNT if text.get(key)), None)
+    inner = next((text[key] for key in _INNER if text.get(key)), None)
+    if experts is None or inner is None:
+        raise AdapterError(f"{folder / 'config.json'} names no routed experts")
+    kind = str(text.get("model_type", ""))
+    return Dims(
+        int(experts),
+        int(text["hidden_size"]),
+        int(inner),
+        gated=kind not in _NO_GATE,
+        interleaved=kind in _INTERLEAVED,
+    )
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{folder / 'config.json'} cannot be read: {error}") from error
+
+
+def from_adapter(layers: Mapping[str, Tensors], config: Config) -> Dims:
+    """
+    Raises:
+        AdapterError: the tensors do not show all sizes.
+    """
+    experts = hidden = inner = 0
+    for tensors in layers.values():
+        for (expert, projection), pair in tensors.items():
+            for side, (_, tensor) in pair.items():
+                if projection in ("inner", "outer"):
+                    continue
+                if expert is not None:
+                    experts = max(experts, expert + 1)
+                elif tensor.ndim == 3:
+                    experts = max(experts, tensor.shape[0])
+                elif side == "A":
+                    experts = max(experts, tensor.shape[0] // config.rank)
+                out_or_in = tensor.shape[-1] if side == "A" else tensor.shape[-2]
+                if expert is None and tensor.ndim == 2 and side == "B":
+                    continue  # rows of all experts
+                half = 2 if projection == "w13" and side == "B" else 1
+                if (projection == "w2") == (side == "B"):
+                    hidden = out_or_in
+                else:
+                    inner = out_or_in // half
+        flat = _flat(tensors, config)
+        if flat is not None:
+            return flat
+    if not experts or not hidden or not inner:
+        raise AdapterError(
+            "the sizes of the model's experts do not show in this adapter: name the model's folder "
+            "(--base)"
+        )
+    return Dims(experts, hidden, inner)
+
+
+def _flat(tensors: Tensors, config: Config) -> Dims | None:
+    """From `experts.base_layer` and `experts` together; one of them alone does not tell enough."""
+    both = [tensors.get((None, name)) for name in ("inner", "outer")]
+    if None in both:
+        return None
+    rows, columns, ups = [], [], []
+    for pair in both:
+        assert pair is not None
+        a, b = pair["A"][1], pair["B"][1]
+        rows.append(b.shape[0])
+        columns.append(a.shape[1])
+        ups.append(a.shape[0])
+    # The rank of gate_up may be twice down's, so the smaller one counts.
+    experts = min(ups) // min(config.rank, *(config.rank_pattern.values() or [config.rank]))
+    for hidden, inner, wide in (
+        (columns[0], columns[1], rows[0]),  # gate_up [2 I, H], down [H, I]
+        (rows[0], rows[1], columns[0]),  # in and out swapped
+    ):
+        if wide == 2 * inner and hidden in (rows[1], columns[1]):
+            return Dims(experts, hidden, inner)
+    return None

@@ -1,0 +1,87 @@
+"""`vllm-moe-lora convert`: an adapter in another layout, or merged into a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+LAYOUTS = ("per-expert", "peft-fused", "packed")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("src", type=Path, help="folder of the adapter")
+    parser.add_argument("dst", type=Path, help="folder to write")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--to", choices=LAYOUTS, help="layout of the routed experts")
+    what.add_argument(
+        "--merge-into",
+        type=Path,
+        metavar="MODEL",
+        help="write MODEL (full precision) with the adapter merged into its weights",
+    )
+    parser.add_argument("--base", type=Path, help="folder of the model (its config.json is read)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be written")
+    parser.add_argument("--force", action="store_true", help="replace DST")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    from vllm_moe_lora.adapters import merge
+    from vllm_moe_lora.adapters.convert import convert, read, save
+    from vllm_moe_lora.adapters.errors import AdapterError
+
+    if args.dst.exists() and not args.force and not args.dry_run:
+        print(f"✗ {args.dst} exists. Cure: another name, or --force.", file=sys.stderr)
+        return 1
+    try:
+        adapter = read(args.src, args.base or args.merge_into)
+        if args.merge_into:
+            plan = merge.Plan(adapter, args.merge_into)
+            result: dict[str, Any] = {"weights": len(plan.changes), "notes": adapter.notes}
+            if not args.dry_run:
+                _clear(args)
+                plan.write(args.dst, _progress)
+        else:
+            written, config = convert(adapter, args.to, _progress)
+            result = {
+                "tensors": len(written.tensors),
+                "bytes": sum(t.numel() * t.element_size() for t in written.tensors.values()),
+                "notes": sorted(written.notes),
+            }
+            if not args.dry_run:
+                _clear(args)
+                save(args.dst, written.tensors, config)
+    except AdapterError as error:
+        print(f"✗ {error}", file=sys.stderr)
+        return 1
+    for note in result["notes"]:
+        print(f"note: {note}", file=sys.stderr)
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        did = "would write" if args.dry_run else "wrote"
+        what = ", ".join(f"{n} {key}" for key, n in result.items() if key != "notes")
+        print(f"✓ {did} {args.dst}: {what}")
+    return 0
+
+
+def _clear(args: argparse.Namespace) -> None:
+    if args.force and args.dst.exists():
+        shutil.rmtree(args.dst)
+
+
+def _progress(items: Iterable[Any], what: str) -> Iterable[Any]:
+    """A bar on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        return items
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        return items
+    return track(list(items), description=what, console=Console(stderr=True), transient=True)

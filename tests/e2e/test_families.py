@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from conftest import PROMPTS, compare_fp32, compare_low_precision
+from safetensors.torch import load_file, save_file
 
 from vllm_moe_lora.tiny import engine
 
@@ -89,3 +92,30 @@ def test_qwen3_5_moe_bf16(make_case, no_torchvision):
     case.add("all", _everything)
     got = case.ask("all", dtype="bfloat16", language_model_only=True, env=no_torchvision)
     compare_low_precision(got["all"], case, "all")
+
+
+def test_gated_delta_net_projections_apart(make_case, no_torchvision):
+    """vLLM merges in_proj_qkv with in_proj_z, and in_proj_b with in_proj_a: each on its own."""
+    case = make_case("qwen3_5_moe")
+    names = ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"]
+    for seed, word in enumerate(names):
+        case.add(word, lambda n, w=word: n.endswith(w), seed=seed, size=0.5)
+    case.adapters["apart"] = _apart(case.adapters["in_proj_qkv"], case.folder / "apart")
+    case.oracles["apart"] = case.want("in_proj_qkv")
+    names.append("apart")
+    got = case.ask(*names, dtype="bfloat16", language_model_only=True, env=no_torchvision)
+    for name in names:
+        compare_low_precision(got[name], case, name)
+
+
+def _apart(adapter, folder):
+    """Tinker's form: q, k and v as three modules."""
+    shutil.copytree(adapter, folder)
+    file, out = folder / "adapter_model.safetensors", {}
+    for key, tensor in load_file(file).items():
+        rows = [256, 256, 512]  # 2 key heads, 4 value heads of 128
+        parts = tensor.split(rows) if "lora_B" in key else [tensor.clone() for _ in rows]
+        for word, part in zip("qkv", parts, strict=True):
+            out[key.replace("in_proj_qkv", f"in_proj_{word}")] = part.contiguous()
+    save_file(out, file)
+    return folder

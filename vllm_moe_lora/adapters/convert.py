@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,16 +118,28 @@ def _config(adapter: Adapter, out: Written, layout: str) -> dict[str, Any]:
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-    """Write an adapter's folder under another name, then rename it; ``folder`` must not exist."""
+    """Write an adapter's folder."""
     from safetensors.torch import save_file
 
+    with replacing(folder) as draft:
+        save_file(
+            {key: tensor.contiguous().clone() for key, tensor in tensors.items()},
+            draft / files.WEIGHTS,
+            metadata={"format": "pt"},
+        )
+        (draft / "adapter_config.json").write_text(json.dumps(config, indent=2))
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place and name of ``folder`` when all went well."""
     draft = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    save_file(
-        {key: tensor.contiguous().clone() for key, tensor in tensors.items()},
-        draft / files.WEIGHTS,
-        metadata={"format": "pt"},
-    )
-    (draft / "adapter_config.json").write_text(json.dumps(config, indent=2))
-    draft.rename(folder)
+    try:
+        yield draft
+        if folder.exists():
+            shutil.rmtree(folder)
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

@@ -16,7 +16,7 @@ import torch
 
 from vllm_moe_lora.adapters import infer
 from vllm_moe_lora.adapters.canonical import Experts, Part
-from vllm_moe_lora.adapters.convert import Adapter
+from vllm_moe_lora.adapters.convert import Adapter, replacing
 from vllm_moe_lora.adapters.errors import AdapterError, listed
 from vllm_moe_lora.adapters.group import EMBEDDING_COPIES
 from vllm_moe_lora.adapters.names import PREFIX, PROJECTIONS, place
@@ -70,22 +70,19 @@ class Plan:
             raise AdapterError(f"{model} has no weight for {listed(self._lost)}")
 
     def write(self, folder: Path, progress: Callable[[Iterable[Any], str], Iterable[Any]]) -> None:
-        """Write the merged model, shard by shard, under another name; then rename it."""
+        """Write the merged model, shard by shard."""
         from safetensors.torch import load_file, save_file
 
-        draft = folder.with_name(f".{folder.name}.writing")
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        for file in self.model.iterdir():
-            if file.is_file() and file.suffix != ".safetensors":
-                shutil.copy(file, draft)
-        for shard in progress(self.shards, "shards"):
-            weights = load_file(self.model / shard)
-            for name in weights:
-                for change in self.changes.get(name, ()):
-                    weights[name] = change(weights[name]).contiguous()
-            save_file(weights, draft / shard, metadata={"format": "pt"})
-        draft.rename(folder)
+        with replacing(folder) as draft:
+            for file in self.model.iterdir():
+                if file.is_file() and file.suffix != ".safetensors":
+                    shutil.copy(file, draft)
+            for shard in progress(self.shards, "shards"):
+                weights = load_file(self.model / shard)
+                for name in weights:
+                    for change in self.changes.get(name, ()):
+                        weights[name] = change(weights[name]).contiguous()
+                save_file(weights, draft / shard, metadata={"format": "pt"})
 
     def _change(self, name: str, change: Change, source: str) -> None:
         own = self._spellings.find(name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,7 +43,6 @@ def run(args: argparse.Namespace) -> int:
             plan = merge.Plan(adapter, args.merge_into)
             result: dict[str, Any] = {"weights": len(plan.changes), "notes": adapter.notes}
             if not args.dry_run:
-                _clear(args)
                 plan.write(args.dst, _progress)
         else:
             written, config = convert(adapter, args.to, _progress)
@@ -54,7 +52,6 @@ def run(args: argparse.Namespace) -> int:
                 "notes": sorted(written.notes),
             }
             if not args.dry_run:
-                _clear(args)
                 save(args.dst, written.tensors, config)
     except AdapterError as error:
         print(f"✗ {error}", file=sys.stderr)
@@ -68,11 +65,6 @@ def run(args: argparse.Namespace) -> int:
         what = ", ".join(f"{n} {key}" for key, n in result.items() if key != "notes")
         print(f"✓ {did} {args.dst}: {what}")
     return 0
-
-
-def _clear(args: argparse.Namespace) -> None:
-    if args.force and args.dst.exists():
-        shutil.rmtree(args.dst)
 
 
 def _progress(items: Iterable[Any], what: str) -> Iterable[Any]:

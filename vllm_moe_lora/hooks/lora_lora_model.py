@@ -9,10 +9,6 @@ from typing import Any
 from vllm_moe_lora.patching import Hook
 
 
-class _Mapped(dict[str, Any]):
-    """Tensors that are views of a file, so that what is kept of them must be copied."""
-
-
 def _from_local_checkpoint(original: Callable[..., Any]) -> Any:
     def from_local_checkpoint(
         cls: type[Any],
@@ -20,50 +16,47 @@ def _from_local_checkpoint(original: Callable[..., Any]) -> Any:
         lora_dir: str,
         expected_lora_modules: set[str],
         peft_helper: Any,
-        *,
-        lora_model_id: int | None = None,
-        device: str = "cuda",
-        dtype: Any = None,
         **more: Any,
     ) -> Any:
         from vllm_moe_lora.adapters import config, folder
+        from vllm_moe_lora.adapters.errors import AdapterError
         from vllm_moe_lora.store.memory import NoCollection
 
-        path = Path(lora_dir)
-        quiet = NoCollection()
+        path, quiet, refused = Path(lora_dir), NoCollection(), None
         tensors = None if more.get("tensorizer_config_dict") else folder.with_experts(path)
         if tensors is None:
             del quiet
-            return original(
-                lora_dir,
-                expected_lora_modules,
-                peft_helper,
-                lora_model_id=lora_model_id,
-                device=device,
-                dtype=dtype,
-                **more,
-            )
+            try:
+                return original(lora_dir, expected_lora_modules, peft_helper, **more)
+            except ValueError as error:
+                refused = error  # a name upstream does not know; `fit` knows more
+            try:
+                tensors = folder.tensors(path)
+            except AdapterError:
+                raise refused from None
         from vllm.lora.utils import get_lora_id
 
+        number = more.get("lora_model_id")
         peft_helper.moe_lora_markers = config.markers(path)
-        return cls.from_lora_tensors(
-            lora_model_id=get_lora_id() if lora_model_id is None else lora_model_id,
-            tensors=_Mapped(tensors),
+        return _read(
+            cls,
+            refused,
+            lora_model_id=get_lora_id() if number is None else number,
+            tensors=tensors,
             peft_helper=peft_helper,
-            device=device,
-            dtype=dtype,
             **{key: more[key] for key in _PASSED if key in more},
         )
 
     return classmethod(from_local_checkpoint)
 
 
-_PASSED = ("model_vocab_size", "weights_mapper", "skip_prefixes")
+_PASSED = ("device", "dtype", "model_vocab_size", "weights_mapper", "skip_prefixes")
 
 
 def _from_lora_tensors(original: Callable[..., Any]) -> Any:
     def from_lora_tensors(
         cls: type[Any],
+        /,
         lora_model_id: int,
         tensors: dict[str, Any],
         peft_helper: Any,
@@ -72,19 +65,55 @@ def _from_lora_tensors(original: Callable[..., Any]) -> Any:
     ) -> Any:
         from vllm_moe_lora.adapters import names
 
-        if not names.touches_experts(tensors):
-            return original(lora_model_id, tensors, peft_helper, *args, **more)
-        from dataclasses import asdict
+        ready, refused = getattr(peft_helper, "moe_lora_ready", False), None
+        if ready or not names.touches_experts(tensors):
+            try:
+                return original(lora_model_id, tensors, peft_helper, *args, **more)
+            except ValueError as error:
+                if ready:
+                    raise
+                refused = error
+        positional = dict(zip(_PASSED, args, strict=False))
+        return _read(
+            cls,
+            refused,
+            lora_model_id=lora_model_id,
+            tensors=tensors,
+            peft_helper=peft_helper,
+            **positional,
+            **more,
+        )
 
-        from vllm_moe_lora.adapters.config import Config
-        from vllm_moe_lora.adapters.group import group, refuse_what_is_not_lora
-        from vllm_moe_lora.store.fit import Pending
-        from vllm_moe_lora.store.memory import NoCollection
+    return classmethod(from_lora_tensors)
 
-        raw = getattr(peft_helper, "moe_lora_raw", None) or asdict(peft_helper)
+
+def _read(
+    cls: type[Any],
+    refused: ValueError | None,
+    *,
+    lora_model_id: int,
+    tensors: dict[str, Any],
+    peft_helper: Any,
+    **more: Any,
+) -> Any:
+    """A LoRAModel whose routed experts wait for their model (`store.fit`).
+
+    Args:
+        refused: why upstream did not take the names; raised where the model has no experts.
+    """
+    from dataclasses import asdict
+
+    from vllm_moe_lora.adapters.config import Config
+    from vllm_moe_lora.adapters.errors import AdapterError
+    from vllm_moe_lora.adapters.group import group, refuse_what_is_not_lora
+    from vllm_moe_lora.store.fit import Pending
+    from vllm_moe_lora.store.memory import NoCollection
+
+    raw = getattr(peft_helper, "moe_lora_raw", None) or asdict(peft_helper)
+    quiet = NoCollection()
+    skipped = more.get("skip_prefixes") or []
+    try:
         config = Config.from_dict(raw, getattr(peft_helper, "moe_lora_markers", None))
-        skipped = more.get("skip_prefixes") or []
-        quiet = NoCollection()
         found = group(
             {key: t for key, t in tensors.items() if not cls._should_skip_module(key, skipped)}
         )
@@ -92,22 +121,21 @@ def _from_lora_tensors(original: Callable[..., Any]) -> Any:
         saved = {k: t for k, t in found.full.items() if k.rpartition(".")[0].endswith(heads)}
         found.full = {k: t for k, t in found.full.items() if k not in saved}
         refuse_what_is_not_lora(found)
-        dense = {**found.dense, **saved}
-        if isinstance(tensors, _Mapped):
-            dense = {key: tensor.clone() for key, tensor in dense.items()}
-        lora = original(lora_model_id, dense, peft_helper, *args, **more)
-        mapper = more.get("weights_mapper")
-        if not hasattr(peft_helper, "get_rank_and_scaling"):  # up to 0.31: no patterns
-            _scale(lora, found.dense, config, mapper)
-        lora.moe_lora = Pending(
-            found.experts,
-            {p: mapper._map_name(p) if mapper is not None else p for p in found.experts},
-            config,
-            quiet,
-        )
-        return lora
-
-    return classmethod(from_lora_tensors)
+    except AdapterError as error:
+        raise (refused or AdapterError(f"LoRA adapter {lora_model_id}: {error}")) from error
+    # Copies: upstream scales them in place, and these are the caller's, or views of a file.
+    dense = {key: tensor.clone() for key, tensor in {**found.dense, **saved}.items()}
+    peft_helper.moe_lora_ready = True  # for the next line, which ends in the hook above
+    try:
+        lora = cls.from_lora_tensors(lora_model_id, dense, peft_helper, **more)
+    finally:
+        peft_helper.moe_lora_ready = False
+    mapper = more.get("weights_mapper")
+    if not hasattr(peft_helper, "get_rank_and_scaling"):  # up to 0.31: no patterns
+        _scale(lora, found.dense, config, mapper)
+    mapped = {p: mapper._map_name(p) if mapper is not None else p for p in found.experts}
+    lora.moe_lora = Pending(found.experts, mapped, config, quiet, refused)
+    return lora
 
 
 def _scale(lora: Any, dense: dict[str, Any], config: Any, mapper: Any) -> None:

@@ -12,7 +12,7 @@ from vllm_moe_lora.adapters.group import Tensors
 from vllm_moe_lora.adapters.resolve import resolve
 from vllm_moe_lora.adapters.spelling import Spellings
 from vllm_moe_lora.log import get_logger
-from vllm_moe_lora.store import strict
+from vllm_moe_lora.store import slices, strict
 from vllm_moe_lora.store.memory import NoCollection
 from vllm_moe_lora.store.stage import Slots, stage
 
@@ -28,12 +28,14 @@ class Pending:
         mapped: that prefix -> what vLLM's weights mapper makes of it.
         config: of the adapter.
         quiet: keeps the garbage collector off meanwhile.
+        refused: why upstream did not take the adapter, None where it had no objection.
     """
 
     layers: dict[str, Tensors]
     mapped: dict[str, str]
     config: Config
     quiet: NoCollection
+    refused: ValueError | None = None
 
 
 def fit(manager: Any, lora: Any) -> None:
@@ -51,6 +53,8 @@ def fit(manager: Any, lora: Any) -> None:
     pending: Pending | None = getattr(lora, "moe_lora", None)
     if pending is None and strict.is_warm_up(lora):
         return
+    if pending is not None and pending.refused is not None and not manager._is_moe:
+        raise pending.refused
     places = strict.places(manager)
     spellings = Spellings(places)
     for name in [name for name in lora.loras if name not in places]:
@@ -61,6 +65,7 @@ def fit(manager: Any, lora: Any) -> None:
             lora.loras[own] = lora.loras.pop(name)
             lora.loras[own].module_name = own
     strict.check(manager, lora, places)
+    slices.merge(manager, lora)
     if pending is None:
         return
     wrappers = {name: m for name, m in manager.modules.items() if is_experts(m)}

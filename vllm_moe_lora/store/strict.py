@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vllm_moe_lora.adapters.errors import AdapterError, listed
+from vllm_moe_lora.store import slices
 
 # Name an adapter may use -> (out, in) of the module, None where it is not known here.
 Places = dict[str, tuple[int, int] | None]
@@ -119,6 +120,7 @@ def places(manager: Any) -> Places:
         own = len(getattr(module, "lora_a_stacked", ()))
         for index, part in enumerate(parts):
             found[part] = _shape(module, index) if own == len(parts) else None
+        found.update(dict.fromkeys(slices.names(name, module)))
         found[name] = None
     return found
 

@@ -66,7 +66,10 @@ def last_error(log: str) -> str:
 
 
 def run(
-    job: Job, env: dict[str, str] | None = None, timeout: float = 600
+    job: Job,
+    env: dict[str, str] | None = None,
+    timeout: float = 600,
+    script: str | Path = __file__,
 ) -> tuple[list[list[tuple[list[int], torch.Tensor]]], list[str], str]:
     """Run ``job`` in a child process.
 
@@ -74,6 +77,7 @@ def run(
         job: what to do.
         env: on top of this process's environment.
         timeout: seconds.
+        script: what the child runs; it calls `main` of this file.
 
     Returns:
         For each round, for each request: generated token ids and their log-probs
@@ -96,7 +100,7 @@ def run(
         spec, result = Path(folder, "job.json"), Path(folder, "result.pt")
         spec.write_text(json.dumps(asdict(job)))
         # By file, not by module name: only the job decides whether our package is imported.
-        command = [sys.executable, __file__, str(spec), str(result)]
+        command = [sys.executable, str(script), str(spec), str(result)]
         try:
             done = subprocess.run(
                 command,
@@ -117,7 +121,7 @@ def run(
     return answers, outcomes, done.stdout
 
 
-def _main(spec: str, result: str) -> None:
+def main(spec: str, result: str) -> None:
     job = Job(**json.loads(Path(spec).read_text()))
     if job.import_plugin:
         import vllm_moe_lora  # noqa: F401
@@ -177,4 +181,4 @@ def _main(spec: str, result: str) -> None:
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    main(*sys.argv[1:])

@@ -8,9 +8,9 @@ from __future__ import annotations
 import layouts
 import pytest
 import torch
-from conftest import PROMPTS, compare_fp32
+from conftest import PROMPTS, Case, compare_fp32, compare_low_precision
 
-from vllm_moe_lora.tiny import engine, oracle
+from vllm_moe_lora.tiny import engine, models, oracle
 
 pytestmark = pytest.mark.cpu_engine
 
@@ -23,12 +23,6 @@ MODELS = {
         False,
     ),
     "gpt_oss": ({"intermediate_size": layouts.INNER}, layouts.EXP, True),
-    # A multimodal class, its experts 3-D; gated delta nets would run in bf16 only.
-    "qwen3_5_moe": (
-        {"moe_intermediate_size": layouts.INNER, "layer_types": ["full_attention"] * 2},
-        "model.language_model.layers.{i}.mlp.experts",
-        False,
-    ),
 }
 DOUBLED = {"rank_pattern": {r".*\.gate_up_proj": 8}, "alpha_pattern": {r".*\.gate_up_proj": 16}}
 # Megatron-Bridge's save_hf_adapter has full names and no version of PEFT: its fingerprint.
@@ -139,36 +133,93 @@ def _one_sided(form, interleaved):
 
 
 @pytest.mark.parametrize("family", sorted(MODELS))
-def test_layouts(make_case, family, no_torchvision):
+def test_layouts(make_case, family):
     overrides, form, interleaved = MODELS[family]
     case = make_case(family, **overrides)
+    got = _run(case, form, interleaved, oracle.log_probs, options={"dtype": "float32"})
+    wrong = got.pop(PERMUTED)
+    _compare(got, case, compare_fp32)
+    with pytest.raises(AssertionError, match="differs by"):
+        compare_fp32(wrong, case, PERMUTED)
+
+
+def test_layouts_of_a_multimodal_class(tmp_path, no_torchvision):
+    """Qwen3.5's own class: 3-D experts, rows concatenated, its language model under a prefix."""
+    model = _multimodal(tmp_path / "model")
+    case = Case(tmp_path, model, model)
+    case.oracles[None] = _multimodal_log_probs(model, PROMPTS)
+    got = _run(
+        case,
+        "model.language_model.layers.{i}.mlp.experts",
+        False,
+        _multimodal_log_probs,
+        options={"dtype": "bfloat16", "language_model_only": True},
+        env=no_torchvision,
+    )
+    wrong = got.pop(PERMUTED)
+    _compare(got, case, compare_low_precision)
+    with pytest.raises(AssertionError):
+        compare_low_precision(wrong, case, PERMUTED)
+
+
+PERMUTED = "flat-permuted"  # columns expert by expert, and nothing that says so
+
+
+def _run(case, form, interleaved, log_probs, options, env=None):
+    """Every layout through one engine; each LoRA is merged once, by its own oracle."""
     every = {**_adapters(form, interleaved), **_one_sided(form, interleaved)}
+    truth = every["flat"][0]
+    columns = layouts.flat(truth, form=form, b_grouped=True, interleaved=interleaved)
+    every[PERMUTED] = (truth, columns, {})
     merged = {}
     for name, (truth, tensors, config) in every.items():
         case.adapters[name] = layouts.save(case.folder / name, tensors, truth, **config)
         if id(truth) not in merged:
             target = layouts.merge(case.plain, truth, case.folder / f"merged-{len(merged)}")
-            merged[id(truth)] = oracle.log_probs(target, PROMPTS)
+            merged[id(truth)] = log_probs(target, PROMPTS)
         case.oracles[name] = merged[id(truth)]
-    wrong = "flat-permuted"  # columns expert by expert, and nothing that says so
-    truth = every["flat"][0]
-    tensors = layouts.flat(truth, form=form, b_grouped=True, interleaved=interleaved)
-    case.adapters[wrong] = layouts.save(case.folder / wrong, tensors, truth)
-    case.oracles[wrong] = case.oracles["flat"]
     rounds = [[(p, name) for p in PROMPTS] for name in case.adapters]
     paths = {name: str(path) for name, path in case.adapters.items()}
-    options = {"dtype": "float32"}
-    if family == "qwen3_5_moe":
-        options["language_model_only"] = True
-    job = engine.Job(str(case.model), paths, rounds, options=options)
-    answers, _, _ = engine.run(job, no_torchvision if family == "qwen3_5_moe" else None)
-    got = dict(zip(case.adapters, ([lp[-1] for _, lp in batch] for batch in answers), strict=True))
+    answers, _, _ = engine.run(engine.Job(str(case.model), paths, rounds, options=options), env)
+    return dict(zip(case.adapters, ([lp[-1] for _, lp in batch] for batch in answers), strict=True))
+
+
+def _compare(got, case, compare):
     failed = []
-    for name in every:
+    for name, have in got.items():
         try:
-            compare_fp32(got[name], case, name)
+            compare(have, case, name)
         except AssertionError as error:
             failed.append(str(error))
     assert not failed, failed
-    with pytest.raises(AssertionError, match="differs by"):
-        compare_fp32(got[wrong], case, wrong)
+
+
+def _multimodal(folder):
+    import transformers
+
+    text = {**models._COMMON, **models.FAMILIES["qwen3_5_moe"][1]}
+    text["moe_intermediate_size"] = layouts.INNER
+    vision = {"depth": 1, "hidden_size": 64, "num_heads": 2, "intermediate_size": 64}
+    vision |= {"out_hidden_size": 128, "deepstack_visual_indexes": []}
+    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    config = transformers.Qwen3_5MoeConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=False,
+        **{name: 500 + i for i, name in enumerate(ids)},
+    )
+    config.architectures = ["Qwen3_5MoeForConditionalGeneration"]
+    torch.manual_seed(0)
+    transformers.Qwen3_5MoeForConditionalGeneration(config).float().save_pretrained(folder)
+    return folder
+
+
+def _multimodal_log_probs(folder, prompts):
+    import transformers
+
+    model = transformers.Qwen3_5MoeForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        found = [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in prompts]
+    return [logits.float().log_softmax(-1) for logits in found]

@@ -8,23 +8,60 @@ from typing import Any
 
 from vllm_moe_lora.patching import Hook
 
+_FILE = "vllm.lora.worker_manager"
+
 
 def _load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     def _load_adapter(self: Any, lora_request: Any) -> Any:
-        try:
+        manager = self._adapter_manager
+        if not manager._is_moe:
             return original(self, lora_request)
-        except ValueError as error:
-            limit = self.lora_config.max_lora_rank
-            if self._adapter_manager._is_moe and "max_lora_rank" in str(error):
-                found = _widest(Path(lora_request.lora_path), limit)
-                if found is not None:
-                    from vllm_moe_lora.adapters.errors import AdapterError
-                    from vllm_moe_lora.store.strict import rank_text
+        from vllm_moe_lora.store import ahead
 
-                    raise AdapterError(rank_text(*found, limit)) from error
-            raise
+        staged = ahead.of(self).take(lora_request.lora_int_id, lora_request.lora_path)
+        return staged if staged is not None else _read(original, self, lora_request)
 
     return _load_adapter
+
+
+def _read(original: Callable[..., Any], worker: Any, request: Any) -> Any:
+    """Load and fit: all that can fail does so here, before upstream drops an older version."""
+    from vllm_moe_lora.adapters.errors import AdapterError
+    from vllm_moe_lora.store.fit import fit
+
+    manager = worker._adapter_manager
+    try:
+        lora = original(worker, request)
+    except ValueError as error:
+        limit = worker.lora_config.max_lora_rank
+        found = _widest(Path(request.lora_path), limit) if "max_lora_rank" in str(error) else None
+        if found is None:
+            raise
+        from vllm_moe_lora.store.strict import rank_text
+
+        raise AdapterError(rank_text(*found, limit)) from error
+    fit(manager, lora)
+    return lora
+
+
+def _add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add_adapter(self: Any, lora_request: Any) -> bool:
+        from vllm_moe_lora.store import ahead
+
+        if not lora_request.lora_path.startswith(ahead.MARK):
+            return bool(original(self, lora_request))
+        number, path = lora_request.lora_int_id, lora_request.lora_path.removeprefix(ahead.MARK)
+        if number in self.list_adapters() and not lora_request.load_inplace:
+            return True
+        return ahead.of(self).ready(number, path, lambda: _stage(self, lora_request, path))
+
+    return add_adapter
+
+
+def _stage(worker: Any, request: Any, path: str) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return worker._load_adapter(LoRARequest(request.lora_name, request.lora_int_id, path))
 
 
 def _widest(folder: Path, limit: int) -> tuple[str, int] | None:
@@ -43,14 +80,26 @@ def _widest(folder: Path, limit: int) -> tuple[str, int] | None:
     return widest
 
 
+_BACKGROUND: dict[str, Any] = {
+    "feature": "background-loading",
+    "make": _add_adapter,
+    "releases": ">=0.29,<0.34",
+    "why": "an adapter is read and packed on the thread that makes tokens",
+    "upstream": "",
+    "until": "upstream loads adapters beside the engine's steps",
+}
+
 HOOKS = (
     Hook(
-        feature="adapter-errors",
-        target="vllm.lora.worker_manager:WorkerLoRAManager._load_adapter",
+        feature="adapters",
+        target=f"{_FILE}:WorkerLoRAManager._load_adapter",
         make=_load_adapter,
         releases=">=0.29,<0.34",
-        why="a rank above max_lora_rank is reported without the tensor and the cure",
+        why="an adapter that does not fit is found out after the version it replaces is gone; a "
+        "rank above max_lora_rank is reported without the tensor and the cure",
         upstream="",
-        until="upstream names the tensor",
+        until="upstream checks an adapter before it changes anything, and names the tensor",
     ),
+    Hook(target=f"{_FILE}:WorkerLoRAManager.add_adapter", **_BACKGROUND),
+    Hook(target=f"{_FILE}:LRUCacheWorkerLoRAManager.add_adapter", **_BACKGROUND),
 )

@@ -48,8 +48,11 @@ def fit(manager: Any, lora: Any) -> None:
 
     Raises:
         AdapterError: a tensor has no place, or does not fit it. Nothing has changed then but
-            ``lora`` itself.
+            ``lora`` itself. A second call does nothing.
     """
+    if getattr(lora, "moe_lora_fits", False):
+        return
+    lora.moe_lora_fits = True
     pending: Pending | None = getattr(lora, "moe_lora", None)
     if pending is None and strict.is_warm_up(lora):
         return

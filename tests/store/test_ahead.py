@@ -1,0 +1,79 @@
+"""Staging beside the steps: one load at a time, errors reach whoever asks."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+
+import pytest
+
+from vllm_moe_lora.store.ahead import KEPT, Ahead
+from vllm_moe_lora.store.memory import NoCollection
+
+
+def _until(ahead, number, load):
+    for _ in range(500):
+        if ahead.ready(number, "a", load):
+            return
+        time.sleep(0.002)
+    raise AssertionError("never ready")
+
+
+def test_runs_elsewhere_and_is_taken_once():
+    ahead, go, where = Ahead(), threading.Event(), []
+
+    def load():
+        go.wait(5)
+        where.append(threading.current_thread())
+        assert ahead.take(1, "a") is None, "the load itself must not wait for itself"
+        return "staged"
+
+    assert not ahead.ready(1, "a", load)
+    assert not ahead.ready(1, "a", load), "begun once"
+    go.set()
+    _until(ahead, 1, load)
+    assert where != [threading.current_thread()]
+    assert len(where) == 1
+    assert ahead.take(2, "a") is None
+    assert ahead.take(1, "b") is None
+    assert ahead.take(1, "a") == "staged"
+    assert ahead.take(1, "a") is None
+
+
+def test_errors_are_raised_and_forgotten():
+    ahead, fail = Ahead(), [True]
+
+    def load():
+        if fail:
+            raise ValueError("why")
+        return "staged"
+
+    with pytest.raises(ValueError, match="why"):
+        _until(ahead, 1, load)
+    fail.clear()
+    _until(ahead, 1, load)
+    assert ahead.take(1, "a") == "staged"
+
+
+def test_what_nobody_fetches_is_dropped():
+    ahead = Ahead()
+    for number in range(10):
+        _until(ahead, number, lambda: "staged")
+    assert sum(ahead.take(number, "a") is not None for number in range(10)) <= KEPT
+
+
+def test_collection_is_off_while_any_lives():
+    assert gc.isenabled()
+    one, two = NoCollection(), NoCollection()
+    del one
+    assert not gc.isenabled()
+    del two
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        three = NoCollection()
+        del three
+        assert not gc.isenabled(), "whoever switched it off wants it off"
+    finally:
+        gc.enable()

@@ -1,0 +1,71 @@
+"""Adapters read and staged beside the engine's steps, so that tokens of others go on meanwhile.
+
+A load has two halves: reading, checking and staging, which touch nothing of the engine and may take
+seconds, and the write of one slot. The first half runs here in a thread of the worker: the server
+asks for it under a marked path (`hooks/v1_engine_async_llm.py`) until it is done, then for the load
+itself, which finds the staged adapter.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+# No folder has such a name: "/" cannot stand at this place of a path or of a repository's name.
+MARK = "vllm-moe-lora-stage:/"
+KEPT = 2  # staged adapters nobody came for (a client that went away) hold memory
+
+
+class Ahead:
+    """What is being staged, or is staged and not yet fetched."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="moe-lora-stage")
+        self._staged: dict[tuple[int, str], Future[Any]] = {}
+        self._here = threading.local()
+
+    def ready(self, number: int, path: str, load: Callable[[], Any]) -> bool:
+        """Begin at the first call; whether it is done.
+
+        Args:
+            number: the adapter's id.
+            path: its folder, unmarked.
+            load: reads and stages; called in the thread.
+
+        Raises:
+            Exception: what ``load`` raised; the next call begins anew.
+        """
+        key = (number, path)
+        future = self._staged.get(key)
+        if future is None:
+            for old in list(self._staged)[: 1 - KEPT or None]:
+                if self._staged[old].done():
+                    del self._staged[old]
+            future = self._staged[key] = self._threads.submit(self._run, load)
+        if not future.done():
+            return False
+        if future.exception() is not None:
+            del self._staged[key]
+        future.result()
+        return True
+
+    def take(self, number: int, path: str) -> Any:
+        """The staged adapter, None if there is none; waits if it is under way."""
+        if getattr(self._here, "staging", False):
+            return None  # this is the load that stages
+        future = self._staged.pop((number, path), None)
+        return None if future is None else future.result()
+
+    def _run(self, load: Callable[[], Any]) -> Any:
+        self._here.staging = True
+        return load()
+
+
+def of(worker_manager: Any) -> Ahead:
+    """The one `Ahead` of a worker's LoRA manager."""
+    if not hasattr(worker_manager, "moe_lora_ahead"):
+        worker_manager.moe_lora_ahead = Ahead()
+    found: Ahead = worker_manager.moe_lora_ahead
+    return found

@@ -34,6 +34,7 @@ def _adapters(form, interleaved):
     tied = layouts.Truth(seed=1)
     untied = layouts.Truth(seed=2, tied=False)
     outer = layouts.Truth(seed=3, one_a=True)
+    nothing = layouts.Truth(seed=6).without(lambda layer, projection, expert: False)
     how = {"form": form, "interleaved": interleaved}
     short = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
     rows = {"interleaved": interleaved, "form": form}
@@ -87,6 +88,7 @@ def _adapters(form, interleaved):
         "tinker-shared": (outer, layouts.stacked(outer, form, shared=True), {}),
         "art-rows": (untied, layouts.rows(untied, form), {}),
         "shared-outer": (outer, layouts.shared_outer(outer, form), {}),
+        "identity": (nothing, layouts.per_expert(nothing, form), {}),
         "rslora": (
             untied,
             layouts.per_expert(untied, form),
@@ -137,8 +139,10 @@ def test_layouts(make_case, family):
     overrides, form, interleaved = MODELS[family]
     case = make_case(family, **overrides)
     got = _run(case, form, interleaved, oracle.log_probs, options={"dtype": "float32"})
-    wrong = got.pop(PERMUTED)
+    wrong, identity = got.pop(PERMUTED), got.pop("identity")
     _compare(got, case, compare_fp32)
+    for have, want in zip(identity, case.want(None), strict=True):  # ART's: lora_B is zero
+        assert (have - want[-1]).abs().max() <= 1e-4
     with pytest.raises(AssertionError, match="differs by"):
         compare_fp32(wrong, case, PERMUTED)
 
@@ -156,10 +160,43 @@ def test_layouts_of_a_multimodal_class(tmp_path, no_torchvision):
         options={"dtype": "bfloat16", "language_model_only": True},
         env=no_torchvision,
     )
-    wrong = got.pop(PERMUTED)
+    wrong, _ = got.pop(PERMUTED), got.pop("identity")
     _compare(got, case, compare_low_precision)
     with pytest.raises(AssertionError):
         compare_low_precision(wrong, case, PERMUTED)
+
+
+def test_upstreams_own_flags(make_case):
+    """--enable-mixed-moe-lora-format: 3-D models with the 2-D wrapper, so rank 4 stays rank 4."""
+    case = make_case("gpt_oss", intermediate_size=layouts.INNER)
+    tied, untied = layouts.Truth(seed=1), layouts.Truth(seed=2, tied=False)
+    for name, truth, tensors in (
+        ("flat", tied, layouts.flat(tied, interleaved=True)),
+        ("apart", untied, layouts.per_expert(untied)),
+    ):
+        case.adapters[name] = layouts.save(case.folder / name, tensors, truth)
+        merged = layouts.merge(case.plain, truth, case.folder / f"merged-{name}")
+        case.oracles[name] = oracle.log_probs(merged, PROMPTS)
+    options = {"dtype": "float32", "max_lora_rank": 8, "enable_mixed_moe_lora_format": True}
+    for name, have in case.ask("flat", "apart", **options).items():
+        compare_fp32(have, case, name)
+
+
+def test_factors_shared_by_all_experts_in_shared_slots(make_case):
+    """--enable-moe-shared-loras stores the shared side once; per-expert factors are refused."""
+    case = make_case("qwen3_moe", moe_intermediate_size=layouts.INNER)
+    outer = layouts.Truth(seed=3, one_a=True)
+    merged = layouts.merge(case.plain, outer, case.folder / "merged")
+    for name, tensors in (
+        ("stacks", layouts.stacked(outer, shared=True)),
+        ("outer", layouts.shared_outer(outer)),
+        ("copies", layouts.per_expert(outer)),
+    ):
+        case.adapters[name] = layouts.save(case.folder / name, tensors, outer)
+        case.oracles[name] = oracle.log_probs(merged, PROMPTS)
+    got = case.ask("stacks", "outer", "copies", dtype="float32", enable_moe_shared_loras=True)
+    for name, have in got.items():
+        compare_fp32(have, case, name)
 
 
 PERMUTED = "flat-permuted"  # columns expert by expert, and nothing that says so

@@ -26,20 +26,17 @@ def _load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _read(original: Callable[..., Any], worker: Any, request: Any) -> Any:
     """Load and fit: all that can fail does so here, before upstream drops an older version."""
-    from vllm_moe_lora.adapters.errors import AdapterError
+    from vllm_moe_lora.store.explain import explain
     from vllm_moe_lora.store.fit import fit
 
     manager = worker._adapter_manager
     try:
         lora = original(worker, request)
     except ValueError as error:
-        limit = worker.lora_config.max_lora_rank
-        found = _widest(Path(request.lora_path), limit) if "max_lora_rank" in str(error) else None
-        if found is None:
+        better = explain(manager, Path(request.lora_path), error)
+        if better is None:
             raise
-        from vllm_moe_lora.store.strict import rank_text
-
-        raise AdapterError(rank_text(*found, limit)) from error
+        raise better from error
     fit(manager, lora)
     return lora
 
@@ -62,22 +59,6 @@ def _stage(worker: Any, request: Any, path: str) -> Any:
     from vllm.lora.request import LoRARequest
 
     return worker._load_adapter(LoRARequest(request.lora_name, request.lora_int_id, path))
-
-
-def _widest(folder: Path, limit: int) -> tuple[str, int] | None:
-    """The lora_A tensor of the largest rank above ``limit``, from the file's header alone."""
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        return None
-    from safetensors import safe_open
-
-    widest: tuple[str, int] | None = None
-    with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 - a safetensors handle, not a dict
-            rank = tensors.get_slice(name).get_shape()[0]
-            if "lora_A" in name and rank > max(limit, widest[1] if widest else 0):
-                widest = (name, rank)
-    return widest
 
 
 _BACKGROUND: dict[str, Any] = {

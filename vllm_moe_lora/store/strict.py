@@ -77,7 +77,7 @@ def _check_pair(
             f"{b.shape[1]}. The file is damaged or was cut."
         )
     if rank > limit:
-        raise AdapterError(rank_text(f"{name}.lora_A.weight", rank, limit))
+        raise AdapterError(f"LoRA adapter {lora.id}: {rank_text(f'{name}.lora_A', rank, limit)}")
     if shape is not None and (b.shape[0], a.shape[1]) != shape:
         raise AdapterError(
             f"LoRA adapter {lora.id}: {name} is {b.shape[0]} x {a.shape[1]} (out x in), the "

@@ -14,6 +14,7 @@ import vllm_moe_lora
 COMMANDS = {
     "convert": "write an adapter in another layout, or merge it into a model",
     "demo": "build a tiny INT4 MoE model and show that adapter == merged on a real engine",
+    "doctor": "check that the plugin is active here, or that adapters will load on a model",
     "inspect": "show what an adapter holds: layout, layers, experts, ranks, scales, bytes",
 }
 

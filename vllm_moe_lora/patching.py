@@ -306,6 +306,17 @@ def _install(plan: list[tuple[Hook, list[_Spot]]]) -> None:
     _applied.extend(done)
 
 
+def strangers() -> dict[str, str]:
+    """Names that we replaced and somebody has replaced again since -> the module that did."""
+    found = {}
+    for spot in _applied:
+        now = _function(inspect.getattr_static(spot.owner, spot.name))
+        if not hasattr(now, MARK):
+            owner = getattr(spot.owner, "__qualname__", getattr(spot.owner, "__name__", "?"))
+            found[f"{owner}.{spot.name}"] = str(getattr(now, "__module__", "?"))
+    return found
+
+
 def revert() -> int:
     """Undo everything `apply` did in this process; returns how many names were put back."""
     count = len(_applied)

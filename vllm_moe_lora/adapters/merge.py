@@ -48,7 +48,7 @@ class Plan:
             raise AdapterError(f"{model} is quantised; a merge needs the full-precision weights")
         self._in_first = text.get("model_type") in _IN_FIRST
         self._interleaved = text.get("model_type") in _INTERLEAVED
-        self.shards = _shards(model)
+        self.shards = shards(model)
         names = {name for found in self.shards.values() for name in found}
         self._spellings = Spellings(names)
         self.changes: dict[str, list[Change]] = {}
@@ -179,7 +179,7 @@ def _replace(tensor: torch.Tensor) -> Change:
     return lambda weight: tensor.to(weight.dtype)
 
 
-def _shards(model: Path) -> dict[str, list[str]]:
+def shards(model: Path) -> dict[str, list[str]]:
     """File -> names of its weights."""
     from safetensors import safe_open
 

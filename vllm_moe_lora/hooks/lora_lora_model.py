@@ -36,9 +36,11 @@ def _from_local_checkpoint(original: Callable[..., Any]) -> Any:
                 raise refused from None
         from vllm.lora.utils import get_lora_id
 
+        from vllm_moe_lora.store.read import read
+
         number = more.get("lora_model_id")
         peft_helper.moe_lora_markers = config.markers(path)
-        return _read(
+        return read(
             cls,
             refused,
             lora_model_id=get_lora_id() if number is None else number,
@@ -73,8 +75,10 @@ def _from_lora_tensors(original: Callable[..., Any]) -> Any:
                 if ready:
                     raise
                 refused = error
+        from vllm_moe_lora.store.read import read
+
         positional = dict(zip(_PASSED, args, strict=False))
-        return _read(
+        return read(
             cls,
             refused,
             lora_model_id=lora_model_id,
@@ -85,67 +89,6 @@ def _from_lora_tensors(original: Callable[..., Any]) -> Any:
         )
 
     return classmethod(from_lora_tensors)
-
-
-def _read(
-    cls: type[Any],
-    refused: ValueError | None,
-    *,
-    lora_model_id: int,
-    tensors: dict[str, Any],
-    peft_helper: Any,
-    **more: Any,
-) -> Any:
-    """A LoRAModel whose routed experts wait for their model (`store.fit`).
-
-    Args:
-        refused: why upstream did not take the names; raised where the model has no experts.
-    """
-    from dataclasses import asdict
-
-    from vllm_moe_lora.adapters.config import Config
-    from vllm_moe_lora.adapters.errors import AdapterError
-    from vllm_moe_lora.adapters.group import group, refuse_what_is_not_lora
-    from vllm_moe_lora.store.fit import Pending
-    from vllm_moe_lora.store.memory import NoCollection
-
-    raw = getattr(peft_helper, "moe_lora_raw", None) or asdict(peft_helper)
-    quiet = NoCollection()
-    skipped = more.get("skip_prefixes") or []
-    try:
-        config = Config.from_dict(raw, getattr(peft_helper, "moe_lora_markers", None))
-        found = group(
-            {key: t for key, t in tensors.items() if not cls._should_skip_module(key, skipped)}
-        )
-        heads = tuple(f".{name}" for name in getattr(peft_helper, "modules_to_save", None) or ())
-        saved = {k: t for k, t in found.full.items() if k.rpartition(".")[0].endswith(heads)}
-        found.full = {k: t for k, t in found.full.items() if k not in saved}
-        refuse_what_is_not_lora(found)
-    except AdapterError as error:
-        raise (refused or AdapterError(f"LoRA adapter {lora_model_id}: {error}")) from error
-    # Copies: upstream scales them in place, and these are the caller's, or views of a file.
-    dense = {key: tensor.clone() for key, tensor in {**found.dense, **saved}.items()}
-    peft_helper.moe_lora_ready = True  # for the next line, which ends in the hook above
-    try:
-        lora = cls.from_lora_tensors(lora_model_id, dense, peft_helper, **more)
-    finally:
-        peft_helper.moe_lora_ready = False
-    mapper = more.get("weights_mapper")
-    if not hasattr(peft_helper, "get_rank_and_scaling"):  # up to 0.31: no patterns
-        _scale(lora, found.dense, config, mapper)
-    mapped = {p: mapper._map_name(p) if mapper is not None else p for p in found.experts}
-    lora.moe_lora = Pending(found.experts, mapped, config, quiet, refused)
-    return lora
-
-
-def _scale(lora: Any, dense: dict[str, Any], config: Any, mapper: Any) -> None:
-    from vllm.lora.utils import parse_fine_tuned_lora_name
-
-    from vllm_moe_lora.adapters.names import parse
-
-    for key in dense:
-        weights = lora.loras[parse_fine_tuned_lora_name(key, mapper)[0]]
-        weights.scaling, _ = config.scale(parse(key).module, weights.lora_a.shape[0])
 
 
 HOOKS = (

@@ -41,6 +41,21 @@ def _add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     return _add_adapter
 
 
+def _activate_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    def activate_adapter(self: Any, lora_id: int) -> Any:
+        before = lora_id in self._active_adapters
+        try:
+            return original(self, lora_id)
+        except Exception:
+            if self._is_moe and not before:
+                # Neither active nor known: its next request loads it again, and fails as loudly.
+                self.deactivate_adapter(lora_id)
+                self._registered_adapters.pop(lora_id, None)
+            raise
+
+    return activate_adapter
+
+
 HOOKS = (
     Hook(
         feature="aliases",
@@ -62,5 +77,15 @@ HOOKS = (
         "on a module that attention absorbs (MLA's kv_b_proj) are accepted and ignored",
         upstream="https://github.com/vllm-project/vllm/issues/55193",
         until="upstream accounts for every tensor of an adapter",
+    ),
+    Hook(
+        feature="safe-loading",
+        target="vllm.lora.model_manager:LoRAModelManager.activate_adapter",
+        make=_activate_adapter,
+        releases=">=0.29,<0.34",
+        why="an adapter whose activation failed stays marked active, and later requests with its "
+        "name silently run the base model",
+        upstream="",
+        until="upstream undoes a failed activation; 0.33 marks it active only at the end",
     ),
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from vllm_moe_lora.patching import Hook
@@ -26,18 +25,18 @@ def _load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _read(original: Callable[..., Any], worker: Any, request: Any) -> Any:
     """Load and fit: all that can fail does so here, before upstream drops an older version."""
-    from vllm_moe_lora.store.explain import explain
+    from vllm_moe_lora.store.explain import refusal
     from vllm_moe_lora.store.fit import fit
 
     manager = worker._adapter_manager
     try:
         lora = original(worker, request)
-    except ValueError as error:
-        better = explain(manager, Path(request.lora_path), error)
-        if better is None:
+        fit(manager, lora)
+    except Exception as error:
+        better = refusal(manager, request, error)
+        if better is error:
             raise
         raise better from error
-    fit(manager, lora)
     return lora
 
 
@@ -61,8 +60,8 @@ def _stage(worker: Any, request: Any, path: str) -> Any:
     return worker._load_adapter(LoRARequest(request.lora_name, request.lora_int_id, path))
 
 
-_BACKGROUND: dict[str, Any] = {
-    "feature": "background-loading",
+_STAGING: dict[str, Any] = {
+    "feature": "safe-loading",
     "make": _add_adapter,
     "releases": ">=0.29,<0.34",
     "why": "an adapter is read and packed on the thread that makes tokens",
@@ -81,6 +80,6 @@ HOOKS = (
         upstream="",
         until="upstream checks an adapter before it changes anything, and names the tensor",
     ),
-    Hook(target=f"{_FILE}:WorkerLoRAManager.add_adapter", **_BACKGROUND),
-    Hook(target=f"{_FILE}:LRUCacheWorkerLoRAManager.add_adapter", **_BACKGROUND),
+    Hook(target=f"{_FILE}:WorkerLoRAManager.add_adapter", **_STAGING),
+    Hook(target=f"{_FILE}:LRUCacheWorkerLoRAManager.add_adapter", **_STAGING),
 )

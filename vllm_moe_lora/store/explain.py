@@ -1,4 +1,4 @@
-"""Upstream's refusals, said again with the tensor's name and the cure."""
+"""Refusals as one sentence: which adapter, which tensor, and the cure."""
 
 from __future__ import annotations
 
@@ -14,17 +14,36 @@ from vllm_moe_lora.store.fit import dims_of, is_experts
 from vllm_moe_lora.store.strict import rank_text
 
 
-def explain(manager: Any, folder: Path, error: ValueError) -> AdapterError | None:
-    """What is wrong with an adapter that upstream refused, None where this reader sees nothing.
+def refusal(manager: Any, request: Any, error: Exception) -> Exception:
+    """What the caller is to get for an adapter whose load ended in ``error``.
 
     Args:
         manager: vLLM's `LoRAModelManager` of a MoE model.
-        folder: of the adapter.
-        error: upstream's.
+        request: the LoRARequest.
+        error: this package's, upstream's, or what a library raised.
+
+    Returns:
+        An `AdapterError` that begins with "LoRA adapter N: ", by which the front end knows it;
+        ``error`` itself where no adapter was found at all, which upstream tells its callers well.
     """
-    if isinstance(error, AdapterError):
-        return None
+    head = f"LoRA adapter {request.lora_int_id}: "
+    if str(error).startswith(head) or type(error).__name__ == "LoRAAdapterNotFoundError":
+        return error
+    better = error
+    if not isinstance(error, AdapterError):
+        better = _reason(manager, Path(request.lora_path), error) or error
+    text = str(better) if isinstance(better, AdapterError) else _said(better)
+    return AdapterError(head + text)
+
+
+def _said(error: Exception) -> str:
+    return f"it cannot be loaded: {type(error).__name__}: {error}".rstrip(": ")
+
+
+def _reason(manager: Any, folder: Path, error: Exception) -> AdapterError | None:
+    """What our reader says of an adapter that upstream refused, None where it has no objection."""
     try:
+        config = Config.from_folder(folder)
         found = group(files.tensors(folder))
         refuse_what_is_not_lora(found)
         if "max_lora_rank" not in str(error):
@@ -32,7 +51,6 @@ def explain(manager: Any, folder: Path, error: ValueError) -> AdapterError | Non
         ranks = [(t.shape[0], key) for key, t in found.dense.items() if "lora_A" in key]
         wrapper = next((m for m in manager.modules.values() if is_experts(m)), None)
         if found.experts and wrapper is not None:
-            config = Config.from_folder(folder)
             experts, _ = resolve(found.experts, dims_of(manager, wrapper), config)
             ranks += [(part.rank, part.label) for one in experts for _, part in one]
     except AdapterError as better:

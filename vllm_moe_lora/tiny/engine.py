@@ -35,6 +35,8 @@ class Job:
         vocab: log-probs wanted at each step (the whole vocabulary of a tiny model).
         options: further keyword arguments of `vllm.LLM`; ``enable_lora`` is set with adapters.
         load: adapters to load on their own after the rounds; each outcome is "ok" or the error.
+            After each, the first round is asked again.
+        by_request: load them by a request that names them, not by `add_lora`.
         import_plugin: ``import vllm_moe_lora`` before vLLM is touched.
     """
 
@@ -45,6 +47,7 @@ class Job:
     vocab: int = 512
     options: dict[str, Any] = field(default_factory=dict)
     load: list[str] = field(default_factory=list)
+    by_request: bool = False
     import_plugin: bool = False
 
 
@@ -172,7 +175,10 @@ def main(spec: str, result: str) -> None:
     outcomes = []
     for name in job.load:
         try:
-            llm.llm_engine.add_lora(adapters[name])
+            if job.by_request:
+                ask([([1, 2, 3], None), ([1, 2, 3], name)])
+            else:
+                llm.llm_engine.add_lora(adapters[name])
             outcomes.append("ok")
         except Exception as error:  # the outcome is the error, whatever it is
             outcomes.append(f"{type(error).__name__}: {error}")

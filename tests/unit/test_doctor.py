@@ -1,0 +1,89 @@
+"""doctor: what it says of this environment, and of adapters on a model, without an engine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import layouts
+import pytest
+from safetensors.torch import load_file, save_file
+
+from vllm_moe_lora import cli
+from vllm_moe_lora.tiny import adapters, models
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return models.build("qwen2_moe", tmp_path_factory.mktemp("model") / "m")
+
+
+def doctor(capsys, *args):
+    code = cli.main(["doctor", "--json", *map(str, args)])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_environment(capsys, monkeypatch):
+    code, out = doctor(capsys)
+    said = [found["what"] for found in out["findings"]]
+    assert code == 0, said
+    assert "adapters: on" in said
+    assert any("entry point" in what for what in said)
+    monkeypatch.setenv("VLLM_MOE_LORA", "0")
+    code, out = doctor(capsys)
+    assert code == 1
+    assert any("not active" in f["what"] and f["cure"] for f in out["findings"])
+
+
+def test_adapters_on_a_model(model, tmp_path, capsys):
+    good = adapters.write(model, tmp_path / "good", rank=12)
+    code, out = doctor(capsys, "--model", model, "--adapter", good)
+    assert code == 0, out
+    assert "--max-lora-rank 16" in out["command"]
+    assert f"good={good}" in out["command"]
+    # 2 layers, 8 experts, 3 matrices, rank 16, 128 + 128 wide, 2 bytes
+    size = 2 * 8 * 3 * 16 * 256 * 2 / 2**20
+    assert any(f"{size:,.0f} MiB" in found["what"] for found in out["findings"])
+    assert cli.main(["doctor", "--model", str(model), "--adapter", str(good)]) == 0
+    assert "✓" in capsys.readouterr().out
+
+
+def _rename(old, new):
+    return lambda tensors: {key.replace(old, new): t for key, t in tensors.items()}
+
+
+def _cut(tensors):
+    key = next(k for k in tensors if "experts.3.up_proj.lora_A" in k)
+    return {**tensors, key: tensors[key][:, :-1].contiguous()}
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (_rename("layers.1.", "layers.7."), "layers.7"),
+        (_rename("experts.5.", "experts.55."), "experts.55"),
+        (_rename("q_proj", "x_proj"), "x_proj"),
+        (_cut, "experts.3.up_proj"),
+    ],
+)
+def test_what_will_not_load(model, tmp_path, capsys, change, word):
+    good = adapters.write(model, tmp_path / "good")
+    bad = tmp_path / "bad"
+    shutil.copytree(good, bad)
+    file = bad / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+    code, out = doctor(capsys, "--model", model, "--adapter", bad, "--adapter", good)
+    assert code == 1
+    wrong = [found for found in out["findings"] if not found["well"]]
+    assert len(wrong) == 1
+    assert word in wrong[0]["what"]
+    assert wrong[0]["cure"]
+
+
+def test_flat_adapter_and_usage(model, tmp_path, capsys):
+    truth = layouts.Truth(inner=128)
+    flat = layouts.save(tmp_path / "flat", layouts.flat(truth), truth)
+    code, out = doctor(capsys, "--model", model, "--adapter", flat)
+    assert code == 0, out
+    assert "flat peft" in out["findings"][0]["what"]
+    assert cli.main(["doctor", "--adapter", str(flat)]) == 2

@@ -1,0 +1,138 @@
+"""`vllm-moe-lora doctor`: is the plugin active here, and will these adapters load on this model?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Finding:
+    """One line of the report; ``cure`` where it is not well."""
+
+    well: bool
+    what: str
+    cure: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, help="folder of a model (no weights are read)")
+    parser.add_argument(
+        "--adapter", type=Path, action="append", default=[], help="folder of an adapter; repeat"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.adapter and not args.model:
+        print("doctor: --adapter needs --model", file=sys.stderr)
+        return 2
+    if args.model:
+        findings, command = _adapters(args.model, args.adapter)
+    else:
+        findings, command = [*_environment()], None
+    if args.json:
+        out = {"findings": [asdict(found) for found in findings], "command": command}
+        print(json.dumps(out, indent=1))
+    else:
+        for found in findings:
+            cure = f"\n    cure: {found.cure}" if found.cure else ""
+            print(f"{'✓' if found.well else '✗'} {found.what}{cure}")
+        if command:
+            print(f"\n{command}")
+    return 0 if all(found.well for found in findings) else 1
+
+
+# Runs in a fresh process, where vLLM itself calls the entry point as it does in every engine.
+_PROBE = """
+import importlib.metadata, json, sys
+import torch, vllm
+from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+import vllm_moe_lora
+from vllm_moe_lora import patching
+def version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
+print("@" + json.dumps({
+    "python": sys.version.split()[0],
+    "vllm": vllm.__version__,
+    "torch": torch.__version__,
+    "triton": version("triton"),
+    "platform": current_platform.device_type,
+    "entry_points": [e.name for e in plugins],
+    "status": vllm_moe_lora.status(),
+    "strangers": patching.strangers(),
+}))
+"""
+
+
+def _environment() -> list[Finding]:
+    done = subprocess.run(
+        [sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False, timeout=300
+    )
+    line = next((text for text in done.stdout.splitlines() if text.startswith("@")), None)
+    if line is None:
+        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+        return [Finding(False, f"vLLM does not start here: {last}", "repair this environment")]
+    facts: dict[str, Any] = json.loads(line[1:])
+    versions = ("python", "vllm", "torch", "triton", "platform")
+    findings = [Finding(True, ", ".join(f"{key} {facts[key]}" for key in versions))]
+    if "moe_lora" in facts["entry_points"]:
+        findings.append(Finding(True, "vLLM finds the plugin by its entry point"))
+    else:
+        cure = "pip install vllm-moe-lora into the environment that vLLM runs in"
+        findings.append(Finding(False, "vLLM does not find the plugin by its entry point", cure))
+    if not facts["status"]:
+        warnings = [text for text in done.stderr.splitlines() if "vllm-moe-lora:" in text]
+        said = warnings[-1].partition("vllm-moe-lora:")[2].strip() if warnings else "it is off"
+        findings.append(
+            Finding(False, f"the plugin is not active: {said}", "see VLLM_MOE_LORA, VLLM_PLUGINS")
+        )
+    for feature, state in facts["status"].items():
+        harmless = state == "on" or "platform" in state
+        cure = "" if harmless else "upgrade vllm-moe-lora to a release made for this vLLM"
+        findings.append(Finding(harmless, f"{feature}: {state}", cure))
+    for target, owner in facts["strangers"].items():
+        findings.append(
+            Finding(False, f"{target} was replaced by {owner} after us", f"start without {owner}")
+        )
+    return findings
+
+
+def _adapters(model: Path, adapters: list[Path]) -> tuple[list[Finding], str | None]:
+    from vllm_moe_lora.adapters import fitting
+    from vllm_moe_lora.adapters.errors import AdapterError
+
+    findings, rank = [], 1
+    for adapter in adapters:
+        try:
+            fit = fitting.fits(adapter, model)
+            rank = max(rank, fitting.smallest_rank(fit.rank))
+        except AdapterError as error:
+            cure = "`vllm-moe-lora inspect` shows what it holds; see the README's layouts"
+            findings.append(Finding(False, f"{adapter}: {error}", cure))
+            continue
+        layout = f"experts {', '.join(fit.layouts)} in {fit.layers} layers" if fit.layers else ""
+        what = f"{adapter}: every tensor has a place; rank {fit.rank}; {layout or 'no experts'}"
+        findings.append(Finding(True, what))
+        findings += [Finding(True, f"{adapter}: {note}") for note in fit.notes]
+    try:
+        size = fitting.slot_bytes(model, rank)
+    except (AdapterError, KeyError):
+        return [*findings, Finding(True, f"{model} has no routed experts that are known")], None
+    findings.append(
+        Finding(True, f"a slot of rank {rank} takes {size / 2**20:,.0f} MiB for routed experts")
+    )
+    modules = " ".join(f"{path.name}={path}" for path in adapters)
+    command = f"vllm serve {model} --enable-lora --max-lora-rank {rank}"
+    return findings, command + (f" --lora-modules {modules}" if modules else "")

@@ -1,0 +1,72 @@
+"""Tensors of an adapter -> vLLM's LoRAModel, with the routed experts set apart."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from vllm_moe_lora.adapters.config import Config
+from vllm_moe_lora.adapters.errors import AdapterError
+from vllm_moe_lora.adapters.group import group, refuse_what_is_not_lora
+from vllm_moe_lora.adapters.names import parse
+from vllm_moe_lora.store.fit import Pending
+from vllm_moe_lora.store.memory import NoCollection
+
+
+def read(
+    cls: type[Any],
+    refused: ValueError | None,
+    *,
+    lora_model_id: int,
+    tensors: dict[str, Any],
+    peft_helper: Any,
+    **more: Any,
+) -> Any:
+    """A LoRAModel whose routed experts wait for their model (`store.fit`).
+
+    Args:
+        cls: vLLM's `LoRAModel`; its `from_lora_tensors` gets all other modules.
+        refused: why upstream did not take the names; raised where the model has no experts.
+        lora_model_id: of the adapter.
+        tensors: by name, on the CPU. They are neither changed nor kept.
+        peft_helper: vLLM's `PEFTHelper` of the adapter.
+        more: what else `from_lora_tensors` takes.
+
+    Raises:
+        AdapterError: a tensor that is no LoRA factor, or has no counterpart.
+    """
+    raw = getattr(peft_helper, "moe_lora_raw", None) or asdict(peft_helper)
+    quiet = NoCollection()
+    skipped = more.get("skip_prefixes") or []
+    try:
+        config = Config.from_dict(raw, getattr(peft_helper, "moe_lora_markers", None))
+        found = group(
+            {key: t for key, t in tensors.items() if not cls._should_skip_module(key, skipped)}
+        )
+        heads = tuple(f".{name}" for name in getattr(peft_helper, "modules_to_save", None) or ())
+        saved = {k: t for k, t in found.full.items() if k.rpartition(".")[0].endswith(heads)}
+        found.full = {k: t for k, t in found.full.items() if k not in saved}
+        refuse_what_is_not_lora(found)
+    except AdapterError as error:
+        raise (refused or AdapterError(f"LoRA adapter {lora_model_id}: {error}")) from error
+    # Copies: upstream scales them in place, and these are the caller's, or views of a file.
+    dense = {key: tensor.clone() for key, tensor in {**found.dense, **saved}.items()}
+    peft_helper.moe_lora_ready = True  # for the next line, which ends in the hook above
+    try:
+        lora = cls.from_lora_tensors(lora_model_id, dense, peft_helper, **more)
+    finally:
+        peft_helper.moe_lora_ready = False
+    mapper = more.get("weights_mapper")
+    if not hasattr(peft_helper, "get_rank_and_scaling"):  # up to 0.31: no patterns
+        _scale(lora, found.dense, config, mapper)
+    mapped = {p: mapper._map_name(p) if mapper is not None else p for p in found.experts}
+    lora.moe_lora = Pending(found.experts, mapped, config, quiet, refused)
+    return lora
+
+
+def _scale(lora: Any, dense: dict[str, Any], config: Any, mapper: Any) -> None:
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    for key in dense:
+        weights = lora.loras[parse_fine_tuned_lora_name(key, mapper)[0]]
+        weights.scaling, _ = config.scale(parse(key).module, weights.lora_a.shape[0])

@@ -48,13 +48,14 @@ class Config:
     def from_dict(cls, raw: Mapping[str, Any], markers: Mapping[str, Any] | None = None) -> Config:
         """
         Raises:
-            AdapterError: rank or alpha is missing or no usable number.
+            AdapterError: rank or alpha is missing or no usable number, a pattern is no regex, or a
+                marker has a value that is not known.
         """
         rank = raw.get("r")
         alpha = raw.get("lora_alpha")
         _number("r", rank, whole=True)
         _number("lora_alpha", alpha)
-        return cls(
+        config = cls(
             int(rank),  # type: ignore[arg-type]
             float(alpha),  # type: ignore[arg-type]
             bool(raw.get("use_rslora")),
@@ -63,6 +64,8 @@ class Config:
             raw,
             markers or {},
         )
+        config.orders(), config.interleaved(), config.scale("", 1)  # whether they are needed or not
+        return config
 
     @classmethod
     def from_folder(cls, folder: Path) -> Config:
@@ -172,7 +175,7 @@ def _read(file: Path, optional: bool = False) -> dict[str, Any]:
         raw = json.loads(file.read_text())
     except FileNotFoundError:
         raise AdapterError(f"{file} is missing: is this the folder of a PEFT adapter?") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise AdapterError(f"{file} cannot be read: {error}") from error
     if not isinstance(raw, dict):
         raise AdapterError(f"{file} holds no JSON table")

@@ -112,7 +112,7 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
         with file.open("rb") as data:
             length = int.from_bytes(data.read(8), "little")
             header = json.loads(data.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, RecursionError, ValueError) as error:
         raise AdapterError(f"{file} cannot be read as safetensors: {error}") from error
     return header, 8 + length
 

@@ -42,7 +42,7 @@ def from_model(folder: Path) -> Dims:
 def model_config(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise AdapterError(f"{folder / 'config.json'} cannot be read: {error}") from error
 
 

@@ -52,7 +52,7 @@ def _names(name: str) -> tuple[str, ...]:
 
 _COMMON: dict[str, Any] = {
     "feature": "cpu-int4-experts",
-    "releases": ">=0.29,<0.34",
+    "releases": ">=0.30,<0.34",
     "platforms": ("cpu",),
     "upstream": "https://github.com/vllm-project/vllm/issues/29424",
     "until": "upstream's CPUExpertsInt4 supports LoRA",

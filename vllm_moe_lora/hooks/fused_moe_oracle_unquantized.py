@@ -31,7 +31,8 @@ HOOKS = (
             "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method:"
             "select_unquantized_moe_backend",
         ),
-        releases=">=0.29,<0.34",
+        releases=">=0.30,<0.34",
+        # Up to 0.29 the CPU's experts route for themselves (monolithic), which LoRA layers refuse.
         platforms=("cpu",),
         why="with LoRA it returns the Triton experts on every platform; a CPU has no Triton, so "
         "the first token dies with: module 'triton.language' has no attribute 'bfloat16'",

@@ -36,7 +36,7 @@ def _reset_lora(original: Callable[..., Any]) -> Callable[..., Any]:
 
 _COMMON: dict[str, Any] = {
     "feature": "cpu-experts",
-    "releases": ">=0.29,<0.34",
+    "releases": ">=0.30,<0.34",
     "platforms": ("cpu",),
     "upstream": "",
     "until": "upstream's CPU experts support LoRA",

@@ -144,17 +144,17 @@ for n in names:
 before = {n: s.held for n, s in spots.items()}
 import vllm_moe_lora as v
 v.register()
-changed = [n for n in spots if _Spot.find(n).held is not before[n]]
+same = [n for n in spots if _Spot.find(n).held is before[n]]
 v.revert()
 left = [n for n in spots if _Spot.find(n).held is not before[n]]
-print("CHANGED", len(changed), len(spots), "LEFT", left)
+print("FOUND", len(spots), "SAME", same, "LEFT", left)
 """
     rc, out = _python(code, VLLM_PLUGINS="")
     assert rc == 0, out[-2000:]
-    line = next(line for line in out.splitlines() if line.startswith("CHANGED"))
-    changed, total = map(int, line.split()[1:3])
-    assert changed == total >= len(HOOKS)
-    assert line.endswith("LEFT []")
+    line = next(line for line in out.splitlines() if line.startswith("FOUND"))
+    assert int(line.split()[1]) >= len(HOOKS)
+    # The one hook that steps aside here, upstream being right from 0.31 on.
+    assert "SAME ['vllm.v1.core.kv_cache_utils:_gen_lora_extra_hash_keys'] LEFT []" in line
 
 
 @needs_vllm

@@ -70,10 +70,15 @@ def test_collection_is_off_while_any_lives():
     assert not gc.isenabled()
     del two
     assert gc.isenabled()
+    with NoCollection() as three:
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    three.release()
+    assert gc.isenabled()
     gc.disable()
     try:
-        three = NoCollection()
-        del three
+        four = NoCollection()
+        del four
         assert not gc.isenabled(), "whoever switched it off wants it off"
     finally:
         gc.enable()

@@ -22,32 +22,33 @@ def _from_local_checkpoint(original: Callable[..., Any]) -> Any:
         from vllm_moe_lora.adapters.errors import AdapterError
         from vllm_moe_lora.store.memory import NoCollection
 
-        path, quiet, refused = Path(lora_dir), NoCollection(), None
-        tensors = None if more.get("tensorizer_config_dict") else folder.with_experts(path)
-        if tensors is None:
-            del quiet
-            try:
-                return original(lora_dir, expected_lora_modules, peft_helper, **more)
-            except ValueError as error:
-                refused = error  # a name upstream does not know; `fit` knows more
-            try:
-                tensors = folder.tensors(path)
-            except AdapterError:
-                raise refused from None
-        from vllm.lora.utils import get_lora_id
+        path, refused = Path(lora_dir), None
+        with NoCollection() as quiet:
+            tensors = None if more.get("tensorizer_config_dict") else folder.with_experts(path)
+            if tensors is None:
+                quiet.release()
+                try:
+                    return original(lora_dir, expected_lora_modules, peft_helper, **more)
+                except ValueError as error:
+                    refused = error  # a name upstream does not know; `fit` knows more
+                try:
+                    tensors = folder.tensors(path)
+                except AdapterError:
+                    raise refused from None
+            from vllm.lora.utils import get_lora_id
 
-        from vllm_moe_lora.store.read import read
+            from vllm_moe_lora.store.read import read
 
-        number = more.get("lora_model_id")
-        peft_helper.moe_lora_markers = config.markers(path)
-        return read(
-            cls,
-            refused,
-            lora_model_id=get_lora_id() if number is None else number,
-            tensors=tensors,
-            peft_helper=peft_helper,
-            **{key: more[key] for key in _PASSED if key in more},
-        )
+            number = more.get("lora_model_id")
+            peft_helper.moe_lora_markers = config.markers(path)
+            return read(
+                cls,
+                refused,
+                lora_model_id=get_lora_id() if number is None else number,
+                tensors=tensors,
+                peft_helper=peft_helper,
+                **{key: more[key] for key in _PASSED if key in more},
+            )
 
     return classmethod(from_local_checkpoint)
 

@@ -56,6 +56,14 @@ def fit(manager: Any, lora: Any) -> None:
     pending: Pending | None = getattr(lora, "moe_lora", None)
     if pending is None and strict.is_warm_up(lora):
         return
+    try:
+        _fit(manager, lora, pending)
+    finally:
+        if pending is not None:
+            pending.quiet.release()
+
+
+def _fit(manager: Any, lora: Any, pending: Pending | None) -> None:
     if pending is not None and pending.refused is not None and not manager._is_moe:
         raise pending.refused
     places = strict.places(manager)

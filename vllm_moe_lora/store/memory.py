@@ -27,24 +27,38 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 
 class NoCollection:
-    """Python's cyclic garbage collector stays off while one of these lives.
+    """Python's cyclic garbage collector stays off while one of these holds.
 
     A file of 36,864 tensors makes some 200,000 objects, none of them garbage; each of the
-    collections that this sets off walks the whole engine (0.4 s each, as long as the copy). It
-    lives as long as the views of the file do, from their reading to the last staged tensor, which
-    are two calls of vLLM's: an error between them ends it, too.
+    collections that this sets off walks the whole engine (0.4 s each, as long as the copy). One
+    holds as long as the views of the file live, from their reading to the last staged tensor,
+    which are two calls of vLLM's. ``with`` releases it at the end of the block.
     """
 
-    _alive = 0
+    _holding = 0
     _was_on = False
 
     def __init__(self) -> None:
-        if NoCollection._alive == 0:
+        self._holds = True
+        if NoCollection._holding == 0:
             NoCollection._was_on = gc.isenabled()
             gc.disable()
-        NoCollection._alive += 1
+        NoCollection._holding += 1
+
+    def release(self) -> None:
+        """Any number of times."""
+        if not self._holds:
+            return
+        self._holds = False
+        NoCollection._holding -= 1
+        if NoCollection._holding == 0 and NoCollection._was_on:
+            gc.enable()
+
+    def __enter__(self) -> NoCollection:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def __del__(self) -> None:
-        NoCollection._alive -= 1
-        if NoCollection._alive == 0 and NoCollection._was_on:
-            gc.enable()
+        self.release()

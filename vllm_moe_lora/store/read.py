@@ -35,8 +35,19 @@ def read(
     Raises:
         AdapterError: a tensor that is no LoRA factor, or has no counterpart.
     """
+    with NoCollection():
+        return _read(cls, refused, lora_model_id, tensors, peft_helper, more)
+
+
+def _read(
+    cls: type[Any],
+    refused: ValueError | None,
+    lora_model_id: int,
+    tensors: dict[str, Any],
+    peft_helper: Any,
+    more: dict[str, Any],
+) -> Any:
     raw = getattr(peft_helper, "moe_lora_raw", None) or asdict(peft_helper)
-    quiet = NoCollection()
     skipped = more.get("skip_prefixes") or []
     try:
         config = Config.from_dict(raw, getattr(peft_helper, "moe_lora_markers", None))
@@ -60,7 +71,7 @@ def read(
     if not hasattr(peft_helper, "get_rank_and_scaling"):  # up to 0.31: no patterns
         _scale(lora, found.dense, config, mapper)
     mapped = {p: mapper._map_name(p) if mapper is not None else p for p in found.experts}
-    lora.moe_lora = Pending(found.experts, mapped, config, quiet, refused)
+    lora.moe_lora = Pending(found.experts, mapped, config, NoCollection(), refused)
     return lora
 
 

@@ -108,12 +108,29 @@ def test_patterns_of_the_source_do_not_leak(tmp_path):
         assert (scale, rank) == (1.0, 4)
 
 
+def test_a_pattern_for_another_module_does_not_change_the_number_of_experts(tmp_path, capsys):
+    truth = layouts.Truth(seed=1)
+    raw = {"rank_pattern": {"q_proj": 2}}
+    for form, tensors in (("flat", layouts.flat(truth)), ("rows", layouts.rows(truth))):
+        src = layouts.save(tmp_path / form, tensors, truth, **raw)
+        adapter = read(src)
+        assert (adapter.dims.experts, adapter.dims.hidden, adapter.dims.inner) == (8, 128, 96)
+        assert delta_error(src, truth) < 1e-5
+    wrong = layouts.save(
+        tmp_path / "wrong", layouts.flat(truth), truth, rank_pattern={"down_proj": 2}
+    )
+    assert cli.main(["inspect", str(wrong)]) == 1
+    assert "--base" in capsys.readouterr().err
+
+
 def test_gaps_become_zeros_and_are_said(tmp_path, capsys):
     truth = layouts.Truth(seed=2)
     tensors = {k: t for k, t in layouts.per_expert(truth).items() if ".experts.3." not in k}
     src = layouts.save(tmp_path / "src", tensors, truth)
     assert convert(src, tmp_path / "out", "--to", "packed") == 0
-    assert "zeros" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "zeros" in said
+    assert "--base" in said
     truth.without(lambda layer, projection, expert: expert != 3)
     assert delta_error(tmp_path / "out", truth) < 1e-5
 

@@ -38,6 +38,7 @@ class Adapter:
         experts: canonical, by layer.
         dims: of the model, None where the adapter has no routed experts.
         notes: what had to be guessed.
+        sure: ``dims`` are the model's own, not read off the adapter.
     """
 
     config: Config
@@ -45,6 +46,7 @@ class Adapter:
     experts: list[Experts]
     dims: Dims | None
     notes: list[str] = field(default_factory=list)
+    sure: bool = True
 
 
 def read(folder: Path, base: Path | None = None) -> Adapter:
@@ -72,7 +74,7 @@ def read(folder: Path, base: Path | None = None) -> Adapter:
         base = named if (named / "config.json").is_file() else None
     dims = infer.from_model(base) if base else infer.from_adapter(found.experts, config)
     experts, notes = resolve(found.experts, dims, config)
-    return Adapter(config, found, experts, dims, notes)
+    return Adapter(config, found, experts, dims, notes, base is not None)
 
 
 def convert(adapter: Adapter, layout: str, progress: Progress) -> tuple[Written, dict[str, Any]]:
@@ -88,6 +90,11 @@ def convert(adapter: Adapter, layout: str, progress: Progress) -> tuple[Written,
             "into the model (--merge-into MODEL)"
         )
     out = Written(notes=set(adapter.notes))
+    if not adapter.sure and layout != "per-expert" and adapter.dims is not None:
+        out.notes.add(
+            f"the model is taken to have {adapter.dims.experts} experts, as the adapter shows; "
+            "--base MODEL makes sure"
+        )
     for experts in progress(adapter.experts, "layers"):
         assert adapter.dims is not None
         write(experts, layout, adapter.dims, adapter.config, out)

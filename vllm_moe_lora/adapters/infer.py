@@ -52,7 +52,7 @@ def from_adapter(layers: Mapping[str, Tensors], config: Config) -> Dims:
         AdapterError: the tensors do not show all sizes.
     """
     experts = hidden = inner = 0
-    for tensors in layers.values():
+    for prefix, tensors in layers.items():
         for (expert, projection), pair in tensors.items():
             for side, (_, tensor) in pair.items():
                 if projection in ("inner", "outer"):
@@ -62,7 +62,7 @@ def from_adapter(layers: Mapping[str, Tensors], config: Config) -> Dims:
                 elif tensor.ndim == 3:
                     experts = max(experts, tensor.shape[0])
                 elif side == "A":
-                    experts = max(experts, tensor.shape[0] // config.rank)
+                    experts = max(experts, tensor.shape[0] // _rank(config, prefix, projection))
                 out_or_in = tensor.shape[-1] if side == "A" else tensor.shape[-2]
                 if expert is None and tensor.ndim == 2 and side == "B":
                     continue  # rows of all experts
@@ -71,7 +71,7 @@ def from_adapter(layers: Mapping[str, Tensors], config: Config) -> Dims:
                     hidden = out_or_in
                 else:
                     inner = out_or_in // half
-        flat = _flat(tensors, config)
+        flat = _flat(prefix, tensors, config)
         if flat is not None:
             return flat
     if not experts or not hidden or not inner:
@@ -82,24 +82,31 @@ def from_adapter(layers: Mapping[str, Tensors], config: Config) -> Dims:
     return Dims(experts, hidden, inner)
 
 
-def _flat(tensors: Tensors, config: Config) -> Dims | None:
+def _flat(prefix: str, tensors: Tensors, config: Config) -> Dims | None:
     """From `experts.base_layer` and `experts` together; one of them alone does not tell enough."""
-    both = [tensors.get((None, name)) for name in ("inner", "outer")]
-    if None in both:
+    pairs = [tensors.get((None, name), {}) for name in ("inner", "outer")]
+    if any(len(pair) != 2 for pair in pairs):
         return None
-    rows, columns, ups = [], [], []
-    for pair in both:
-        assert pair is not None
-        a, b = pair["A"][1], pair["B"][1]
-        rows.append(b.shape[0])
-        columns.append(a.shape[1])
-        ups.append(a.shape[0])
-    # The rank of gate_up may be twice down's, so the smaller one counts.
-    experts = min(ups) // min(config.rank, *(config.rank_pattern.values() or [config.rank]))
+    rows = [pair["B"][1].shape[0] for pair in pairs]
+    columns = [pair["A"][1].shape[1] for pair in pairs]
+    counts = {
+        pair["A"][1].shape[0] / _rank(config, prefix, projection)
+        for pair, projection in zip(pairs, ("w13", "w2"), strict=True)
+    }
+    if len(counts) != 1 or not min(counts).is_integer():
+        return None  # the ranks are not what adapter_config.json says
     for hidden, inner, wide in (
         (columns[0], columns[1], rows[0]),  # gate_up [2 I, H], down [H, I]
         (rows[0], rows[1], columns[0]),  # in and out swapped
     ):
         if wide == 2 * inner and hidden in (rows[1], columns[1]):
-            return Dims(experts, hidden, inner)
+            return Dims(int(min(counts)), hidden, inner)
     return None
+
+
+_WORDS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj", "w13": "gate_up_proj"}
+
+
+def _rank(config: Config, prefix: str, projection: str) -> int:
+    """What adapter_config.json says of one projection's rank."""
+    return config.scale(f"{prefix}.{_WORDS[projection]}", 1)[1]

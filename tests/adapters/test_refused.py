@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from unittest import mock
 
 import layouts
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_recognition import staged
+from test_recognition import staged, worst
 
 from vllm_moe_lora.adapters.config import Config
 from vllm_moe_lora.adapters.errors import AdapterError
@@ -166,6 +167,22 @@ def test_every_tensor_of_every_layout_must_have_its_shape(name, axis):
         cut = tensor.narrow(axis, 0, tensor.shape[axis] - 1)
         with pytest.raises(AdapterError):
             staged({**tensors, key: cut}, truth, {})
+
+
+@pytest.mark.parametrize("r", [2, 8, 16])
+def test_another_number_of_experts_is_seen(r):
+    """Rows are rank times experts: 4 experts of rank 8 have the shape of 8 experts of rank 4."""
+    truth = layouts.Truth(seed=1)
+    with pytest.raises(AdapterError, match="another number of experts"):
+        staged(layouts.flat(truth), truth, {"r": r})
+
+
+def test_a_smaller_rank_is_scaled_by_itself_and_said():
+    truth = layouts.Truth(seed=2, alpha=8.0)
+    with mock.patch("vllm_moe_lora.adapters.stacked.warning_once") as said:
+        slots, _ = staged(layouts.per_expert(truth), truth, {"r": 32})
+    assert worst(slots, truth, False, False) < 1e-5
+    assert "rank 4 where adapter_config.json says 32" in said.call_args[0][0]
 
 
 @settings(max_examples=200, deadline=None)

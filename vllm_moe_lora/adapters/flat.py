@@ -112,11 +112,12 @@ def read(
         if projection == "w1":
             parameter = "up_proj"
         scale, expected = config.scale(f"{prefix}.{parameter}", rank)
-        if rank > expected:
+        if rank != expected:
+            # Rows are rank times experts: another rank may be another number of experts.
             raise AdapterError(
                 f"{key} has rank {rank} for each of {dims.experts} experts, but "
-                f"adapter_config.json says {expected}: the adapter is for another model, or lacks "
-                f'"rank_pattern": {{"{prefix}.{parameter}": {rank}}}.'
+                f"adapter_config.json says {expected}: the adapter is for a model with another "
+                f'number of experts, or lacks "rank_pattern": {{"{prefix}.{parameter}": {rank}}}.'
             )
         interleaved = dims.interleaved if config.interleaved() is None else config.interleaved()
         fused = projection == "w13" and bool(interleaved)

@@ -17,6 +17,7 @@ from vllm_moe_lora.adapters.canonical import Dims, Part, Stack, first, gather
 from vllm_moe_lora.adapters.config import Config
 from vllm_moe_lora.adapters.errors import AdapterError, listed
 from vllm_moe_lora.adapters.group import Tensors
+from vllm_moe_lora.log import warning_once
 
 # One side of one projection: expert (None: a stack) -> tensor's name and tensor.
 _Side = dict[int | None, tuple[str, torch.Tensor]]
@@ -188,6 +189,11 @@ def _scale(config: Config, key: str, module: str, rank: int) -> float:
         raise AdapterError(
             f"{key} has rank {rank}, but adapter_config.json says {expected}, so its scale is not "
             f'known. Add it to "rank_pattern": {{"{module}": {rank}}}.'
+        )
+    if rank < expected:
+        warning_once(
+            f"LoRA factors of rank {rank} where adapter_config.json says {expected}: scaled by "
+            f'their own rank (Megatron-Bridge normalises so); "rank_pattern" would say otherwise'
         )
     return scale
 

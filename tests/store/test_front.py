@@ -123,3 +123,27 @@ def test_staged_until_ready_then_loaded_once():
 
 async def _passed(self, *args, **more):
     return "passed"
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_failed_activation_is_undone(before):
+    """Upstream up to 0.32 leaves it marked active, so that later requests run the base model."""
+    from vllm_moe_lora.hooks import lora_model_manager
+
+    active = {1: None} if before else {}
+
+    def original(self, lora_id):
+        active[lora_id] = None
+        raise RuntimeError("sizes differ")
+
+    manager = types.SimpleNamespace(
+        _is_moe=True,
+        _active_adapters=active,
+        _registered_adapters={1: "x"},
+        deactivate_adapter=lambda lora_id: active.pop(lora_id),
+    )
+    activate = lora_model_manager._activate_adapter(original)
+    with pytest.raises(RuntimeError, match="sizes differ"):
+        activate(manager, 1)
+    assert (1 in active) == before
+    assert bool(manager._registered_adapters) == before

@@ -128,6 +128,11 @@ def first(stack: Stack) -> torch.Tensor:
     return stack[0]
 
 
+def pick(stack: Stack, index: int) -> torch.Tensor:
+    """The matrix at a place of a stack; the one that is shared where there is only one."""
+    return stack[0 if len(stack) == 1 else index]
+
+
 def stacked(stack: Stack) -> torch.Tensor:
     """As one tensor; copies where the matrices lie apart."""
     return stack if isinstance(stack, torch.Tensor) else torch.stack(stack)

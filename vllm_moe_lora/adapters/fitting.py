@@ -9,7 +9,6 @@ from vllm_moe_lora.adapters import infer
 from vllm_moe_lora.adapters.convert import Adapter, read
 from vllm_moe_lora.adapters.errors import AdapterError, listed
 from vllm_moe_lora.adapters.group import refuse_what_is_not_lora
-from vllm_moe_lora.adapters.merge import shards
 from vllm_moe_lora.adapters.names import PREFIX
 from vllm_moe_lora.adapters.spelling import Spellings
 
@@ -72,7 +71,7 @@ def smallest_rank(rank: int) -> int:
 def slot_bytes(model: Path, rank: int, itemsize: int = 2) -> int:
     """Memory of one slot's routed experts on one device without parallelism, vLLM's 2-D stacks."""
     dims = infer.from_model(model)
-    names = (name for found in shards(model).values() for name in found)
+    names = (name for found in infer.shards(model).values() for name in found)
     layers = {name.partition(".experts.")[0] for name in names if ".experts." in name}
     matrices = 3 if dims.gated else 2
     one = matrices * rank * (dims.hidden + dims.inner)
@@ -89,7 +88,7 @@ def _has_experts(model: Path) -> bool:
 
 def _place(adapter: Adapter, model: Path) -> None:
     """Every module of the adapter is a module of the checkpoint."""
-    modules = {name.rpartition(".")[0] for names in shards(model).values() for name in names}
+    modules = {name.rpartition(".")[0] for names in infer.shards(model).values() for name in names}
     # "experts.7.up_proj" of a checkpoint also stands for its layer's "experts".
     modules |= {name.partition(".experts")[0] + ".experts" for name in modules if "experts" in name}
     spellings = Spellings(modules)

@@ -28,7 +28,7 @@ def with_experts(folder: Path) -> dict[str, torch.Tensor] | None:
     """`tensors`, or None for an adapter that leaves routed experts alone or cannot be read.
 
     Raises:
-        AdapterError: the adapter has routed experts, but its file is damaged.
+        AdapterError: it has routed experts, and a dtype that is no factor's; a damaged pickle.
     """
     if (folder / WEIGHTS).is_file():
         try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_moe_lora.adapters.errors import AdapterError, listed
-from vllm_moe_lora.adapters.names import PREFIX, parse, place
+from vllm_moe_lora.adapters.names import PREFIX, Name, parse, place
 
 LAYOUTS = (
     "experts.N.gate_proj (one expert each), experts.gate_proj / experts.gate_up_proj (3-D), "
@@ -64,7 +64,7 @@ def group(tensors: Mapping[str, torch.Tensor]) -> Grouped:
         else:
             where = place(name.module)
             if where is None:
-                _put_dense(out, key, tensor)
+                _put_dense(out, key, name, tensor)
                 continue
             sides = out.experts.setdefault(where.prefix, {}).setdefault(where[1:], {})
             if name.side in sides:
@@ -100,8 +100,7 @@ def refuse_what_is_not_lora(found: Grouped) -> None:
 EMBEDDING_COPIES = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 
 
-def _put_dense(out: Grouped, key: str, tensor: torch.Tensor) -> None:
-    name = parse(key)
+def _put_dense(out: Grouped, key: str, name: Name, tensor: torch.Tensor) -> None:
     if ".experts" in name.module and ".shared_experts" not in name.module:
         out.full[key] = tensor  # routed experts under a name that is not known
         return
@@ -114,10 +113,7 @@ def _put_dense(out: Grouped, key: str, tensor: torch.Tensor) -> None:
 
 def _refuse_lonely(out: Grouped) -> None:
     """Every A has its B and the reverse; factors of shared-outer experts may pair across names."""
-    lonely = []
-    for name in out.dense:
-        if _counterpart(name) not in out.dense:
-            lonely.append(name)
+    lonely = [name for name in out.dense if _counterpart(name) not in out.dense]
     for tensors in out.experts.values():
         for (expert, projection), sides in tensors.items():
             for side, (key, _) in sides.items():

@@ -11,10 +11,11 @@ from vllm_moe_lora.adapters.canonical import Dims
 from vllm_moe_lora.adapters.config import Config
 from vllm_moe_lora.adapters.errors import AdapterError
 from vllm_moe_lora.adapters.group import Tensors
+from vllm_moe_lora.adapters.names import WORDS
 
 _COUNT = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 _INNER = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
-_INTERLEAVED = ("gpt_oss",)
+INTERLEAVED = ("gpt_oss",)
 _NO_GATE = ("nemotron_h",)
 
 
@@ -23,8 +24,7 @@ def from_model(folder: Path) -> Dims:
     Raises:
         AdapterError: no config.json, or no experts in it.
     """
-    config = model_config(folder)
-    text = config.get("text_config") or config
+    text = text_config(folder)
     experts = next((text[key] for key in _COUNT if text.get(key)), None)
     inner = next((text[key] for key in _INNER if text.get(key)), None)
     if experts is None or inner is None:
@@ -35,15 +35,44 @@ def from_model(folder: Path) -> Dims:
         int(text["hidden_size"]),
         int(inner),
         gated=kind not in _NO_GATE,
-        interleaved=kind in _INTERLEAVED,
+        interleaved=kind in INTERLEAVED,
     )
 
 
-def model_config(folder: Path) -> dict[str, Any]:
+def text_config(folder: Path) -> dict[str, Any]:
+    """A model's config.json, of a multimodal one the language model's; quantisation of either.
+
+    Raises:
+        AdapterError: it cannot be read.
+    """
     try:
-        return dict(json.loads((folder / "config.json").read_text()))
+        config = dict(json.loads((folder / "config.json").read_text()))
     except (OSError, RecursionError, ValueError) as error:
         raise AdapterError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    whole = {key: config[key] for key in ("quantization_config",) if key in config}
+    return {**(config.get("text_config") or config), **whole}
+
+
+def shards(folder: Path) -> dict[str, list[str]]:
+    """A model's files -> the names of their weights.
+
+    Raises:
+        AdapterError: it has no safetensors.
+    """
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        files = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not files:
+        raise AdapterError(f"{folder} has no safetensors")
+    found = {}
+    for file in files:
+        with safe_open(folder / file, framework="pt") as data:
+            found[file] = list(data.keys())
+    return found
 
 
 def from_adapter(layers: Mapping[str, Tensors], config: Config) -> Dims:
@@ -104,9 +133,6 @@ def _flat(prefix: str, tensors: Tensors, config: Config) -> Dims | None:
     return None
 
 
-_WORDS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj", "w13": "gate_up_proj"}
-
-
 def _rank(config: Config, prefix: str, projection: str) -> int:
     """What adapter_config.json says of one projection's rank."""
-    return config.scale(f"{prefix}.{_WORDS[projection]}", 1)[1]
+    return config.scale(f"{prefix}.{WORDS[projection]}", 1)[1]

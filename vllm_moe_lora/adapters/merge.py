@@ -6,7 +6,6 @@ to the length that the adapter learned. Whole modules (modules_to_save) replace 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,17 +14,20 @@ from typing import Any
 import torch
 
 from vllm_moe_lora.adapters import infer
-from vllm_moe_lora.adapters.canonical import Experts, Part
+from vllm_moe_lora.adapters.canonical import Experts, Part, pick
 from vllm_moe_lora.adapters.convert import Adapter, replacing
 from vllm_moe_lora.adapters.errors import AdapterError, listed
 from vllm_moe_lora.adapters.group import EMBEDDING_COPIES
 from vllm_moe_lora.adapters.names import PREFIX, PROJECTIONS, place
 from vllm_moe_lora.adapters.spelling import Spellings
 
-# Families whose fused experts are [E, in, out] (all others: [E, out, in]), and of which gate and up
-# alternate.
+# Families whose fused experts are [E, in, out]; all others are [E, out, in].
 _IN_FIRST = ("gpt_oss", "llama4", "llama4_text")
-_INTERLEAVED = ("gpt_oss",)
+
+# w1 -> "gate_proj", "w1", ...: what checkpoints call it.
+_SPELLED: dict[str, list[str]] = {}
+for _word, _projection in PROJECTIONS.items():
+    _SPELLED.setdefault(_projection, []).append(_word)
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 
@@ -42,13 +44,12 @@ class Plan:
 
     def __init__(self, adapter: Adapter, model: Path) -> None:
         self.model = model
-        config = infer.model_config(model)
-        text = config.get("text_config") or config
-        if config.get("quantization_config") or text.get("quantization_config"):
+        text = infer.text_config(model)
+        if text.get("quantization_config"):
             raise AdapterError(f"{model} is quantised; a merge needs the full-precision weights")
         self._in_first = text.get("model_type") in _IN_FIRST
-        self._interleaved = text.get("model_type") in _INTERLEAVED
-        self.shards = shards(model)
+        self._interleaved = text.get("model_type") in infer.INTERLEAVED
+        self.shards = infer.shards(model)
         names = {name for found in self.shards.values() for name in found}
         self._spellings = Spellings(names)
         self.changes: dict[str, list[Change]] = {}
@@ -117,17 +118,14 @@ class Plan:
     def _experts(self, experts: Experts) -> None:
         if self._spellings.find(f"{experts.prefix}.down_proj") is not None:
             return self._fused(experts)
-        words: dict[str, list[str]] = {}
-        for word, projection in PROJECTIONS.items():
-            words.setdefault(projection, []).append(word)
         for name, part in experts.split():
             for i, expert in enumerate(part.experts):
                 base = f"{experts.prefix}.{expert}"
                 own = next(
-                    (w for w in words[name] if self._spellings.find(f"{base}.{w}.weight")), None
+                    (w for w in _SPELLED[name] if self._spellings.find(f"{base}.{w}.weight")), None
                 )
                 magnitude = self._magnitudes.pop((experts.prefix, expert, name), None)
-                change = _add(_pick(part.a, i), _pick(part.b, i), part.scale, magnitude)
+                change = _add(pick(part.a, i), pick(part.b, i), part.scale, magnitude)
                 self._change(f"{base}.{own}.weight", change, f"{part.label} (expert {expert})")
         return None
 
@@ -147,15 +145,11 @@ class Plan:
                     target = (
                         target[first::2] if self._interleaved else target[first * rows :][:rows]
                     )
-                add = _add(_pick(part.a, i), _pick(part.b, i), part.scale, None)
+                add = _add(pick(part.a, i), pick(part.b, i), part.scale, None)
                 target.copy_(add(target))
             return out
 
         return change
-
-
-def _pick(stack: Any, index: int) -> torch.Tensor:
-    return stack[0 if len(stack) == 1 else index]
 
 
 def _add(a: torch.Tensor, b: torch.Tensor, scale: float, magnitude: torch.Tensor | None) -> Change:
@@ -177,21 +171,3 @@ def _plus(bias: torch.Tensor, scale: float) -> Change:
 
 def _replace(tensor: torch.Tensor) -> Change:
     return lambda weight: tensor.to(weight.dtype)
-
-
-def shards(model: Path) -> dict[str, list[str]]:
-    """File -> names of its weights."""
-    from safetensors import safe_open
-
-    index = model / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = sorted(file.name for file in model.glob("*.safetensors"))
-    if not files:
-        raise AdapterError(f"{model} has no safetensors")
-    shards = {}
-    for file in files:
-        with safe_open(model / file, framework="pt") as data:
-            shards[file] = list(data.keys())
-    return shards

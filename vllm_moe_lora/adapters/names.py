@@ -27,6 +27,12 @@ PROJECTIONS = {
     "": "outer",
 }
 
+# What a projection is called where we write it.
+WORDS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj", "w13": "gate_up_proj"}
+
+# What `convert` writes.
+LAYOUTS = ("per-expert", "peft-fused", "packed")
+
 _SIDES = {
     "lora_A": "A",
     "lora_B": "B",

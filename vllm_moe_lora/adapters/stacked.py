@@ -42,11 +42,10 @@ def read(
     for (expert, projection), pair in tensors.items():
         for side, named in pair.items():
             sides.setdefault(projection, {"A": {}, "B": {}})[side][expert] = named
-    parts = {
+    return {
         name: _projection(prefix, name, both["A"], both["B"], dims, config, interleaved)
         for name, both in sides.items()
     }
-    return parts
 
 
 def _projection(
@@ -125,7 +124,6 @@ def _one_side_shared(
 ) -> Part:
     """Megatron-Bridge's experts_shared_outer_loras: one side [1, ...], the other by expert."""
     stacks: list[Stack] = []
-    order = list(range(len(experts)))
     for side in (a, b):
         if None in side:
             key, tensor = side[None]
@@ -146,7 +144,7 @@ def _one_side_shared(
     key = next(iter(a.values()))[0]
     _check(key, first(stacks[0]), next(iter(b.values()))[0], first(stacks[1]), dims.shape(name))
     scale = _scale(config, key, f"{prefix}.{_word(key)}", first(stacks[0]).shape[0])
-    return Part([experts[i] for i in order], stacks[0], stacks[1], scale, key)
+    return Part(experts, stacks[0], stacks[1], scale, key)
 
 
 def _rows(

@@ -8,12 +8,9 @@ from typing import Any
 
 import torch
 
-from vllm_moe_lora.adapters.canonical import Dims, Experts, Part, same, stacked
+from vllm_moe_lora.adapters.canonical import Dims, Experts, Part, pick, same, stacked
 from vllm_moe_lora.adapters.config import Config
-from vllm_moe_lora.adapters.names import PREFIX
-
-LAYOUTS = ("per-expert", "peft-fused", "packed")
-_WORDS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj", "w13": "gate_up_proj"}
+from vllm_moe_lora.adapters.names import PREFIX, WORDS
 
 
 @dataclass
@@ -30,7 +27,7 @@ def write(experts: Experts, layout: str, dims: Dims, config: Config, out: Writte
 
     Args:
         experts: of the layer.
-        layout: one of `LAYOUTS`.
+        layout: one of `names.LAYOUTS`.
         dims: of the model.
         config: of the source; its scaling rule (rsLoRA or not) is kept.
     """
@@ -41,7 +38,7 @@ def write(experts: Experts, layout: str, dims: Dims, config: Config, out: Writte
         projections = {"w1": _whole(experts, "w1", dims, out), "w2": projections["w2"]}
     present = {name: part for name, part in projections.items() if part is not None}
     for name, part in present.items():
-        word = _WORDS[name] if dims.gated or name == "w2" else "up_proj"
+        word = WORDS[name] if dims.gated or name == "w2" else "up_proj"
         a, b = stacked(part.a), stacked(part.b)
         out.ranks[f"{experts.prefix}.{word}"] = (part.rank, _alpha(part, config))
         if layout == "packed":
@@ -85,12 +82,11 @@ def _per_expert(experts: Experts, config: Config, out: Written) -> None:
     mixtral = ".block_sparse_moe." in experts.prefix
     for name, part in experts.split():
         part = part.trimmed() if experts.parts.get("w13") and name != "w2" else part
-        word = name if mixtral else _WORDS[name]
-        shared = len(part.a) == 1, len(part.b) == 1
+        word = name if mixtral else WORDS[name]
         for i, expert in enumerate(part.experts):
             module = f"{experts.prefix}.{expert}.{word}"
-            out.tensors[f"{PREFIX}{module}.lora_A.weight"] = part.a[0 if shared[0] else i]
-            out.tensors[f"{PREFIX}{module}.lora_B.weight"] = part.b[0 if shared[1] else i]
+            out.tensors[f"{PREFIX}{module}.lora_A.weight"] = pick(part.a, i)
+            out.tensors[f"{PREFIX}{module}.lora_B.weight"] = pick(part.b, i)
             out.ranks[module] = (part.rank, _alpha(part, config))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-LAYOUTS = ("per-expert", "peft-fused", "packed")
+from vllm_moe_lora.adapters.names import LAYOUTS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

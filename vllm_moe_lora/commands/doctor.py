@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model:
         findings, command = _adapters(args.model, args.adapter)
     else:
-        findings, command = [*_environment()], None
+        findings, command = _environment(), None
     if args.json:
         out = {"findings": [asdict(found) for found in findings], "command": command}
         print(json.dumps(out, indent=1))

@@ -40,8 +40,8 @@ class Ahead:
         key = (number, path)
         future = self._staged.get(key)
         if future is None:
-            for old in list(self._staged)[: 1 - KEPT or None]:
-                if self._staged[old].done():
+            for old in list(self._staged):  # oldest first
+                if len(self._staged) >= KEPT and self._staged[old].done():
                     del self._staged[old]
             future = self._staged[key] = self._threads.submit(self._run, load)
         if not future.done():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import mmap
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -35,24 +36,27 @@ class NoCollection:
     which are two calls of vLLM's. ``with`` releases it at the end of the block.
     """
 
+    _lock = threading.RLock()  # the engine's thread and the one that stages
     _holding = 0
     _was_on = False
 
     def __init__(self) -> None:
         self._holds = True
-        if NoCollection._holding == 0:
-            NoCollection._was_on = gc.isenabled()
-            gc.disable()
-        NoCollection._holding += 1
+        with NoCollection._lock:
+            if NoCollection._holding == 0:
+                NoCollection._was_on = gc.isenabled()
+                gc.disable()
+            NoCollection._holding += 1
 
     def release(self) -> None:
         """Any number of times."""
-        if not self._holds:
-            return
-        self._holds = False
-        NoCollection._holding -= 1
-        if NoCollection._holding == 0 and NoCollection._was_on:
-            gc.enable()
+        with NoCollection._lock:
+            if not self._holds:
+                return
+            self._holds = False
+            NoCollection._holding -= 1
+            if NoCollection._holding == 0 and NoCollection._was_on:
+                gc.enable()
 
     def __enter__(self) -> NoCollection:
         return self

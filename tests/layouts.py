@@ -236,3 +236,88 @@ def shared_outer(truth, form=EXP):
         for e, (a, _) in enumerate(layer["down_proj"]):
             out[f"{base}.{e}.down_proj.lora_A.weight"] = a
     return out
+
+
+DOUBLED = {"rank_pattern": {r".*\.gate_up_proj": 8}, "alpha_pattern": {r".*\.gate_up_proj": 16}}
+# Megatron-Bridge's save_hf_adapter has full names and no version of PEFT: its fingerprint.
+BRIDGE = {"target_parameters": [f"model.layers.{i}.mlp.experts.down_proj" for i in (0, 1)]}
+
+
+def every(form=EXP, interleaved=False):
+    """name -> (truth, tensors, config)"""
+    tied = Truth(seed=1)
+    untied = Truth(seed=2, tied=False)
+    outer = Truth(seed=3, one_a=True)
+    nothing = Truth(seed=6).without(lambda layer, projection, expert: False)
+    how = {"form": form, "interleaved": interleaved}
+    short = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    return {
+        "per-expert": (untied, per_expert(untied, form), {}),
+        "per-expert-w123": (untied, per_expert(untied, form, names=short), {}),
+        "no-prefix": (untied, per_expert(untied, form, prefix=""), {}),
+        "default-name": (untied, per_expert(untied, form, leaf="default.weight"), {}),
+        "text-names": (
+            untied,
+            per_expert(untied, form.replace("model.language_model.", "model.")),
+            {},
+        ),
+        "multimodal-names": (
+            untied,
+            per_expert(untied, EXP.replace("model.", "model.language_model.")),
+            {},
+        ),
+        "transformers-5-names": (untied, per_expert(untied, EXP), {}),
+        "per-expert-gate-up": (tied, per_expert(tied, form, fused=True), {}),
+        "flat": (tied, flat(tied, **how), {}),
+        "flat-transposed": (tied, flat(tied, transposed=True, **how), {}),
+        "flat-doubled": (untied, flat_doubled(untied, **how), DOUBLED),
+        "unsloth-old": (
+            tied,
+            flat(tied, b_grouped=True, **how),
+            {"moe_lora_layout": "grouped-by-expert"},
+        ),
+        "unsloth-new": (
+            tied,
+            flat(tied, b_grouped=True, **how),
+            {"lora_B_layout": "grouped_by_expert"},
+        ),
+        "megatron-bridge": (
+            tied,
+            flat(tied, transposed=True, b_grouped=True, **how),
+            BRIDGE,
+        ),
+        "art-converted": (
+            tied,
+            flat(tied, a_grouped=False, b_grouped=True, **how),
+            {"moe_lora_layout": "art-converted"},
+        ),
+        "packed": (tied, packed(tied, **how), {}),
+        "packed-concatenated": (
+            tied,
+            packed(tied, form),
+            {"moe_lora_gate_up": "concatenated"},
+        ),
+        "tinker": (untied, stacked(untied, form), {}),
+        "tinker-shared": (outer, stacked(outer, form, shared=True), {}),
+        "art-rows": (untied, rows(untied, form), {}),
+        "shared-outer": (outer, shared_outer(outer, form), {}),
+        "identity": (nothing, per_expert(nothing, form), {}),
+        "rslora": (
+            untied,
+            per_expert(untied, form),
+            {"use_rslora": True, "lora_alpha": 4.0},  # 4 / sqrt(4) == 8 / 4
+        ),
+        "patterns": (untied, _uneven(per_expert(untied, form)), UNEVEN),
+    }
+
+
+# Expert 0 has rank 6 (two ranks of nothing), experts 1 to 7 rank 4: one alpha / rank for all.
+UNEVEN = {"rank_pattern": {r"experts\.0\..*": 6}, "alpha_pattern": {r"experts\.0\..*": 12.0}}
+
+
+def _uneven(tensors):
+    for key, t in tensors.items():
+        if ".experts.0." in key:
+            wide = [2, t.shape[1]] if "lora_A" in key else [t.shape[0], 2]
+            tensors[key] = torch.cat([t, torch.zeros(wide)], 0 if "lora_A" in key else 1)
+    return tensors

@@ -13,46 +13,6 @@ from vllm_moe_lora.adapters.group import group, refuse_what_is_not_lora
 from vllm_moe_lora.adapters.resolve import resolve
 from vllm_moe_lora.store.stage import Slots, stage
 
-DOUBLED = {"rank_pattern": {r".*\.gate_up_proj": 8}, "alpha_pattern": {r".*\.gate_up_proj": 16}}
-BRIDGE = {"target_parameters": ["model.layers.0.mlp.experts.down_proj"]}
-SHORT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-
-
-def cases(interleaved):
-    tied, untied = layouts.Truth(seed=1), layouts.Truth(seed=2, tied=False)
-    outer = layouts.Truth(seed=3, one_a=True)
-    grouped = {"b_grouped": True, "interleaved": interleaved}
-    return {
-        "per-expert": (untied, layouts.per_expert(untied), {}),
-        "w123": (untied, layouts.per_expert(untied, names=SHORT), {}),
-        "default": (untied, layouts.per_expert(untied, leaf="default.weight"), {}),
-        "gate-up": (tied, layouts.per_expert(tied, fused=True), {}),
-        "flat": (tied, layouts.flat(tied, interleaved=interleaved), {}),
-        "flat-transposed": (
-            tied,
-            layouts.flat(tied, transposed=True, interleaved=interleaved),
-            {},
-        ),
-        "flat-doubled": (untied, layouts.flat_doubled(untied, interleaved=interleaved), DOUBLED),
-        "grouped": (
-            tied,
-            layouts.flat(tied, **grouped),
-            {"moe_lora_layout": "grouped-by-expert"},
-        ),
-        "marked": (tied, layouts.flat(tied, **grouped), {"lora_B_layout": "grouped_by_expert"}),
-        "bridge": (tied, layouts.flat(tied, transposed=True, **grouped), BRIDGE),
-        "art": (
-            tied,
-            layouts.flat(tied, a_grouped=False, **grouped),
-            {"moe_lora_layout": "art-converted"},
-        ),
-        "packed": (tied, layouts.packed(tied, interleaved=interleaved), {}),
-        "stacked": (untied, layouts.stacked(untied), {}),
-        "shared": (outer, layouts.stacked(outer, shared=True), {}),
-        "rows": (untied, layouts.rows(untied), {}),
-        "shared-outer": (outer, layouts.shared_outer(outer), {}),
-    }
-
 
 def staged(tensors, truth, raw, fused=False, interleaved=False, local=range(8), limit=16, **more):
     found = group(tensors)
@@ -85,9 +45,9 @@ def worst(slots, truth, fused, interleaved, local=range(8)):
 @pytest.mark.parametrize("local", [range(8), [2, 3, 4], [7, 0]], ids=["all", "middle", "any"])
 @pytest.mark.parametrize("interleaved", [False, True], ids=["", "interleaved"])
 @pytest.mark.parametrize("fused", [False, True], ids=["2-D", "3-D"])
-@pytest.mark.parametrize("name", sorted(cases(False)))
+@pytest.mark.parametrize("name", sorted(layouts.every()))
 def test_layout(name, fused, interleaved, local):
-    truth, tensors, raw = cases(interleaved)[name]
+    truth, tensors, raw = layouts.every(interleaved=interleaved)[name]
     slots, _ = staged(tensors, truth, raw, fused, interleaved, local)
     assert worst(slots, truth, fused, interleaved, local) < 1e-5
 
@@ -123,10 +83,10 @@ def test_ranks_scales_and_gaps():
 
 def test_twice_the_rank_fits_where_half_of_it_is_empty():
     truth = layouts.Truth(seed=2, tied=False)
-    slots, _ = staged(layouts.flat_doubled(truth), truth, DOUBLED, limit=4)
+    slots, _ = staged(layouts.flat_doubled(truth), truth, layouts.DOUBLED, limit=4)
     assert worst(slots, truth, False, False) < 1e-5
     with pytest.raises(AdapterError, match=r"rank 8.*--max-lora-rank 8"):
-        staged(layouts.flat_doubled(truth), truth, DOUBLED, fused=True, limit=4)
+        staged(layouts.flat_doubled(truth), truth, layouts.DOUBLED, fused=True, limit=4)
     with pytest.raises(AdapterError, match="enable-mixed-moe-lora-format"):
         staged(layouts.per_expert(truth), truth, {}, fused=True, limit=4)
 

@@ -24,90 +24,6 @@ MODELS = {
     ),
     "gpt_oss": ({"intermediate_size": layouts.INNER}, layouts.EXP, True),
 }
-DOUBLED = {"rank_pattern": {r".*\.gate_up_proj": 8}, "alpha_pattern": {r".*\.gate_up_proj": 16}}
-# Megatron-Bridge's save_hf_adapter has full names and no version of PEFT: its fingerprint.
-BRIDGE = {"target_parameters": [f"model.layers.{i}.mlp.experts.down_proj" for i in (0, 1)]}
-
-
-def _adapters(form, interleaved):
-    """name -> (truth, tensors, config)"""
-    tied = layouts.Truth(seed=1)
-    untied = layouts.Truth(seed=2, tied=False)
-    outer = layouts.Truth(seed=3, one_a=True)
-    nothing = layouts.Truth(seed=6).without(lambda layer, projection, expert: False)
-    how = {"form": form, "interleaved": interleaved}
-    short = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-    rows = {"interleaved": interleaved, "form": form}
-    return {
-        "per-expert": (untied, layouts.per_expert(untied, form), {}),
-        "per-expert-w123": (untied, layouts.per_expert(untied, form, names=short), {}),
-        "no-prefix": (untied, layouts.per_expert(untied, form, prefix=""), {}),
-        "default-name": (untied, layouts.per_expert(untied, form, leaf="default.weight"), {}),
-        "text-names": (
-            untied,
-            layouts.per_expert(untied, form.replace("model.language_model.", "model.")),
-            {},
-        ),
-        "multimodal-names": (
-            untied,
-            layouts.per_expert(untied, layouts.EXP.replace("model.", "model.language_model.")),
-            {},
-        ),
-        "transformers-5-names": (untied, layouts.per_expert(untied, layouts.EXP), {}),
-        "per-expert-gate-up": (tied, layouts.per_expert(tied, form, fused=True), {}),
-        "flat": (tied, layouts.flat(tied, **how), {}),
-        "flat-transposed": (tied, layouts.flat(tied, transposed=True, **how), {}),
-        "flat-doubled": (untied, layouts.flat_doubled(untied, **rows), DOUBLED),
-        "unsloth-old": (
-            tied,
-            layouts.flat(tied, b_grouped=True, **how),
-            {"moe_lora_layout": "grouped-by-expert"},
-        ),
-        "unsloth-new": (
-            tied,
-            layouts.flat(tied, b_grouped=True, **how),
-            {"lora_B_layout": "grouped_by_expert"},
-        ),
-        "megatron-bridge": (
-            tied,
-            layouts.flat(tied, transposed=True, b_grouped=True, **how),
-            BRIDGE,
-        ),
-        "art-converted": (
-            tied,
-            layouts.flat(tied, a_grouped=False, b_grouped=True, **how),
-            {"moe_lora_layout": "art-converted"},
-        ),
-        "packed": (tied, layouts.packed(tied, **rows), {}),
-        "packed-concatenated": (
-            tied,
-            layouts.packed(tied, form),
-            {"moe_lora_gate_up": "concatenated"},
-        ),
-        "tinker": (untied, layouts.stacked(untied, form), {}),
-        "tinker-shared": (outer, layouts.stacked(outer, form, shared=True), {}),
-        "art-rows": (untied, layouts.rows(untied, form), {}),
-        "shared-outer": (outer, layouts.shared_outer(outer, form), {}),
-        "identity": (nothing, layouts.per_expert(nothing, form), {}),
-        "rslora": (
-            untied,
-            layouts.per_expert(untied, form),
-            {"use_rslora": True, "lora_alpha": 4.0},  # 4 / sqrt(4) == 8 / 4
-        ),
-        "patterns": (untied, _uneven(layouts.per_expert(untied, form)), UNEVEN),
-    }
-
-
-# Expert 0 has rank 6 (two ranks of nothing), experts 1 to 7 rank 4: one alpha / rank for all.
-UNEVEN = {"rank_pattern": {r"experts\.0\..*": 6}, "alpha_pattern": {r"experts\.0\..*": 12.0}}
-
-
-def _uneven(tensors):
-    for key, t in tensors.items():
-        if ".experts.0." in key:
-            wide = [2, t.shape[1]] if "lora_A" in key else [t.shape[0], 2]
-            tensors[key] = torch.cat([t, torch.zeros(wide)], 0 if "lora_A" in key else 1)
-    return tensors
 
 
 def _one_sided(form, interleaved):
@@ -204,7 +120,7 @@ PERMUTED = "flat-permuted"  # columns expert by expert, and nothing that says so
 
 def _run(case, form, interleaved, log_probs, options, env=None):
     """Every layout through one engine; each LoRA is merged once, by its own oracle."""
-    every = {**_adapters(form, interleaved), **_one_sided(form, interleaved)}
+    every = {**layouts.every(form, interleaved), **_one_sided(form, interleaved)}
     truth = every["flat"][0]
     columns = layouts.flat(truth, form=form, b_grouped=True, interleaved=interleaved)
     every[PERMUTED] = (truth, columns, {})

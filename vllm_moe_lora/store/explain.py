@@ -7,11 +7,10 @@ from typing import Any
 
 from vllm_moe_lora.adapters import folder as files
 from vllm_moe_lora.adapters.config import Config
-from vllm_moe_lora.adapters.errors import AdapterError
+from vllm_moe_lora.adapters.errors import AdapterError, head, rank_text
 from vllm_moe_lora.adapters.group import group, refuse_what_is_not_lora
 from vllm_moe_lora.adapters.resolve import resolve
 from vllm_moe_lora.store.fit import dims_of, is_experts
-from vllm_moe_lora.store.strict import rank_text
 
 
 def refusal(manager: Any, request: Any, error: Exception) -> Exception:
@@ -26,14 +25,14 @@ def refusal(manager: Any, request: Any, error: Exception) -> Exception:
         An `AdapterError` that begins with "LoRA adapter N: ", by which the front end knows it;
         ``error`` itself where no adapter was found at all, which upstream tells its callers well.
     """
-    head = f"LoRA adapter {request.lora_int_id}: "
-    if str(error).startswith(head) or type(error).__name__ == "LoRAAdapterNotFoundError":
+    named = head(request.lora_int_id)
+    if str(error).startswith(named) or type(error).__name__ == "LoRAAdapterNotFoundError":
         return error
     better = error
     if not isinstance(error, AdapterError):
         better = _reason(manager, Path(request.lora_path), error) or error
     text = str(better) if isinstance(better, AdapterError) else _said(better)
-    return AdapterError(head + text)
+    return AdapterError(named + text)
 
 
 def _said(error: Exception) -> str:

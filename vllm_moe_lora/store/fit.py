@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_moe_lora.adapters.canonical import Dims
 from vllm_moe_lora.adapters.config import Config
-from vllm_moe_lora.adapters.errors import AdapterError, listed
+from vllm_moe_lora.adapters.errors import AdapterError, about, listed
 from vllm_moe_lora.adapters.group import Tensors
 from vllm_moe_lora.adapters.resolve import resolve
 from vllm_moe_lora.adapters.spelling import Spellings
@@ -57,7 +57,8 @@ def fit(manager: Any, lora: Any) -> None:
     if pending is None and strict.is_warm_up(lora):
         return
     try:
-        _fit(manager, lora, pending)
+        with about(lora.id):
+            _fit(manager, lora, pending)
     finally:
         if pending is not None:
             pending.quiet.release()
@@ -71,7 +72,7 @@ def _fit(manager: Any, lora: Any, pending: Pending | None) -> None:
     for name in [name for name in lora.loras if name not in places]:
         own = spellings.find(name)
         if own is not None and own in lora.loras:
-            raise AdapterError(f"LoRA adapter {lora.id}: {name} and {own} are one module")
+            raise AdapterError(f"{name} and {own} are one module")
         if own is not None:
             lora.loras[own] = lora.loras.pop(name)
             lora.loras[own].module_name = own
@@ -84,22 +85,17 @@ def _fit(manager: Any, lora: Any, pending: Pending | None) -> None:
     if fitted:
         dims = dims_of(manager, next(iter(wrappers.values())))
         layers = {prefix: pending.layers[prefix] for prefix in fitted}
-        try:
-            resolved, notes = resolve(layers, dims, pending.config)
-            staged = {
-                fitted[found.prefix]: stage(
-                    found, slots_of(manager, wrappers[fitted[found.prefix]])
-                )
-                for found in resolved
-            }
-        except AdapterError as error:
-            raise AdapterError(f"LoRA adapter {lora.id}: {error}") from error
+        resolved, notes = resolve(layers, dims, pending.config)
+        staged = {
+            fitted[found.prefix]: stage(found, slots_of(manager, wrappers[fitted[found.prefix]]))
+            for found in resolved
+        }
         for note in notes:
             logger.warning("LoRA adapter %d: %s", lora.id, note)
         logger.debug("LoRA adapter %d: %s", lora.id, {found.layout for found in resolved})
         _deliver(lora, staged)
     if not lora.loras:
-        raise AdapterError(f"LoRA adapter {lora.id} has no tensor for this model")
+        raise AdapterError("it has no tensor for this model")
     del lora.moe_lora  # and with it the views of the file
 
 
@@ -156,14 +152,14 @@ def _wrappers_of(
         if own is None:
             lost.append(prefix)
         elif own in fitted.values():
-            raise AdapterError(f"LoRA adapter {lora.id}: {prefix} is there under two names")
+            raise AdapterError(f"{prefix} is there under two names")
         else:
             fitted[prefix] = own
     if not lost or strict.may_be_elsewhere(manager):
         return fitted
     if not wrappers and manager.lora_config.target_modules is None:
         raise AdapterError(
-            f"LoRA adapter {lora.id} has routed experts ({listed(lost)}), this model has none "
+            f"it has routed experts ({listed(lost)}), this model has none "
             "that take LoRA. Nothing was loaded."
         )
     if manager.lora_config.target_modules is not None:
@@ -172,7 +168,7 @@ def _wrappers_of(
         )
         return fitted
     raise AdapterError(
-        f"LoRA adapter {lora.id}: this model has no place for {listed(lost)}. Nothing was loaded. "
+        f"this model has no place for {listed(lost)}. Nothing was loaded. "
         f"Its routed experts are {listed(wrappers)}."
     )
 

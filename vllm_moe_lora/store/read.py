@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from vllm_moe_lora.adapters.config import Config
-from vllm_moe_lora.adapters.errors import AdapterError
+from vllm_moe_lora.adapters.errors import AdapterError, about
 from vllm_moe_lora.adapters.group import group, refuse_what_is_not_lora
 from vllm_moe_lora.adapters.names import parse
 from vllm_moe_lora.store.fit import Pending
@@ -35,7 +35,7 @@ def read(
     Raises:
         AdapterError: a tensor that is no LoRA factor, or has no counterpart.
     """
-    with NoCollection():
+    with NoCollection(), about(lora_model_id):
         return _read(cls, refused, lora_model_id, tensors, peft_helper, more)
 
 
@@ -59,7 +59,9 @@ def _read(
         found.full = {k: t for k, t in found.full.items() if k not in saved}
         refuse_what_is_not_lora(found)
     except AdapterError as error:
-        raise (refused or AdapterError(f"LoRA adapter {lora_model_id}: {error}")) from error
+        if refused is None:
+            raise
+        raise refused from error
     # Copies: upstream scales them in place, and these are the caller's, or views of a file.
     dense = {key: tensor.clone() for key, tensor in {**found.dense, **saved}.items()}
     peft_helper.moe_lora_ready = True  # for the next line, which ends in the hook above

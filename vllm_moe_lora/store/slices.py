@@ -51,12 +51,12 @@ def merge(manager: Any, lora: Any) -> None:
             sizes = [wrapper.output_sizes[i] for i in slices]
             if weights.lora_b.shape[0] != sum(sizes):
                 raise AdapterError(
-                    f"LoRA adapter {lora.id}: {part} has {weights.lora_b.shape[0]} rows, the "
+                    f"{part} has {weights.lora_b.shape[0]} rows, the "
                     f"model's module has {sum(sizes)}. The adapter is for another model."
                 )
             for i, rows in zip(slices, weights.lora_b.split(sizes), strict=True):
                 if b[i] is not None:
-                    raise AdapterError(f"LoRA adapter {lora.id}: {part} is there under two names")
+                    raise AdapterError(f"{part} is there under two names")
                 a[i], b[i] = weights.lora_a, rows
         lora.loras[module] = _packed(module, a, b)
 

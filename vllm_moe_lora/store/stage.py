@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_moe_lora.adapters.canonical import Dims, Experts, Part, Stack, first, same
-from vllm_moe_lora.adapters.errors import AdapterError
+from vllm_moe_lora.adapters.errors import AdapterError, rank_text
 from vllm_moe_lora.store.memory import empty
 
 
@@ -137,15 +137,14 @@ def _filled(
 
 
 def _too_wide(piece: _Piece, rank: int, slots: Slots) -> str:
-    text = f"{piece.part.label}: rank {rank} is above max_lora_rank={slots.limit}. "
-    if piece.part.rank < rank:
-        text = (
-            f"{piece.part.label}: gate and up have different lora_A, and vLLM stores this model's "
-            f"gate_up as one, so together they have rank {rank}, above max_lora_rank="
-            f"{slots.limit}. Start the engine with --enable-mixed-moe-lora-format, or "
-        )
-        return f"{text}with --max-lora-rank {rank} or higher."
-    return f"{text}Start the engine with --max-lora-rank {rank} or higher."
+    if piece.part.rank >= rank:
+        return rank_text(piece.part.label, rank, slots.limit)
+    return (
+        f"{piece.part.label}: gate and up have different lora_A, and vLLM stores this model's "
+        f"gate_up as one, so together they have rank {rank}, above max_lora_rank={slots.limit}. "
+        f"Start the engine with --enable-mixed-moe-lora-format, or with --max-lora-rank {rank} or "
+        "higher."
+    )
 
 
 def _buffer(

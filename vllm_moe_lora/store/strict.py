@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_moe_lora.adapters.errors import AdapterError, listed
+from vllm_moe_lora.adapters.errors import AdapterError, listed, rank_text
 from vllm_moe_lora.store import slices
 
 # Name an adapter may use -> (out, in) of the module, None where it is not known here.
@@ -29,14 +29,14 @@ def check(manager: Any, lora: Any, where: Places) -> None:
     unknown = [name for name in lora.loras if name not in where]
     if unknown and manager.lora_config.target_modules is None and not may_be_elsewhere(manager):
         raise AdapterError(
-            f"LoRA adapter {lora.id}: this model has no place for {listed(unknown)}. Nothing "
+            f"this model has no place for {listed(unknown)}. Nothing "
             "was loaded. Check that the adapter was trained on this model and that its module "
             "names are the checkpoint's."
         )
     limit = manager.lora_config.max_lora_rank
     for name, weights in lora.loras.items():
         for a, b in _pairs(weights):
-            _check_pair(lora, name, a, b, limit, where.get(name))
+            _check_pair(name, a, b, limit, where.get(name))
 
 
 def is_warm_up(lora: Any) -> bool:
@@ -51,51 +51,42 @@ def _refuse_unreachable(manager: Any, lora: Any) -> None:
         weights = lora.loras.get(name)
         if weights is not None:
             raise AdapterError(
-                f"LoRA adapter {lora.id}: {name} cannot take LoRA in vLLM: {holder} reads its "
+                f"{name} cannot take LoRA in vLLM: {holder} reads its "
                 "weight directly, so the adapter would be ignored there. Merge the adapter into "
                 "the model, or train without this module."
             )
 
 
 def _check_pair(
-    lora: Any,
     name: str,
     a: torch.Tensor,
     b: torch.Tensor,
     limit: int,
     shape: tuple[int, int] | None,
 ) -> None:
-    rank = a.shape[0]
     if a.ndim != 2 or b.ndim != 2:
         raise AdapterError(
-            f"LoRA adapter {lora.id}: {name} has {a.ndim}-D lora_A and {b.ndim}-D lora_B; a "
-            "matrix has two dimensions"
+            f"{name} has {a.ndim}-D lora_A and {b.ndim}-D lora_B; a matrix has two dimensions"
         )
+    rank = a.shape[0]
     if rank != b.shape[1]:
         raise AdapterError(
-            f"LoRA adapter {lora.id}: {name} has lora_A of rank {rank} but lora_B of rank "
+            f"{name} has lora_A of rank {rank} but lora_B of rank "
             f"{b.shape[1]}. The file is damaged or was cut."
         )
     if rank > limit:
-        raise AdapterError(f"LoRA adapter {lora.id}: {rank_text(f'{name}.lora_A', rank, limit)}")
+        raise AdapterError(rank_text(f"{name}.lora_A", rank, limit))
     if shape is not None and (b.shape[0], a.shape[1]) != shape:
         raise AdapterError(
-            f"LoRA adapter {lora.id}: {name} is {b.shape[0]} x {a.shape[1]} (out x in), the "
+            f"{name} is {b.shape[0]} x {a.shape[1]} (out x in), the "
             f"model's module is {shape[0]} x {shape[1]}. The adapter is for another model."
         )
     for side, values in (("lora_A", a), ("lora_B", b)):
         if not all(torch.isfinite(bound) for bound in torch.aminmax(values)):
             raise AdapterError(
-                f"LoRA adapter {lora.id}: {name}.{side} has NaN or infinite numbers. The training "
+                f"{name}.{side} has NaN or infinite numbers. The training "
                 "run diverged or the file is damaged."
             )
-
-
-def rank_text(tensor: str, rank: int, limit: int) -> str:
-    return (
-        f"{tensor} has rank {rank}, above max_lora_rank={limit}. Start the engine with "
-        f"--max-lora-rank {rank} or higher."
-    )
 
 
 def _pairs(weights: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import layouts
 import pytest
 import torch
@@ -125,3 +127,13 @@ def test_bf16_slots_round_once():
     _, b = stage(experts[0], Slots(range(8), False, dims, torch.bfloat16, 16))
     want = torch.stack([pair[1] for pair in truth.layers[0]["gate_proj"]]) * 3
     assert torch.equal(b[0], want.bfloat16())
+
+
+@pytest.mark.parametrize(("stamp", "swapped"), [("peft-0.18", True), ("peft-0.19.1", False)])
+def test_nemo_says_the_orientation_in_a_file_of_its_own(tmp_path, stamp, swapped):
+    truth = layouts.Truth(seed=5)
+    folder = layouts.save(tmp_path / "nemo", layouts.flat(truth), truth)
+    assert Config.from_folder(folder).transposed() is None
+    marker = json.dumps({"paramwrapper_layout": stamp})
+    (folder / "automodel_peft_config.json").write_text(marker)
+    assert Config.from_folder(folder).transposed() is swapped

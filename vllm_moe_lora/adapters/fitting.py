@@ -36,7 +36,7 @@ class Fit:
 def fits(adapter: Path, model: Path) -> Fit:
     """
     Args:
-        adapter: its folder; tensors are mapped, only experts of a doubled gate_up are read.
+        adapter: its folder; tensors are mapped, and none is read.
         model: the folder of the checkpoint that is to be served; config.json and the names in
             its safetensors are read.
 

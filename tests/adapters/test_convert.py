@@ -233,6 +233,13 @@ def test_merge_refuses_what_has_no_weight(tmp_path, capsys):
     assert convert(src, tmp_path / "out", "--merge-into", str(model)) == 1
     assert "x_proj" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    for leaf in ("lora_magnitude_vector.weight", "lora_B.bias"):
+        alone = {f"base_model.model.model.layers.0.self_attn.k_proj.{leaf}": torch.ones(64)}
+        right = {k.replace("x_proj", "q_proj"): t for k, t in load_file(file).items()}
+        save_file({**right, **alone}, file)
+        assert convert(src, tmp_path / "out", "--merge-into", str(model)) == 1
+        assert "k_proj" in capsys.readouterr().err
+        save_file(right, file)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
     assert convert(src, tmp_path / "out", "--merge-into", str(model)) == 1

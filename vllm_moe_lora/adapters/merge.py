@@ -54,6 +54,11 @@ class Plan:
         self._spellings = Spellings(names)
         self.changes: dict[str, list[Change]] = {}
         self._lost: list[str] = []
+        have = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in adapter.found.dense}
+        extra = {*adapter.found.magnitude, *adapter.found.bias}
+        lonely = [name for name in extra if place(name) is None and name not in have]
+        if lonely:
+            raise AdapterError(f"DoRA or a bias without lora_A and lora_B on {listed(lonely)}")
         self._dense(adapter)
         odd = [name for name in adapter.found.bias if place(name)]
         if odd:

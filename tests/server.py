@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -87,6 +88,37 @@ class Server:
         assert status == 200, text
         top = json.loads(text)["choices"][0]["logprobs"]["top_logprobs"][0]
         return {int(key.removeprefix("token_id:")): value for key, value in top.items()}
+
+    def tokens(self, name: str | None, prompt: list[int], number: int) -> Iterator[int]:
+        """Greedy tokens after ``prompt``, each when it comes; at the end all of them came."""
+        body = {
+            "model": name or self._base(),
+            "prompt": prompt,
+            "max_tokens": number,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "return_token_ids": True,
+            "detokenize": False,
+        }
+        request = urllib.request.Request(
+            f"{self.url}/v1/completions",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        came = 0
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            for line in answer:
+                text = line.decode().removeprefix("data:").strip()
+                if not text or text == "[DONE]":
+                    continue
+                chunk = json.loads(text)
+                assert "choices" in chunk, text
+                for choice in chunk["choices"]:
+                    for token in choice.get("token_ids") or []:
+                        came += 1
+                        yield token
+        assert came == number
 
     def _base(self) -> str:
         with urllib.request.urlopen(f"{self.url}/v1/models", timeout=10) as answer:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 
 import pytest
 from conftest import PROMPTS, compare_fp32
@@ -75,6 +77,45 @@ def test_loads_while_the_server_runs(case, tmp_path):
         shutil.rmtree(moving)  # nothing is read again
         _ask_and_compare(server, case, "all", asked="moving")
         _ask_and_compare(server, case, "later")
+
+
+def test_requests_in_flight_end_on_the_version_they_began_on(case, tmp_path):
+    """load_inplace waits for them, requests that come later wait for it, nobody else waits."""
+    case.add("later", seed=9)
+    moving, prompt = tmp_path / "moving", PROMPTS[1]
+    shutil.copytree(case.adapters["later"], moving)
+    with Server(case.model, tmp_path, VLLM_ALLOW_RUNTIME_LORA_UPDATING="True") as server:
+        assert server.load("moving", moving)[0] == 200
+        assert server.load("all", case.adapters["all"])[0] == 200
+        room = 250 - len(prompt)
+        want = {name: list(server.tokens(name, prompt, room)) for name in ("moving", "all")}
+        assert want["moving"] != want["all"]
+        shutil.rmtree(moving)
+        shutil.copytree(case.adapters["all"], moving)
+        times, flight = {}, server.tokens("moving", prompt, room)
+        got = [next(flight)]
+
+        def timed(name, call):
+            times[name] = (call(), time.monotonic())
+
+        load = ("load", lambda: server.load("moving", moving, load_inplace=True))
+        asks = [
+            ("new", lambda: list(server.tokens("moving", prompt, room))),
+            ("other", lambda: next(server.tokens(None, prompt, room))),
+        ]
+        threads = [threading.Thread(target=timed, args=what) for what in (load, *asks)]
+        threads[0].start()
+        time.sleep(0.1)
+        for thread in threads[1:]:
+            thread.start()
+        got += flight
+        ended = time.monotonic()
+        for thread in threads:
+            thread.join()
+        assert got == want["moving"]
+        assert times["load"][0][0] == 200
+        assert times["new"][0] == want["all"]
+        assert times["other"][1] < ended < times["load"][1] < times["new"][1]
 
 
 def _ask_and_compare(server, case, name, asked=None):

@@ -41,6 +41,18 @@ def test_runs_elsewhere_and_is_taken_once():
     assert ahead.take(1, "a") is None
 
 
+def test_files_that_changed_meanwhile_are_staged_again(tmp_path):
+    ahead, file = Ahead(), tmp_path / "adapter_config.json"
+    file.write_text("{}")
+    while not ahead.ready(1, str(tmp_path), lambda: "old"):
+        time.sleep(0.002)
+    file.write_text("{} ")
+    assert ahead.take(1, str(tmp_path)) is None
+    while not ahead.ready(1, str(tmp_path), lambda: "new"):
+        time.sleep(0.002)
+    assert ahead.take(1, str(tmp_path)) == "new"
+
+
 def test_errors_are_raised_and_forgotten():
     ahead, fail = Ahead(), [True]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,26 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+
+
+def state(path: str) -> tuple[Any, ...] | None:
+    """What tells one state of an adapter's files from another; None if there is no such folder.
+
+    The files are opened: a network file system answers for a closed one from what it remembers.
+    """
+    folder = Path(path).expanduser().absolute()
+    if not folder.is_dir():
+        return None
+    found: list[Any] = [str(folder)]
+    for name in ("adapter_config.json", WEIGHTS, *_PICKLES):
+        try:
+            with (folder / name).open("rb") as file:
+                now = os.fstat(file.fileno())
+        except OSError as error:
+            found.append((name, error.errno))
+        else:
+            found.append((name, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns))
+    return tuple(found)
 
 
 def with_experts(folder: Path) -> dict[str, torch.Tensor] | None:

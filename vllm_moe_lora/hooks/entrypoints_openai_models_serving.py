@@ -15,6 +15,9 @@ def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         error = getattr(answer, "error", None)
         if error is not None and str(error.message).startswith("LoRA adapter "):
             error.type, error.code = "BadRequestError", HTTPStatus.BAD_REQUEST.value
+        request = args[0] if args else more.get("request")
+        if error is None and (kept := self.lora_requests.get(request.lora_name)):
+            kept.load_inplace = False  # it was; its requests are not to do so again
         return answer
 
     return load_lora_adapter
@@ -26,7 +29,8 @@ HOOKS = (
         target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter",
         make=_load_lora_adapter,
         releases=">=0.29,<0.34",
-        why="an adapter that does not fit is answered as an internal error of the server",
+        why="an adapter that does not fit is answered as an internal error of the server; one that "
+        "was loaded with load_inplace is loaded again for each of its requests",
         upstream="",
         until="upstream answers 400",
     ),

@@ -2,58 +2,58 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
 from vllm_moe_lora.patching import Hook
 
-PAUSE = 0.02  # seconds between two questions whether an adapter is staged
-
 
 def _add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     async def add_lora(self: Any, lora_request: Any) -> bool:
-        from vllm_moe_lora.store import front
+        from vllm_moe_lora.store import admit, front
 
         known = front.of(self)
         if known is None:
             return bool(await original(self, lora_request))
         async with known.locks[lora_request.lora_int_id]:
-            try:
-                while not await original(self, _marked(lora_request)):
-                    await asyncio.sleep(PAUSE)
-                done = bool(await original(self, lora_request))
-            except Exception as error:
-                raise front.plainly(error) from error
-            known.loaded(lora_request)
-        return done
+            if not lora_request.load_inplace and known.has(lora_request):
+                return True
+            return await admit.load(self, lora_request)
 
     return add_lora
 
 
-def _marked(request: Any) -> Any:
-    from vllm.lora.request import LoRARequest
-
-    from vllm_moe_lora.store.ahead import MARK
-
-    return LoRARequest(
-        lora_name=request.lora_name,
-        lora_int_id=request.lora_int_id,
-        lora_path=MARK + request.lora_path,
-        load_inplace=request.load_inplace,
-    )
-
-
 def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
     async def add_request(self: Any, *args: Any, **more: Any) -> Any:
-        from vllm_moe_lora.store import front
+        from vllm_moe_lora.store import admit, front
 
         request, known = front.lora_request_of(args, more), front.of(self)
-        if request is not None and known is not None and not known.has(request):
-            await self.add_lora(request)
-        return await original(self, *args, **more)
+        if request is None or known is None:
+            return await original(self, *args, **more)
+        number = request.lora_int_id
+        async with known.locks[number]:
+            if not known.has(request):
+                await admit.load(self, request)
+            known.entering[number] += 1
+        try:
+            args, more = front.with_lora_request(known.now(request), args, more)
+            return await original(self, *args, **more)
+        finally:
+            known.entering[number] -= 1
 
     return add_request
+
+
+def _remove_lora(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def remove_lora(self: Any, lora_id: int) -> bool:
+        from vllm_moe_lora.store import front
+
+        known = front.of(self)
+        if known is not None:
+            known.forget(lora_id)
+        return bool(await original(self, lora_id))
+
+    return remove_lora
 
 
 _COMMON: dict[str, Any] = {
@@ -68,14 +68,20 @@ HOOKS = (
         target="vllm.v1.engine.async_llm:AsyncLLM.add_lora",
         make=_add_lora,
         why="while an adapter is read and packed, which takes seconds for a MoE model, no request "
-        "of the server gets a token; load_inplace loads again for every batch and leaves cached "
-        "prefixes of the old weights in use",
+        "of the server gets a token; load_inplace loads again for every batch, changes the weights "
+        "under requests in flight, and leaves cached prefixes of the old ones in use",
         **_COMMON,
     ),
     Hook(
         target="vllm.v1.engine.async_llm:AsyncLLM.add_request",
         make=_add_request,
         why="an adapter that fails to load does so inside a batch and takes the engine with it",
+        **_COMMON,
+    ),
+    Hook(
+        target="vllm.v1.engine.async_llm:AsyncLLM.remove_lora",
+        make=_remove_lora,
+        why="an adapter that was removed is loaded again before its next request is scheduled",
         **_COMMON,
     ),
 )

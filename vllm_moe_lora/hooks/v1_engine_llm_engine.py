@@ -10,30 +10,42 @@ from vllm_moe_lora.patching import Hook
 
 def _add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_lora(self: Any, lora_request: Any) -> bool:
-        from vllm_moe_lora.store import front
+        from vllm_moe_lora.store import admit, front
 
         known = front.of(self)
-        try:
-            done = bool(original(self, lora_request))
-        except Exception as error:
-            raise (error if known is None else front.plainly(error)) from error
-        if known is not None:
-            known.loaded(lora_request)
-        return done
+        if known is None:
+            return bool(original(self, lora_request))
+        if not lora_request.load_inplace and known.has(lora_request):
+            return True
+        return admit.load_now(self, lora_request)
 
     return add_lora
 
 
 def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_request(self: Any, *args: Any, **more: Any) -> Any:
-        from vllm_moe_lora.store import front
+        from vllm_moe_lora.store import admit, front
 
         request, known = front.lora_request_of(args, more), front.of(self)
-        if request is not None and known is not None and not known.has(request):
-            self.add_lora(request)
+        if request is not None and known is not None:
+            if not known.has(request):
+                admit.load_now(self, request)
+            args, more = front.with_lora_request(known.now(request), args, more)
         return original(self, *args, **more)
 
     return add_request
+
+
+def _remove_lora(original: Callable[..., Any]) -> Callable[..., Any]:
+    def remove_lora(self: Any, lora_id: int) -> bool:
+        from vllm_moe_lora.store import front
+
+        known = front.of(self)
+        if known is not None:
+            known.forget(lora_id)
+        return bool(original(self, lora_id))
+
+    return remove_lora
 
 
 _COMMON: dict[str, Any] = {
@@ -44,8 +56,10 @@ _COMMON: dict[str, Any] = {
     "why": "an adapter that fails to load does so inside a batch: the engine dies, or hangs at the "
     "next call",
 }
+_CLASS = "vllm.v1.engine.llm_engine:LLMEngine"
 
 HOOKS = (
-    Hook(target="vllm.v1.engine.llm_engine:LLMEngine.add_lora", make=_add_lora, **_COMMON),
-    Hook(target="vllm.v1.engine.llm_engine:LLMEngine.add_request", make=_add_request, **_COMMON),
+    Hook(target=f"{_CLASS}.add_lora", make=_add_lora, **_COMMON),
+    Hook(target=f"{_CLASS}.add_request", make=_add_request, **_COMMON),
+    Hook(target=f"{_CLASS}.remove_lora", make=_remove_lora, **_COMMON),
 )

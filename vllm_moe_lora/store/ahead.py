@@ -13,6 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from vllm_moe_lora.adapters.folder import state
+
 # No folder has such a name: "/" cannot stand at this place of a path or of a repository's name.
 MARK = "vllm-moe-lora-stage:/"
 KEPT = 2  # staged adapters nobody came for (a client that went away) hold memory
@@ -23,7 +25,7 @@ class Ahead:
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="moe-lora-stage")
-        self._staged: dict[tuple[int, str], Future[Any]] = {}
+        self._staged: dict[tuple[Any, ...], Future[Any]] = {}
         self._here = threading.local()
 
     def ready(self, number: int, path: str, load: Callable[[], Any]) -> bool:
@@ -37,7 +39,7 @@ class Ahead:
         Raises:
             Exception: what ``load`` raised; the next call begins anew.
         """
-        key = (number, path)
+        key = (number, path, state(path))  # files that changed since are staged again
         future = self._staged.get(key)
         if future is None:
             for old in list(self._staged):  # oldest first
@@ -55,7 +57,7 @@ class Ahead:
         """The staged adapter, None if there is none; waits if it is under way."""
         if getattr(self._here, "staging", False):
             return None  # this is the load that stages
-        future = self._staged.pop((number, path), None)
+        future = self._staged.pop((number, path, state(path)), None)
         return None if future is None else future.result()
 
     def _run(self, load: Callable[[], Any]) -> Any:

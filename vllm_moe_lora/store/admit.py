@@ -1,0 +1,101 @@
+"""One load asked for by a front end: room first, then staging, then nobody on the old version.
+
+Requests that began on one version of an adapter end on it: a load that replaces a version waits
+for them, and later requests of that adapter wait for the load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+from vllm_moe_lora.adapters.errors import AdapterError
+from vllm_moe_lora.log import get_logger
+from vllm_moe_lora.store import front
+from vllm_moe_lora.store.ahead import MARK
+
+PAUSE = 0.02  # seconds between two questions
+PATIENCE = 5.0  # seconds of waiting before it is logged
+
+
+async def load(engine: Any, request: Any) -> bool:
+    """Load ``request`` by an `AsyncLLM`; its lock for this adapter is held.
+
+    Args:
+        engine: the `AsyncLLM`, one that `front.of` knows.
+        request: the LoRARequest; it is not changed.
+
+    Raises:
+        AdapterError: the adapter is refused; an earlier version of it stays.
+    """
+    known, number = front.of(engine), request.lora_int_id
+    assert known is not None
+    core = engine.engine_core
+
+    def free() -> bool:
+        return not known.full(number) or known.idle(front.in_flight(engine)) is not None
+
+    await _until(engine, free, "room among --max-cpu-loras adapters, all of them in use")
+    gone = known.make_room(number, front.in_flight(engine))
+    replaces = known.replaces(number)
+    asked, version = known.begin(request)
+    try:
+        if gone is not None:
+            await core.remove_lora_async(gone)
+        while not await core.add_lora_async(_marked(asked)):
+            await asyncio.sleep(PAUSE)
+        if replaces:
+            waits = f"requests that began on the version of {request.lora_name!r} it replaces"
+            await _until(engine, lambda: not front.in_flight(engine)[number], waits)
+        loaded = bool(await core.add_lora_async(asked))
+    except BaseException as error:
+        known.failed(request, version)
+        raise front.plainly(error, asked, request) from error
+    known.done(request, version)
+    return loaded
+
+
+def load_now(engine: Any, request: Any) -> bool:
+    """The same by an `LLMEngine`, which cannot wait: its caller makes the steps.
+
+    Raises:
+        AdapterError: also if unfinished requests use a version that ``request`` is to replace.
+    """
+    known, number = front.of(engine), request.lora_int_id
+    assert known is not None
+    used = front.in_flight(engine)
+    if known.replaces(number) and used[number]:
+        raise AdapterError(
+            f"LoRA adapter {number}: load_inplace would give {used[number]} unfinished requests "
+            f"of {request.lora_name!r} two versions of it. Let them finish, or abort them, first."
+        )
+    gone = known.make_room(number, used)
+    asked, version = known.begin(request)
+    try:
+        if gone is not None:
+            engine.engine_core.remove_lora(gone)
+        loaded = bool(engine.engine_core.add_lora(asked))
+    except BaseException as error:
+        known.failed(request, version)
+        raise front.plainly(error, asked, request) from error
+    known.done(request, version)
+    return loaded
+
+
+async def _until(engine: Any, true: Callable[[], bool], what: str) -> None:
+    """Wait; not while the engine is paused, when nothing in flight would ever end."""
+    begun = said = time.monotonic()
+    while not true() and not await engine.is_paused():
+        await asyncio.sleep(PAUSE)
+        if time.monotonic() - said > PATIENCE:
+            said = time.monotonic()
+            get_logger(__name__).info("For %.0f s a load waits for %s.", said - begun, what)
+
+
+def _marked(request: Any) -> Any:
+    marked = copy.copy(request)
+    marked.lora_path = MARK + request.lora_path
+    return marked

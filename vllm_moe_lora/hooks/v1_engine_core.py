@@ -1,0 +1,33 @@
+"""vllm/v1/engine/core.py"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_moe_lora.patching import Hook
+
+
+def _get_kv_cache_configs(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_kv_cache_configs(vllm_config: Any, *args: Any, **more: Any) -> Any:
+        configs = original(vllm_config, *args, **more)
+        if vllm_config.lora_config is not None and vllm_config.model_config.is_moe:
+            for config in configs:
+                config.moe_lora_zeroing = True  # for hooks/v1_kv_cache_interface.py
+        return configs
+
+    return get_kv_cache_configs
+
+
+HOOKS = (
+    Hook(
+        feature="isolation",
+        # Its home is another module since 0.33; the name is this module's in all releases.
+        target="vllm.v1.engine.core:get_kv_cache_configs",
+        make=_get_kv_cache_configs,
+        releases=">=0.29,<0.34",
+        why="tells hooks/v1_kv_cache_interface.py which engines run adapters",
+        upstream="",
+        until="that hook goes",
+    ),
+)

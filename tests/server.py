@@ -10,14 +10,21 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
 class Server:
     """``with Server(model, folder, {"name": path}, VARIABLE="1") as server: ...``"""
 
-    def __init__(self, model: Path, folder: Path, adapters: dict | None = None, **env: str) -> None:
+    def __init__(
+        self,
+        model: Path,
+        folder: Path,
+        adapters: dict | None = None,
+        options: Sequence[str] = (),
+        **env: str,
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -31,12 +38,16 @@ class Server:
         command += ["--enable-lora", "--max-lora-rank", "16", "--max-cpu-loras", "8"]
         if adapters:
             command += ["--lora-modules", *(f"{name}={path}" for name, path in adapters.items())]
-        command += ["--host", "127.0.0.1", "--port", str(port)]
+        command += [*options, "--host", "127.0.0.1", "--port", str(port)]
         env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **env}
         with self._log.open("w") as out:
             self._process = subprocess.Popen(
                 command, stdout=out, stderr=out, env={**os.environ, **env}
             )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def __enter__(self) -> Server:
         for _ in range(240):

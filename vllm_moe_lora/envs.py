@@ -10,14 +10,22 @@ MODES = ("auto", "0", "1")
 
 def _mode() -> str:
     value = os.environ.get("VLLM_MOE_LORA", "auto").strip().lower() or "auto"
-    if value not in MODES:
-        raise ValueError(f"VLLM_MOE_LORA={value!r}: use one of {', '.join(MODES)}")
+    if value not in MODES and not all(part.startswith("-") for part in value.split(",")):
+        modes = ", ".join(MODES)
+        raise ValueError(f"VLLM_MOE_LORA={value!r}: use one of {modes}, or -FEATURE,-FEATURE")
     return value
+
+
+def left_out() -> set[str]:
+    """The features that VLLM_MOE_LORA turns off one by one. Raises ValueError as `get` does."""
+    value = _mode()
+    return set() if value in MODES else {part.removeprefix("-") for part in value.split(",")}
 
 
 VARIABLES: dict[str, Callable[[], str | bool]] = {
     # auto: on where the vLLM release is known, otherwise off with a warning.
     # 0: off. 1: must be on, or the process fails with the reason.
+    # -FEATURE,-FEATURE: auto without these features.
     "VLLM_MOE_LORA": _mode,
     # 1: also patch functions whose source is not one we have read.
     "VLLM_MOE_LORA_ALLOW_UNVERIFIED": lambda: (

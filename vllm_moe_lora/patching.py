@@ -64,7 +64,7 @@ class Status:
 
     Attributes:
         features: feature -> "on" or the reason why it is off.
-        not_needed: features that are off because this platform has no use for them.
+        not_needed: features that are off because platform or user have no use for them.
         unverified: what did not fit and was passed over, because the caller allowed it.
     """
 
@@ -174,9 +174,12 @@ class _Checker:
     out_of_tree: bool
     allow_unverified: bool
     unverified: list[str]
+    left_out: frozenset[str]
 
     def not_needed(self, hook: Hook) -> str:
-        """Why the platform has no use for ``hook``, or ""."""
+        """Why the platform or the user has no use for ``hook``, or ""."""
+        if hook.feature in self.left_out:
+            return "turned off by VLLM_MOE_LORA"
         if hook.platforms and self.platform not in hook.platforms:
             return f"not needed on {self.platform or 'an unknown platform'}"
         if hook.layers and self.out_of_tree:
@@ -233,6 +236,7 @@ def apply(
     hashes: Mapping[str, Iterable[str]] | None,
     out_of_tree: bool = False,
     allow_unverified: bool = False,
+    left_out: Iterable[str] = (),
 ) -> Status:
     """Check every hook, then apply the features whose hooks all fit.
 
@@ -244,15 +248,21 @@ def apply(
         out_of_tree: the platform brings its own LoRA layers: leave out features with such hooks.
         allow_unverified: a release outside a hook's range, or a source of another hash, is only
             noted in `Status.unverified`. A target that does not exist still keeps its feature off.
+        left_out: features that the user does not want.
 
     Returns:
         Each feature's state. Applying again changes nothing and answers the same.
 
     Raises:
-        ValueError: two hooks for one target.
+        ValueError: two hooks for one target; ``left_out`` names a feature that no hook has.
     """
-    status = Status()
-    check = _Checker(version, platform, hashes, out_of_tree, allow_unverified, status.unverified)
+    hooks, status, without = list(hooks), Status(), frozenset(left_out)
+    if unknown := without - {hook.feature for hook in hooks}:
+        names = ", ".join(sorted({hook.feature for hook in hooks}))
+        raise ValueError(f"no feature {', '.join(sorted(unknown))}; there are {names}")
+    check = _Checker(
+        version, platform, hashes, out_of_tree, allow_unverified, status.unverified, without
+    )
     targets: set[str] = set()
     plans: dict[str, list[tuple[Hook, list[_Spot]]]] = {}
     for hook in hooks:

@@ -15,7 +15,7 @@ def register() -> None:
 
     Raises:
         RuntimeError: VLLM_MOE_LORA=1 and the plugin cannot be active; the text says why.
-        ValueError: VLLM_MOE_LORA has a value it cannot have.
+        ValueError: VLLM_MOE_LORA has a value it cannot have, or names no feature.
     """
     global _status
     if envs.get("VLLM_MOE_LORA") == "0":
@@ -45,6 +45,7 @@ def register() -> None:
         hashes=supported.hashes(version),
         out_of_tree=current_platform.is_out_of_tree(),
         allow_unverified=unverified,
+        left_out=envs.left_out(),
     )
     if _status.unverified:
         warning_once(

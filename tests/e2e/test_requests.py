@@ -114,3 +114,24 @@ def test_more_adapters_than_slots(case, make_case):
     answers, _, _ = engine.run(job)
     for name, batch in zip(order, answers, strict=True):
         compare_fp32([lp[-1] for _, lp in batch], case, name)
+
+
+def test_slots_that_grow_inside_a_batch(case):
+    """Four large adapters meet for the first time in a step, which runs in inference mode."""
+    large, small = ["l1", "l2", "l3", "l4"], ["s1", "s2", "s3", "s4"]
+    for seed, name in enumerate([*large, "late", *small], start=10):
+        case.add(name, seed=seed, rank=2 if name in small else 16)
+    mixed = [["l1", "l2", "s1", "s2"], ["l3", "l4", "s3", "s4"], large]
+    job = engine.Job(
+        str(case.model),
+        {name: str(case.adapters[name]) for name in [*large, *small, "late"]},
+        [[(p, name) for p in PROMPTS for name in names] for names in mixed],
+        options={"dtype": "float32"},
+        load=["late"],
+    )
+    job.rounds.append([(p, "l1") for p in PROMPTS])
+    answers, outcomes, _ = engine.run(job)
+    assert outcomes == ["ok"]
+    for at, name in enumerate(large):
+        compare_fp32([lp[-1] for _, lp in answers[2][at::4]], case, name)
+    compare_fp32([lp[-1] for _, lp in answers[3]], case, "l1")

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from vllm_moe_lora.store.ahead import KEPT, Ahead
+from vllm_moe_lora.store.ahead import Ahead
 from vllm_moe_lora.store.memory import NoCollection
 
 
@@ -68,11 +68,15 @@ def test_errors_are_raised_and_forgotten():
     assert ahead.take(1, "a") == "staged"
 
 
-def test_what_nobody_fetches_is_dropped():
+def test_what_nobody_comes_for_is_dropped(monkeypatch):
     ahead = Ahead()
     for number in range(10):
         _until(ahead, number, lambda: "staged")
-    assert sum(ahead.take(number, "a") is not None for number in range(10)) <= KEPT
+    assert all(ahead.take(number, "a") for number in range(5)), "many loads at a time"
+    monkeypatch.setattr("vllm_moe_lora.store.ahead.FORGOTTEN", 0.0)
+    time.sleep(0.01)
+    _until(ahead, 99, lambda: "staged")
+    assert not any(ahead.take(number, "a") for number in range(5, 10))
 
 
 def test_collection_is_off_while_any_lives():

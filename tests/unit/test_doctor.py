@@ -33,6 +33,11 @@ def test_environment(capsys, monkeypatch):
     code, out = doctor(capsys)
     assert code == 1
     assert any("not active" in f["what"] and f["cure"] for f in out["findings"])
+    monkeypatch.setenv("VLLM_MOE_LORA", "-isolation,-aliases")
+    code, out = doctor(capsys)
+    assert code == 1
+    off = [f["what"] for f in out["findings"] if f["cure"] == "unset VLLM_MOE_LORA"]
+    assert off == [f"{name}: turned off by VLLM_MOE_LORA" for name in ("aliases", "isolation")]
 
 
 def test_adapters_on_a_model(model, tmp_path, capsys):

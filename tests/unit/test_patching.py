@@ -103,6 +103,16 @@ def apply(hooks, hashes=None, version="1.0", platform="cpu", **more):
     return patching.apply(hooks, version=version, platform=platform, hashes=hashes, **more)
 
 
+def test_a_feature_the_user_does_not_want(victim):
+    hooks = [hook("victim.base:free", louder), hook("victim.user:free", louder, feature="g")]
+    status = apply(hooks, left_out={"f"})
+    assert status.on == ["g"]
+    assert not status.refused
+    assert importlib.import_module("victim.base").free(1) == 2
+    with pytest.raises(ValueError, match="no feature h; there are f, g"):
+        apply(hooks, left_out={"h", "f"})
+
+
 def test_function_and_its_copies(victim):
     status = apply([hook("victim.base:free", louder, also=("victim.user:free",))])
     base, user = (importlib.import_module(f"victim.{n}") for n in ("base", "user"))

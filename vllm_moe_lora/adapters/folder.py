@@ -25,6 +25,10 @@ DTYPES = {
 }
 
 
+# Kimi-K2's experts make 141,000 tensors and a header of 21 MB. Ten times as many take a minute.
+MOST_BYTES = 50_000_000
+
+
 def state(path: str) -> tuple[Any, ...] | None:
     """What tells one state of an adapter's files from another; None if there is no such folder.
 
@@ -49,9 +53,11 @@ def with_experts(folder: Path) -> dict[str, torch.Tensor] | None:
     """`tensors`, or None for an adapter that leaves routed experts alone or cannot be read.
 
     Raises:
-        AdapterError: it has routed experts, and a dtype that is no factor's; a damaged pickle.
+        AdapterError: it has routed experts, and a dtype that is no factor's; a damaged pickle; a
+            header above `MOST_BYTES`.
     """
     if (folder / WEIGHTS).is_file():
+        _no_bomb(folder / WEIGHTS)
         try:
             header, start = _header(folder / WEIGHTS)
         except AdapterError:
@@ -73,6 +79,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """
     file = folder / WEIGHTS
     if file.is_file():
+        _no_bomb(file)
         return _views(file, *_header(file))
     for name in _PICKLES:
         if (folder / name).is_file():
@@ -136,6 +143,16 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     except (SafetensorError, OSError, RecursionError, ValueError) as error:
         raise AdapterError(f"{file} cannot be read as safetensors: {error}") from error
     return header, 8 + length
+
+
+def _no_bomb(file: Path) -> None:
+    with file.open("rb") as data:
+        length = int.from_bytes(data.read(8), "little")
+    if MOST_BYTES < length < file.stat().st_size:
+        raise AdapterError(
+            f"{file} has a header of {length:,} bytes, above {MOST_BYTES:,}: more tensors than "
+            "the adapters of any model have"
+        )
 
 
 def _unaligned(file: Path) -> dict[str, torch.Tensor]:

@@ -99,8 +99,10 @@ def _environment() -> list[Finding]:
             Finding(False, f"the plugin is not active: {said}", "see VLLM_MOE_LORA, VLLM_PLUGINS")
         )
     for feature, state in facts["status"].items():
-        harmless = state == "on" or "platform" in state
+        harmless = state == "on" or "platform" in state or "not needed" in state
         cure = "" if harmless else "upgrade vllm-moe-lora to a release made for this vLLM"
+        if "VLLM_MOE_LORA" in state:
+            cure = "unset VLLM_MOE_LORA"
         findings.append(Finding(harmless, f"{feature}: {state}", cure))
     for target, owner in facts["strangers"].items():
         findings.append(

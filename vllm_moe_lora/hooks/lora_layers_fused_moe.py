@@ -12,9 +12,13 @@ _FILE = "vllm.lora.layers.fused_moe"
 
 def _tell(wrapper: Any, event: str, *args: Any) -> None:
     """Call ``event`` on the wrapped experts when they keep a form of their own of the slots."""
+    import torch
+
     handler = getattr(wrapper._moe_kernel.fused_experts, event, None)
     if handler is not None:
-        handler(*args)
+        # Inside a step, a tensor made here could not be written to outside of steps later.
+        with torch.inference_mode(False), torch.no_grad():
+            handler(*args)
 
 
 def _set_lora(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,7 +21,6 @@ from vllm_moe_lora.layers.cpu_experts import CPULoRAExperts, combine
 @functools.cache
 def operators_work() -> bool:
     """Whether vLLM's INT4 CPU operators exist here and give right products without AMX."""
-    from vllm import _custom_ops as ops
     from vllm.platforms import CpuArchEnum, current_platform
 
     names = ("fused_experts_cpu", "int4_scaled_mm_cpu", "convert_weight_packed_scale_zp")
@@ -33,6 +32,13 @@ def operators_work() -> bool:
         return True
     if not torch.cpu._is_vnni_supported():
         return False
+    with torch.device("cpu"):  # a model may be built on another ("meta")
+        return _product_is_right()
+
+
+def _product_is_right() -> bool:
+    from vllm import _custom_ops as ops
+
     rows, columns, group = 64, 128, 64
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(0, 16, (rows, columns), dtype=torch.int32, generator=generator)

@@ -45,17 +45,24 @@ async def load(engine: Any, request: Any) -> bool:
     try:
         if gone is not None:
             await core.remove_lora_async(gone)
-        while not await core.add_lora_async(_marked(asked)):
-            await asyncio.sleep(PAUSE)
+        await _staged(core, asked)
         if replaces:
             waits = f"requests that began on the version of {request.lora_name!r} it replaces"
             await _until(engine, lambda: not front.in_flight(engine)[number], waits)
+            await _staged(core, asked)  # after a long wait it may have been forgotten
         loaded = bool(await core.add_lora_async(asked))
     except BaseException as error:
         known.failed(request, version)
         raise front.plainly(error, asked, request) from error
     known.done(request, version)
     return loaded
+
+
+async def _staged(core: Any, request: Any) -> None:
+    marked = copy.copy(request)
+    marked.lora_path = MARK + request.lora_path
+    while not await core.add_lora_async(marked):
+        await asyncio.sleep(PAUSE)
 
 
 def load_now(engine: Any, request: Any) -> bool:
@@ -93,9 +100,3 @@ async def _until(engine: Any, true: Callable[[], bool], what: str) -> None:
         if time.monotonic() - said > PATIENCE:
             said = time.monotonic()
             get_logger(__name__).info("For %.0f s a load waits for %s.", said - begun, what)
-
-
-def _marked(request: Any) -> Any:
-    marked = copy.copy(request)
-    marked.lora_path = MARK + request.lora_path
-    return marked

@@ -9,6 +9,7 @@ itself, which finds the staged adapter.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -17,7 +18,7 @@ from vllm_moe_lora.adapters.folder import state
 
 # No folder has such a name: "/" cannot stand at this place of a path or of a repository's name.
 MARK = "vllm-moe-lora-stage:/"
-KEPT = 2  # staged adapters nobody came for (a client that went away) hold memory
+FORGOTTEN = 60.0  # seconds; what nobody asked for so long (a client that went away) holds memory
 
 
 class Ahead:
@@ -26,6 +27,7 @@ class Ahead:
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="moe-lora-stage")
         self._staged: dict[tuple[Any, ...], Future[Any]] = {}
+        self._asked: dict[tuple[Any, ...], float] = {}
         self._here = threading.local()
 
     def ready(self, number: int, path: str, load: Callable[[], Any]) -> bool:
@@ -40,11 +42,13 @@ class Ahead:
             Exception: what ``load`` raised; the next call begins anew.
         """
         key = (number, path, state(path))  # files that changed since are staged again
+        now = time.monotonic()
+        self._asked[key] = now
+        for old in [one for one, asked in self._asked.items() if now - asked > FORGOTTEN]:
+            del self._asked[old]
+            self._staged.pop(old, None)
         future = self._staged.get(key)
         if future is None:
-            for old in list(self._staged):  # oldest first
-                if len(self._staged) >= KEPT and self._staged[old].done():
-                    del self._staged[old]
             future = self._staged[key] = self._threads.submit(self._run, load)
         if not future.done():
             return False

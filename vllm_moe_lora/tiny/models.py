@@ -38,6 +38,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_MOE, "intermediate_size": 128, "shared_expert_intermediate_size": 128},
     ),
     "qwen3_moe": ("Qwen3Moe", {**_MOE, "intermediate_size": 128, "head_dim": 32}),
+    "qwen3": ("Qwen3", {"intermediate_size": 128, "head_dim": 32}),  # dense, to compare with
     "mixtral": (
         "Mixtral",
         {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": 128},

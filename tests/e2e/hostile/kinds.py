@@ -32,12 +32,37 @@ def kinds() -> Iterator[tuple[str, Change]]:
                 yield f"{word}, {side}: {what}", _on(module, side, change)
         for what, rename in _NAMES.items():
             yield f"{word}: {what}", _renamed(module, rename)
+        yield f"{word}: twice, under another prefix", _twice(module)
+    for word in ("expert up", "expert down"):
+        rename = _expert_99 if word == "expert up" else _expert_minus_1
+        yield f"{word}: no such expert", _renamed(MODULES[word], rename)
     for what, edit in _FILES.items():
         yield f"file: {what}", edit
     for what, entries in _CONFIGS.items():
         yield f"config: {what}", _configured(entries)
     for what, edit in _FOLDERS.items():
         yield f"folder: {what}", edit
+
+
+def harmless() -> Iterator[tuple[str, Change, str]]:
+    """What may look hostile and is an adapter all the same: name, change, as whom it answers."""
+
+    def everywhere(change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+        def edit(folder: Path) -> None:
+            file = folder / "adapter_model.safetensors"
+            save_file({k: change(t) for k, t in load_file(file).items()}, file)
+
+        return edit
+
+    yield "float64", everywhere(lambda t: t.double()), "good"
+    yield "a denormal", everywhere(_filled(1e-40)), "itself"
+    yield "alpha 0", _configured({"lora_alpha": 0}), "base"
+    yield "alpha negative", _configured({"lora_alpha": -16}), "itself"
+    yield (
+        "unknown fields",
+        _configured({"corda_config": None, "new_field_of_2027": {"a": [1]}}),
+        "good",
+    )
 
 
 def _on(module: str, side: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Change:
@@ -102,6 +127,28 @@ _NAMES: dict[str, Callable[[str], str]] = {
     "two adapters": lambda k: k.replace(".weight", ".other.weight"),
     "a bias": lambda k: k.replace("lora_A.weight", "lora_B.bias"),
 }
+
+
+def _expert_99(key: str) -> str:
+    return key.replace("experts.3.", "experts.99.")
+
+
+def _expert_minus_1(key: str) -> str:
+    return key.replace("experts.7.", "experts.-1.")
+
+
+def _twice(module: str) -> Change:
+    def edit(folder: Path) -> None:
+        file = folder / "adapter_model.safetensors"
+        tensors = load_file(file)
+        again = {
+            key.replace("base_model.model.", ""): tensor * 2
+            for key, tensor in tensors.items()
+            if module in key
+        }
+        save_file({**tensors, **again}, file)
+
+    return edit
 
 
 def _bytes(change: Callable[[bytes], bytes]) -> Change:
@@ -207,6 +254,25 @@ def _many(folder: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
+def _a_million(folder: Path) -> None:
+    """Written by hand: safetensors takes headers of up to 100 MB."""
+    one = '"a.{i}.lora_A.weight":{{"dtype":"F32","shape":[1,1],"data_offsets":[{a},{b}]}}'
+    entries = (one.format(i=i, a=4 * i, b=4 * i + 4) for i in range(1_000_000))
+    text = ("{" + ",".join(entries) + "}").encode()
+    data = struct.pack("<Q", len(text)) + text + bytes(4_000_000)
+    (folder / "adapter_model.safetensors").write_bytes(data)
+
+
+def _two_layouts(folder: Path) -> None:
+    """Layer 0's experts once more, as one stack."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = "base_model.model.model.layers.0.mlp.experts.base_layer"
+    tensors[f"{name}.lora_A.weight"] = torch.ones(8 * 6, 128)
+    tensors[f"{name}.lora_B.weight"] = torch.ones(256, 8 * 6)
+    save_file(tensors, file)
+
+
 def _as_folder(folder: Path) -> None:
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.safetensors").mkdir()
@@ -238,4 +304,6 @@ _FOLDERS: dict[str, Change] = {
     "weights a symlink to itself": _loop,
     "a pickle with code": _pickle,
     "20,000 unknown tensors": _many,
+    "1,000,000 unknown tensors": _a_million,
+    "two layouts in one layer": _two_layouts,
 }

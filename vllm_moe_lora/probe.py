@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 
-@dataclass
+@dataclass(frozen=True)
 class Question:
     """Settings as `vllm serve` names them."""
 
@@ -80,6 +80,7 @@ def answer(question: Question) -> Answer:
     config = _config(question)
     with set_current_vllm_config(config):
         _alone(question.tensor_parallel_size)
+        _maps_have_numbers()
         default = torch.get_default_dtype()
         torch.set_default_dtype(config.model_config.dtype)
         try:
@@ -140,6 +141,20 @@ def _alone(size: int) -> None:
         world_size=size, rank=0, local_rank=0, distributed_init_method="env://", backend="gloo"
     )
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
+
+
+def _maps_have_numbers() -> None:
+    """Which experts are here is read from a tensor while the model is built."""
+    import torch
+    from vllm.model_executor.layers.fused_moe import expert_map_manager
+
+    made = expert_map_manager.ExpertMapManager.__init__
+
+    def on_cpu(self: Any, *args: Any, **more: Any) -> None:
+        with torch.device("cpu"):
+            made(self, *args, **more)
+
+    expert_map_manager.ExpertMapManager.__init__ = on_cpu
 
 
 def _is_experts(module: Any) -> bool:

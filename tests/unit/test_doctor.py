@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 
@@ -9,13 +10,21 @@ import layouts
 import pytest
 from safetensors.torch import load_file, save_file
 
-from vllm_moe_lora import cli
+from vllm_moe_lora import cli, probe
 from vllm_moe_lora.tiny import adapters, models
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return models.build("qwen2_moe", tmp_path_factory.mktemp("model") / "m")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def asked_once():
+    """Each question to vLLM takes eight seconds: one answer serves all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "ask", functools.cache(probe.ask))
+        yield
 
 
 def doctor(capsys, *args):
@@ -46,9 +55,10 @@ def test_adapters_on_a_model(model, tmp_path, capsys):
     assert code == 0, out
     assert "--max-lora-rank 16" in out["command"]
     assert f"good={good}" in out["command"]
-    # 2 layers, 8 experts, 3 matrices, rank 16, 128 + 128 wide, 2 bytes
-    size = 2 * 8 * 3 * 16 * 256 * 2 / 2**20
-    assert any(f"{size:,.0f} MiB" in found["what"] for found in out["findings"])
+    # 2 layers, 8 experts, rank 16, 2 bytes: A and B of gate, up and down are 128 wide each
+    size = 2 * 8 * 16 * 6 * 128 * 2 / 2**20
+    assert any(f"({size:,.1f} for routed experts)" in found["what"] for found in out["findings"])
+    assert any("2 MoE layers by Unquantized" in found["what"] for found in out["findings"])
     assert cli.main(["doctor", "--model", str(model), "--adapter", str(good)]) == 0
     assert "✓" in capsys.readouterr().out
 
@@ -92,3 +102,51 @@ def test_flat_adapter_and_usage(model, tmp_path, capsys):
     assert code == 0, out
     assert "flat peft" in out["findings"][0]["what"]
     assert cli.main(["doctor", "--adapter", str(flat)]) == 2
+
+
+def plan(capsys, *args):
+    code = cli.main(["plan", "--json", *map(str, args)])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_parallel_sizes(model, capsys):
+    """Each device's share, asked of vLLM itself, though the other devices do not exist."""
+    sizes = ("-tp", 2, "-tp", 4, "--enable-expert-parallel", "--max-loras", 3)
+    code, out = plan(capsys, model, *sizes)
+    assert code == 0, out
+    said = [found["what"] for found in out["findings"]]
+    whole = 2 * 8 * 16 * 6 * 128 * 2 / 2**20
+    for size in (2, 4):
+        mine = [what for what in said if what.startswith(f"tensor parallel {size}, experts too")]
+        assert any(f"({whole / size:,.1f} for routed experts)" in what for what in mine), said
+        assert any("takes LoRA" in what for what in mine)
+    assert "--max-loras 3" in out["command"]
+    assert "--tensor-parallel-size 2 --enable-expert-parallel" in out["command"]
+
+
+def test_what_does_not_fit_gets_a_smaller_setting(model, capsys):
+    code, out = plan(capsys, model, "--memory", 0.004, "--max-loras", 9)
+    assert code == 1
+    (wrong,) = [found for found in out["findings"] if not found["well"]]
+    assert "does not fit" in wrong["what"]
+    loras = wrong["cure"].removeprefix("--max-loras ")
+    assert plan(capsys, model, "--memory", 0.004, "--max-loras", loras)[0] == 0
+    assert plan(capsys, model, "--memory", 0.004, "--max-loras", int(loras) + 1)[0] == 1
+
+
+def test_a_model_that_vllm_refuses(tmp_path, capsys):
+    folder = models.build("qwen2_moe", tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    quantised = {
+        "quant_method": "gptq",
+        "bits": 3,
+        "group_size": 32,
+        "desc_act": False,
+        "sym": True,
+    }
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantised}))
+    code, out = plan(capsys, folder)
+    assert code == 1
+    assert out["command"] is None
+    assert any("refuses this model" in f["what"] and f["cure"] for f in out["findings"])
+    assert plan(capsys, tmp_path / "nowhere")[0] == 1

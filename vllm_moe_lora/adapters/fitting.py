@@ -68,16 +68,6 @@ def smallest_rank(rank: int) -> int:
     return choice
 
 
-def slot_bytes(model: Path, rank: int, itemsize: int = 2) -> int:
-    """Memory of one slot's routed experts on one device without parallelism, vLLM's 2-D stacks."""
-    dims = infer.from_model(model)
-    names = (name for found in infer.shards(model).values() for name in found)
-    layers = {name.partition(".experts.")[0] for name in names if ".experts." in name}
-    matrices = 3 if dims.gated else 2
-    one = matrices * rank * (dims.hidden + dims.inner)
-    return len(layers) * dims.experts * one * itemsize
-
-
 def _has_experts(model: Path) -> bool:
     try:
         infer.from_model(model)

@@ -6,46 +6,24 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-
-@dataclass
-class Finding:
-    """One line of the report; ``cure`` where it is not well."""
-
-    well: bool
-    what: str
-    cure: str = ""
+from vllm_moe_lora.commands import plan
+from vllm_moe_lora.commands.finding import Finding, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, help="folder of a model (no weights are read)")
-    parser.add_argument(
-        "--adapter", type=Path, action="append", default=[], help="folder of an adapter; repeat"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--model", type=Path, help="folder of a model: as `plan` does")
+    plan.options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.adapter and not args.model:
         print("doctor: --adapter needs --model", file=sys.stderr)
         return 2
-    if args.model:
-        findings, command = _adapters(args.model, args.adapter)
-    else:
-        findings, command = _environment(), None
-    if args.json:
-        out = {"findings": [asdict(found) for found in findings], "command": command}
-        print(json.dumps(out, indent=1))
-    else:
-        for found in findings:
-            cure = f"\n    cure: {found.cure}" if found.cure else ""
-            print(f"{'✓' if found.well else '✗'} {found.what}{cure}")
-        if command:
-            print(f"\n{command}")
-    return 0 if all(found.well for found in findings) else 1
+    findings, command = plan.report(args) if args.model else (_environment(), None)
+    return show(findings, command, args)
 
 
 # Runs in a fresh process, where vLLM itself calls the entry point as it does in every engine.
@@ -109,32 +87,3 @@ def _environment() -> list[Finding]:
             Finding(False, f"{target} was replaced by {owner} after us", f"start without {owner}")
         )
     return findings
-
-
-def _adapters(model: Path, adapters: list[Path]) -> tuple[list[Finding], str | None]:
-    from vllm_moe_lora.adapters import fitting
-    from vllm_moe_lora.adapters.errors import AdapterError
-
-    findings, rank = [], 1
-    for adapter in adapters:
-        try:
-            fit = fitting.fits(adapter, model)
-            rank = max(rank, fitting.smallest_rank(fit.rank))
-        except AdapterError as error:
-            cure = "`vllm-moe-lora inspect` shows what it holds; see the README's layouts"
-            findings.append(Finding(False, f"{adapter}: {error}", cure))
-            continue
-        layout = f"experts {', '.join(fit.layouts)} in {fit.layers} layers" if fit.layers else ""
-        what = f"{adapter}: every tensor has a place; rank {fit.rank}; {layout or 'no experts'}"
-        findings.append(Finding(True, what))
-        findings += [Finding(True, f"{adapter}: {note}") for note in fit.notes]
-    try:
-        size = fitting.slot_bytes(model, rank)
-    except (AdapterError, KeyError):
-        return [*findings, Finding(True, f"{model} has no routed experts that are known")], None
-    findings.append(
-        Finding(True, f"a slot of rank {rank} takes {size / 2**20:,.0f} MiB for routed experts")
-    )
-    modules = " ".join(f"{path.name}={path}" for path in adapters)
-    command = f"vllm serve {model} --enable-lora --max-lora-rank {rank}"
-    return findings, command + (f" --lora-modules {modules}" if modules else "")

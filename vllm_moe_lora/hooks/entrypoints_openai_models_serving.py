@@ -15,7 +15,7 @@ def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         error = getattr(answer, "error", None)
         if error is not None and str(error.message).startswith("LoRA adapter "):
             error.type, error.code = "BadRequestError", HTTPStatus.BAD_REQUEST.value
-        request = args[0] if args else more.get("request")
+        request: Any = args[0] if args else more.get("request")
         if error is None and (kept := self.lora_requests.get(request.lora_name)):
             kept.load_inplace = False  # it was; its requests are not to do so again
         return answer

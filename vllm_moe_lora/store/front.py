@@ -152,7 +152,7 @@ def with_lora_request(
     request: Any, args: tuple[Any, ...], more: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of `add_request` with ``request`` where they had one."""
-    prompt = more.get("prompt", args[1] if len(args) > 1 else None)
+    prompt: Any = more.get("prompt", args[1] if len(args) > 1 else None)
     if getattr(prompt, "lora_request", None):
         prompt.lora_request = request
     if len(args) > 4 and args[4]:

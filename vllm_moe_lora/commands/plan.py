@@ -1,0 +1,151 @@
+"""`vllm-moe-lora plan`: will these adapters be served on this model, how, and in how much memory?
+
+No weights are read: config.json, the headers of files, and vLLM's own choices (`probe`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from vllm_moe_lora.commands.finding import Finding, show
+
+GIB = 2**30
+MARLIN = (
+    "Marlin takes LoRA and wants moe_intermediate_size / tensor parallel size to be a multiple of "
+    "128: another --tensor-parallel-size, or --enable-expert-parallel"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="folder of the model (no weights are read)")
+    options(parser)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """What `doctor --model` takes too."""
+    parser.add_argument(
+        "--adapter", type=Path, action="append", default=[], help="folder of an adapter; repeat"
+    )
+    parser.add_argument(
+        "--tensor-parallel-size", "-tp", type=int, action="append", help="default 1; repeat"
+    )
+    parser.add_argument("--enable-expert-parallel", action="store_true")
+    parser.add_argument("--max-loras", type=int, help="default: the number of adapters")
+    parser.add_argument("--max-lora-rank", type=int, help="default: what the adapters need, or 16")
+    parser.add_argument("--memory", type=float, help="GiB of one device; default: of this machine")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    findings, command = report(args)
+    return show(findings, command, args)
+
+
+def report(args: argparse.Namespace) -> tuple[list[Finding], str | None]:
+    """The findings, and the command to serve by (None where nothing can be served)."""
+    from vllm_moe_lora.adapters import fitting, infer
+    from vllm_moe_lora.adapters.errors import AdapterError
+
+    try:
+        infer.text_config(args.model)
+    except AdapterError as error:
+        return [Finding(False, str(error), "name the folder of a model")], None
+    findings, needed = _adapters(args.model, args.adapter)
+    rank = args.max_lora_rank or (fitting.smallest_rank(needed) if needed else 16)
+    if needed > rank:
+        what = f"an adapter has rank {needed}, above --max-lora-rank {rank}"
+        findings.append(Finding(False, what, f"--max-lora-rank {fitting.smallest_rank(needed)}"))
+    loras, sizes = args.max_loras or max(1, len(args.adapter)), args.tensor_parallel_size or [1]
+    for size in sizes:
+        findings += _device(args, size, loras, rank, needed)
+    if any("refuses this model" in found.what for found in findings):
+        return findings, None
+    parts = [f"vllm serve {args.model} --enable-lora --max-loras {loras} --max-lora-rank {rank}"]
+    parts += [f"--tensor-parallel-size {sizes[0]}"] if sizes[0] > 1 else []
+    parts += ["--enable-expert-parallel"] if args.enable_expert_parallel else []
+    parts += [f"--lora-modules {_modules(args.adapter)}"] if args.adapter else []
+    return findings, " ".join(parts)
+
+
+def _modules(adapters: Sequence[Path]) -> str:
+    return " ".join(f"{path.name}={path}" for path in adapters)
+
+
+def _adapters(model: Path, adapters: Sequence[Path]) -> tuple[list[Finding], int]:
+    """Whether each will load, and the highest rank of those that will."""
+    from vllm_moe_lora.adapters import fitting
+    from vllm_moe_lora.adapters.errors import AdapterError
+
+    findings, rank = [], 0
+    for adapter in adapters:
+        try:
+            fit = fitting.fits(adapter, model)
+            fitting.smallest_rank(fit.rank)
+        except AdapterError as error:
+            cure = "`vllm-moe-lora inspect` shows what it holds; see the README's layouts"
+            findings.append(Finding(False, f"{adapter}: {error}", cure))
+            continue
+        rank = max(rank, fit.rank)
+        layout = f"experts {', '.join(fit.layouts)} in {fit.layers} layers" if fit.layers else ""
+        what = f"{adapter}: every tensor has a place; rank {fit.rank}; {layout or 'no experts'}"
+        findings.append(Finding(True, what))
+        findings += [Finding(True, f"{adapter}: {note}") for note in fit.notes]
+    return findings, rank
+
+
+def _device(
+    args: argparse.Namespace, size: int, loras: int, rank: int, needed: int
+) -> list[Finding]:
+    """Backend and memory of one device at one tensor parallel size."""
+    from vllm_moe_lora import probe
+
+    parallel = f"tensor parallel {size}" + (", experts too" if args.enable_expert_parallel else "")
+    found = probe.ask(
+        probe.Question(
+            str(args.model), size, args.enable_expert_parallel, max_loras=loras, max_lora_rank=rank
+        )
+    )
+    if found.error:
+        cure = "the README's matrix has what runs where; without an engine here, ask where it is"
+        return [Finding(False, f"{parallel}: vLLM refuses this model: {found.error}", cure)]
+    findings = []
+    for name, layers in found.backends.items():
+        if found.takes_lora:
+            findings.append(Finding(True, f"{parallel}: {layers} MoE layers by {name}: takes LoRA"))
+        else:
+            what = f"{parallel}: {layers} MoE layers by {name}: no LoRA on routed experts"
+            findings.append(Finding(False, what, MARLIN))
+    if not found.backends:
+        findings.append(Finding(True, f"{parallel}: no routed experts"))
+    memory = args.memory * GIB if args.memory else found.memory
+    free = memory * args.gpu_memory_utilization - found.weights
+    slots = loras * found.slot
+    what = (
+        f"{parallel}: a slot of rank {rank} takes {found.slot / 2**20:,.1f} MiB of a device "
+        f"({found.slot_experts / 2**20:,.1f} for routed experts), {loras} take "
+        f"{slots / GIB:,.2f} GiB; weights {found.weights / GIB:,.2f} of {memory / GIB:,.1f} GiB"
+    )
+    if slots < free:
+        left = f"; {(free - slots) / GIB:,.1f} GiB are left for the KV cache and activations"
+        findings.append(Finding(True, what + left))
+    else:
+        findings.append(
+            Finding(False, f"{what}: does not fit", _smaller(found.slot, free, rank, needed, size))
+        )
+    return findings
+
+
+def _smaller(slot: int, free: float, rank: int, needed: int, size: int) -> str:
+    """A setting that does fit into ``free`` bytes, where a slot of ``rank`` takes ``slot``."""
+    from vllm_moe_lora.adapters.fitting import RANKS
+
+    if free > slot:
+        return f"--max-loras {math.ceil(free / slot) - 1}"
+    for smaller in sorted((r for r in RANKS if needed <= r < rank), reverse=True):
+        if slot * smaller / rank < free:
+            return f"--max-loras 1 --max-lora-rank {smaller}"
+    return f"--tensor-parallel-size {2 * size}, or a quantised checkpoint"

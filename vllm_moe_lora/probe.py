@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vllm_moe_lora.store.backends import takes_lora
+
 
 @dataclass(frozen=True)
 class Question:
@@ -48,10 +50,6 @@ class Answer:
     slot_experts: int
     memory: int
     error: str = ""
-
-
-# Their class says that it takes LoRA; their `apply` does not look at it.
-IGNORES = ("TritonWNA16Experts", "TritonWNA16MXFPExperts")
 
 
 def ask(question: Question, timeout: float = 600) -> Answer:
@@ -168,8 +166,7 @@ def _experts(module: Any) -> tuple[str, bool]:
     name = type(method).__name__
     if experts is None:
         return f"{name}, without a class of experts", False
-    takes = bool(experts.supports_lora()) and experts.__name__ not in IGNORES
-    return f"{name}, {experts.__name__}", takes
+    return f"{name}, {experts.__name__}", takes_lora(experts)
 
 
 def _bytes(model: Any) -> Iterator[int]:

@@ -13,10 +13,6 @@ from pathlib import Path
 from vllm_moe_lora.commands.finding import Finding, show
 
 GIB = 2**30
-MARLIN = (
-    "Marlin takes LoRA and wants moe_intermediate_size / tensor parallel size to be a multiple of "
-    "128: another --tensor-parallel-size, or --enable-expert-parallel"
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,6 +98,7 @@ def _device(
 ) -> list[Finding]:
     """Backend and memory of one device at one tensor parallel size."""
     from vllm_moe_lora import probe
+    from vllm_moe_lora.store.backends import IGNORING
 
     parallel = f"tensor parallel {size}" + (", experts too" if args.enable_expert_parallel else "")
     found = probe.ask(
@@ -118,7 +115,8 @@ def _device(
             findings.append(Finding(True, f"{parallel}: {layers} MoE layers by {name}: takes LoRA"))
         else:
             what = f"{parallel}: {layers} MoE layers by {name}: no LoRA on routed experts"
-            findings.append(Finding(False, what, MARLIN))
+            why = IGNORING.get(name.rpartition(", ")[2], "another quantisation or backend")
+            findings.append(Finding(False, what, why))
     if not found.backends:
         findings.append(Finding(True, f"{parallel}: no routed experts"))
     memory = args.memory * GIB if args.memory else found.memory

@@ -12,7 +12,7 @@ from vllm_moe_lora.adapters.group import Tensors
 from vllm_moe_lora.adapters.resolve import resolve
 from vllm_moe_lora.adapters.spelling import Spellings
 from vllm_moe_lora.log import get_logger
-from vllm_moe_lora.store import slices, strict
+from vllm_moe_lora.store import backends, slices, strict
 from vllm_moe_lora.store.memory import NoCollection
 from vllm_moe_lora.store.stage import Slots, stage
 
@@ -82,6 +82,8 @@ def _fit(manager: Any, lora: Any, pending: Pending | None) -> None:
         return
     wrappers = {name: m for name, m in manager.modules.items() if is_experts(m)}
     fitted = _wrappers_of(manager, lora, pending, wrappers)
+    for name in fitted.values():
+        backends.demand(name, wrappers[name])
     if fitted:
         dims = dims_of(manager, next(iter(wrappers.values())))
         layers = {prefix: pending.layers[prefix] for prefix in fitted}

@@ -1,0 +1,65 @@
+"""Which of vLLM's experts ignore LoRA: the list is checked against the installed sources."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import types
+from pathlib import Path
+
+import pytest
+
+from vllm_moe_lora.adapters.errors import AdapterError
+from vllm_moe_lora.store import backends
+
+
+def _classes():
+    """name -> (names of bases, whether it has an `apply`, whether that looks at the context).
+
+    A class that says itself that it takes no LoRA has no bases here.
+    """
+    found = {}
+    root = Path(importlib.util.find_spec("vllm").origin).parent
+    for file in (root / "model_executor/layers/fused_moe").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+            applies = [
+                one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "apply"
+            ]
+            looks = any("_lora_context" in ast.unparse(one) for one in applies)
+            passes_on = any("super().apply" in ast.unparse(one) for one in applies)
+            own = {one.name: ast.unparse(one) for one in node.body if hasattr(one, "name")}
+            if "return False" in own.get("supports_lora", ""):
+                bases = []
+            found[node.name] = (bases, bool(applies), looks or passes_on)
+    return found
+
+
+def test_the_list_is_complete():
+    classes = _classes()
+
+    def says_so(name):
+        bases = classes.get(name, ((), False, False))[0]
+        return name == "LoRAExpertsMixin" or any(says_so(base) for base in bases)
+
+    def looks(name):
+        """By the first `apply` on its line of ancestors."""
+        bases, applies, looks_itself = classes.get(name, ((), False, False))
+        return looks_itself if applies else any(looks(base) for base in bases)
+
+    claiming = {name for name in classes if says_so(name)} - {"LoRAExpertsMixin"}
+    concrete = {name for name in claiming if not name.endswith("Base")}
+    assert {"TritonExperts", "MarlinExperts"} <= {name for name in concrete if looks(name)}
+    assert {name for name in concrete if not looks(name)} == set(backends.IGNORING)
+
+
+def test_an_adapter_that_would_be_ignored_is_refused():
+    def wrapper(name):
+        experts = type(name, (), {})()
+        return types.SimpleNamespace(_moe_kernel=types.SimpleNamespace(fused_experts=experts))
+
+    backends.demand("layers.0.mlp.experts", wrapper("MarlinExperts"))
+    with pytest.raises(AdapterError, match=r"layers\.0.*TritonWNA16Experts.*--tensor-parallel"):
+        backends.demand("layers.0.mlp.experts", wrapper("TritonWNA16Experts"))

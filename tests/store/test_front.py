@@ -297,6 +297,20 @@ def test_a_load_waits_for_room_and_the_idle_one_goes():
     asyncio.run(scene())
 
 
+def test_steady_traffic_of_others_shuts_nobody_out(monkeypatch):
+    monkeypatch.setattr("vllm_moe_lora.store.admit.ROOM", 0.1)
+    one = Engine(v1_engine_async_llm)
+
+    async def scene():
+        for number in (1, 2):
+            await one.add_request(str(number), "p", None, lora_request=request(number))
+            one.start(number, request(number))
+        assert await asyncio.wait_for(one.add_lora(request(3)), 2)
+        assert not any(call[0] == "remove" for call in one.engine_core.calls)
+
+    asyncio.run(scene())
+
+
 def test_a_removed_adapter_is_loaded_again():
     one = Engine(v1_engine_llm_engine)
     one.add_lora(request(1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from vllm_moe_lora.store.ahead import MARK
 
 PAUSE = 0.02  # seconds between two questions
 PATIENCE = 5.0  # seconds of waiting before it is logged
+ROOM = 10.0  # seconds of waiting for adapters that are in use
 
 
 async def load(engine: Any, request: Any) -> bool:
@@ -38,7 +40,9 @@ async def load(engine: Any, request: Any) -> bool:
     def free() -> bool:
         return not known.full(number) or known.idle(front.in_flight(engine)) is not None
 
-    await _until(engine, free, "room among --max-cpu-loras adapters, all of them in use")
+    # Not for ever: others' steady traffic must not shut this one out. Then the worker drops the
+    # one it used longest ago, and reads it again for the requests that it still has.
+    await _until(engine, free, "room among --max-cpu-loras adapters, all of them in use", ROOM)
     gone = known.make_room(number, front.in_flight(engine))
     replaces = known.replaces(number)
     asked, version = known.begin(request)
@@ -92,11 +96,14 @@ def load_now(engine: Any, request: Any) -> bool:
     return loaded
 
 
-async def _until(engine: Any, true: Callable[[], bool], what: str) -> None:
+async def _until(engine: Any, true: Callable[[], bool], what: str, limit: float = math.inf) -> None:
     """Wait; not while the engine is paused, when nothing in flight would ever end."""
     begun = said = time.monotonic()
     while not true() and not await engine.is_paused():
         await asyncio.sleep(PAUSE)
-        if time.monotonic() - said > PATIENCE:
-            said = time.monotonic()
-            get_logger(__name__).info("For %.0f s a load waits for %s.", said - begun, what)
+        now = time.monotonic()
+        if now - begun > limit:
+            return
+        if now - said > PATIENCE:
+            said = now
+            get_logger(__name__).info("For %.0f s a load waits for %s.", now - begun, what)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 from vllm_moe_lora import envs, patching, supported
@@ -27,7 +28,8 @@ def register() -> None:
         return _stay_off(f"vLLM cannot be imported ({error!r})", "install vLLM in this environment")
     _name_variables()
 
-    version = str(vllm.__version__).partition("+")[0]
+    # "0.11.1.post2" and "0.32.0+cpu" are rebuilt wheels of one release.
+    version = re.sub(r"(\.post\d+)?(\+.*)?$", "", str(vllm.__version__))
     unverified = bool(envs.get("VLLM_MOE_LORA_ALLOW_UNVERIFIED"))
     if version not in supported.releases() and not unverified:
         known = ", ".join(supported.releases())
@@ -37,9 +39,9 @@ def register() -> None:
         )
     from vllm_moe_lora.hooks import all_hooks
 
-    first = _status is None
+    first, made = _status is None, supported.made_for(version)
     _status = patching.apply(
-        all_hooks(),
+        [hook for hook in all_hooks() if hook.feature in made],
         version=version,
         platform=current_platform.device_type,
         hashes=supported.hashes(version),

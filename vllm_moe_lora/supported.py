@@ -28,6 +28,15 @@ def releases() -> dict[str, dict[str, str]]:
     return dict(table().get("releases", {}))
 
 
+def made_for(release: str) -> set[str]:
+    """The features made for ``release``: its row's, or of the nearest known one before it."""
+    from packaging.version import Version
+
+    known = sorted(releases(), key=Version)
+    before = [one for one in known if Version(one) <= Version(release)]
+    return set(releases()[(before or known)[-1 if before else 0]]) if known else set()
+
+
 def hashes(release: str) -> dict[str, set[str]]:
     """target -> digests of its source that hold for ``release``.
 

@@ -170,7 +170,12 @@ def test_generated_adapters(case, server, drawn):
     server.counted = getattr(server, "counted", 0) + 1
     status, text = server.load(f"generated {server.counted}", folder)
     if status == 200:
-        server.log_probs(f"generated {server.counted}", PROMPTS[1])
+        try:
+            server.log_probs(f"generated {server.counted}", PROMPTS[1])
+        except AssertionError as error:
+            # Finite and huge, an alpha of 1e30 say: its own answer is spoilt, see test_isolation.
+            if "not JSON compliant" not in str(error):
+                raise
     else:
         assert status in (400, 404), text
         assert len(text) >= 20

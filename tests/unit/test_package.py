@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).parents[2] / "vllm_moe_lora"
 ROOMS = [
     "cli",
     "commands",
+    "probe",
     "tiny",
     "trigger",
     "plugin",
@@ -29,6 +30,7 @@ ROOMS = [
     "kernels",
     "sources",
     "supported",
+    "report",
     "patching",
     "envs",
     "log",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_moe_lora.commands import plan
-from vllm_moe_lora.commands.finding import Finding, show
+from vllm_moe_lora.report import Finding, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

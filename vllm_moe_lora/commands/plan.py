@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllm_moe_lora.commands.finding import Finding, show
+from vllm_moe_lora.report import Finding, show
 
 GIB = 2**30
 

@@ -38,6 +38,38 @@ def _reset_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     return reset_lora
 
 
+def _init(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self: Any, base_layer: Any) -> None:
+        from vllm_moe_lora.layers import era_a
+
+        era_a.alias_weights(base_layer)
+        original(self, base_layer)
+
+    return __init__
+
+
+def _inject(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _inject_lora_into_fused_moe(self: Any) -> None:
+        from vllm_moe_lora.layers import era_a, era_a_cpu
+
+        if self.device.type == "cpu":
+            return era_a_cpu.install(self, self.base_layer)
+        with era_a.chosen(self.base_layer):
+            original(self)
+        return None
+
+    return _inject_lora_into_fused_moe
+
+
+def _modular_triton(original: Callable[..., Any]) -> Callable[..., Any]:
+    def modular_triton_fused_moe(quant_config: Any, shared_experts: Any = None) -> Any:
+        from vllm_moe_lora.layers import era_a
+
+        return era_a.kernel(shared_experts) or original(quant_config, shared_experts)
+
+    return modular_triton_fused_moe
+
+
 _COMMON: dict[str, Any] = {
     "feature": "cpu-experts",
     "releases": ">=0.30,<0.34",
@@ -49,8 +81,36 @@ _COMMON: dict[str, Any] = {
     "layers": True,
 }
 
+_ERA_A: dict[str, Any] = {
+    "feature": "quantised-experts",
+    "releases": ">=0.11.1,<0.12",
+    "upstream": "https://github.com/vllm-project/vllm/blob/v0.12.0/vllm/lora/layers/fused_moe.py",
+    "until": "0.12, which asks the quantisation method for its experts",
+    "layers": True,
+}
+
 HOOKS = (
     Hook(target=f"{_FILE}:FusedMoEWithLoRA.set_lora", make=_set_lora, **_COMMON),
     Hook(target=f"{_FILE}:FusedMoE3DWithLoRA.set_lora", make=_set_lora, **_COMMON),
     Hook(target=f"{_FILE}:FusedMoEWithLoRA.reset_lora", make=_reset_lora, **_COMMON),
+    Hook(
+        target=f"{_FILE}:FusedMoEWithLoRA.__init__",
+        make=_init,
+        why="'SharedFusedMoE' object has no attribute 'w2_weight': layers of INT4 weights have "
+        "other names for them",
+        **_ERA_A,
+    ),
+    Hook(
+        target=f"{_FILE}:FusedMoEWithLoRA._inject_lora_into_fused_moe",
+        make=_inject,
+        why="GPTQ-Marlin and AWQ-Marlin have no quantisation config here, and on a CPU there is no "
+        "Triton",
+        **_ERA_A,
+    ),
+    Hook(
+        target=f"{_FILE}:modular_triton_fused_moe",
+        make=_modular_triton,
+        why="Triton experts are run over weights that are packed for Marlin",
+        **_ERA_A,
+    ),
 )

@@ -85,7 +85,7 @@ def _add_lora_embedding(original: Callable[..., Any]) -> Callable[..., Any]:
 
 _COMMON: dict[str, Any] = {
     "feature": "cpu-dense-lora",
-    "releases": ">=0.29,<0.34",
+    "releases": ">=0.11.1,<0.34",
     "platforms": ("cpu",),
     "layers": True,
     "upstream": "",

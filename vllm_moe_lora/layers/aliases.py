@@ -34,6 +34,18 @@ def rewire(model: nn.Module, wrappers: dict[str, nn.Module]) -> list[str]:
     return moved
 
 
+def once(wrappers: dict[str, nn.Module]) -> list[str]:
+    """Drop further names of one wrapper from ``wrappers``; returns them.
+
+    An adapter has weights under the first name only, and each further one would reset them.
+    """
+    first = {id(one): name for name, one in reversed(wrappers.items())}
+    again = [name for name, one in wrappers.items() if first[id(one)] != name]
+    for name in again:
+        del wrappers[name]
+    return again
+
+
 def raw_references(model: nn.Module, wrappers: dict[str, nn.Module]) -> dict[str, str]:
     """Wrapped modules that some plain object still calls unwrapped: name -> who holds it.
 

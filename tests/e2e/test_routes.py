@@ -74,6 +74,10 @@ def test_loads_while_the_server_runs(case, tmp_path):
         # The prompts' blocks are cached with the old weights, under this name and path.
         assert server.load("moving", moving, load_inplace=True)[0] == 200
         _ask_and_compare(server, case, "all", asked="moving")
+        # A version that is refused leaves the one it was to replace as it was.
+        (moving / "adapter_model.safetensors").write_bytes(b"damaged")
+        assert server.load("moving", moving, load_inplace=True)[0] == 400
+        _ask_and_compare(server, case, "all", asked="moving")
         shutil.rmtree(moving)  # nothing is read again
         _ask_and_compare(server, case, "all", asked="moving")
         _ask_and_compare(server, case, "later")

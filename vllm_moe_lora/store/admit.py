@@ -57,7 +57,10 @@ async def load(engine: Any, request: Any) -> bool:
         loaded = bool(await core.add_lora_async(asked))
     except BaseException as error:
         known.failed(request, version)
-        raise front.plainly(error, asked, request) from error
+        better = front.plainly(error, asked, request)
+        if better is error:
+            raise
+        raise better from error
     known.done(request, version)
     return loaded
 
@@ -91,7 +94,10 @@ def load_now(engine: Any, request: Any) -> bool:
         loaded = bool(engine.engine_core.add_lora(asked))
     except BaseException as error:
         known.failed(request, version)
-        raise front.plainly(error, asked, request) from error
+        better = front.plainly(error, asked, request)
+        if better is error:
+            raise
+        raise better from error
     known.done(request, version)
     return loaded
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import release
 import torch
 
 from vllm_moe_lora.tiny import adapters, engine, models, oracle
 
-pytestmark = pytest.mark.legacy
+pytestmark = release.ERA_A
 
 PROMPTS = [list(range(3, 8)), list(range(40, 52)), list(range(100, 140))]
 LIMIT = 1e-3  # fp32 against fp32, as in tests/e2e

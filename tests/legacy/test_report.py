@@ -9,9 +9,10 @@ import os
 import socket
 
 import pytest
+import release
 import torch
 
-pytestmark = pytest.mark.legacy
+pytestmark = release.ERA_A
 
 EXPERTS, HIDDEN, INNER, GROUP = 8, 128, 128, 32
 GPTQ = {"bits": 4, "group_size": GROUP, "desc_act": False, "sym": True, "lm_head": False}

@@ -7,11 +7,15 @@ from typing import Any
 
 from vllm_moe_lora.patching import Hook
 
+GATE = "shared_expert_gate"
+
 
 def _create_lora_modules(original: Callable[..., Any]) -> Callable[..., Any]:
     def _create_lora_modules(self: Any) -> None:
-        from vllm_moe_lora.layers.aliases import once, rewire
+        from vllm_moe_lora.layers.aliases import as_vllm_linear, once, rewire
 
+        if as_vllm_linear(self.model, {GATE}) and GATE not in self.supported_lora_modules:
+            self.supported_lora_modules.append(GATE)
         original(self)
         experts = (one for one in self.modules.values() if hasattr(one, "w2_lora_a_stacked"))
         if next(experts, None) is None:
@@ -30,7 +34,7 @@ HOOKS = (
         make=_create_lora_modules,
         releases=">=0.11.1,<0.12",
         why="shared experts are known by two names; LoRA is written under the first and wiped "
-        "under the second",
+        "under the second. `shared_expert_gate` is a Linear of torch's, which LoRA cannot wrap",
         upstream="https://github.com/vllm-project/vllm/blob/v0.20.0/vllm/lora/model_manager.py",
         until="0.20, which wraps a module once",
         layers=True,

@@ -67,16 +67,18 @@ class Server:
 
     def post(self, path: str, body: dict) -> tuple[int, str]:
         """Status and text of the answer."""
-        request = urllib.request.Request(
+        try:
+            with urllib.request.urlopen(self._request(path, body), timeout=60) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def _request(self, path: str, body: dict) -> urllib.request.Request:
+        return urllib.request.Request(
             f"{self.url}{path}",
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
 
     def load(self, name: str, path: Path, **more: object) -> tuple[int, str]:
         body = {"lora_name": name, "lora_path": str(path), **more}
@@ -112,13 +114,8 @@ class Server:
             "return_token_ids": True,
             "detokenize": False,
         }
-        request = urllib.request.Request(
-            f"{self.url}/v1/completions",
-            data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
-        )
         came = 0
-        with urllib.request.urlopen(request, timeout=300) as answer:
+        with urllib.request.urlopen(self._request("/v1/completions", body), timeout=300) as answer:
             for line in answer:
                 text = line.decode().removeprefix("data:").strip()
                 if not text or text == "[DONE]":

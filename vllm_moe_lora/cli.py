@@ -15,8 +15,8 @@ COMMANDS = {
     "convert": "write an adapter in another layout, or merge it into a model",
     "demo": "build a tiny INT4 MoE model and show that adapter == merged on a real engine",
     "doctor": "check that the plugin is active here, or that adapters will load on a model",
-    "plan": "say which backend serves a model with adapters, and in how much memory",
     "inspect": "show what an adapter holds: layout, layers, experts, ranks, scales, bytes",
+    "plan": "say which backend serves a model with adapters, and in how much memory",
 }
 
 

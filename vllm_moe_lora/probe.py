@@ -131,8 +131,7 @@ def _alone(size: int) -> None:
         silence = {"use_device_communicator": False, "use_message_queue_broadcaster": False}
         coordinator(self, *args, **{**more, **silence})
 
-    dist.new_group = torch_group = fake_group
-    parallel_state.torch.distributed.new_group = torch_group
+    dist.new_group = fake_group
     parallel_state.GroupCoordinator.__init__ = silent
     parallel_state.in_the_same_node_as = lambda *args, **more: [True] * size
     parallel_state.init_distributed_environment(

@@ -34,7 +34,9 @@ def made_for(release: str) -> set[str]:
 
     known = sorted(releases(), key=Version)
     before = [one for one in known if Version(one) <= Version(release)]
-    return set(releases()[(before or known)[-1 if before else 0]]) if known else set()
+    if not known:
+        return set()
+    return set(releases()[before[-1] if before else known[0]])
 
 
 def hashes(release: str) -> dict[str, set[str]]:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import release
 from packaging.specifiers import SpecifierSet
 
 from vllm_moe_lora import supported
@@ -24,11 +25,9 @@ HOOKS = all_hooks()
 
 def _here():
     """The hooks made for the installed release."""
-    if importlib.util.find_spec("vllm") is None:
+    if release.installed() == "none":
         return []
-    import vllm
-
-    made = supported.made_for(vllm.__version__.partition("+")[0])
+    made = supported.made_for(release.installed().partition("+")[0])
     return [hook for hook in HOOKS if hook.feature in made]
 
 

@@ -9,8 +9,12 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_moe_lora.report import Finding, show
+
+if TYPE_CHECKING:
+    from vllm_moe_lora.probe import Answer
 
 GIB = 2**30
 
@@ -56,9 +60,10 @@ def report(args: argparse.Namespace) -> tuple[list[Finding], str | None]:
         what = f"an adapter has rank {needed}, above --max-lora-rank {rank}"
         findings.append(Finding(False, what, f"--max-lora-rank {fitting.smallest_rank(needed)}"))
     loras, sizes = args.max_loras or max(1, len(args.adapter)), args.tensor_parallel_size or [1]
-    for size in sizes:
-        findings += _device(args, size, loras, rank, needed)
-    if any("refuses this model" in found.what for found in findings):
+    answers = {size: _ask(args, size, loras, rank) for size in sizes}
+    for size, answer in answers.items():
+        findings += _device(args, size, answer, loras, rank, needed)
+    if any(answer.error for answer in answers.values()):
         return findings, None
     parts = [f"vllm serve {args.model} --enable-lora --max-loras {loras} --max-lora-rank {rank}"]
     parts += [f"--tensor-parallel-size {sizes[0]}"] if sizes[0] > 1 else []
@@ -93,19 +98,22 @@ def _adapters(model: Path, adapters: Sequence[Path]) -> tuple[list[Finding], int
     return findings, rank
 
 
+def _ask(args: argparse.Namespace, size: int, loras: int, rank: int) -> Answer:
+    from vllm_moe_lora import probe
+
+    parallel = (size, args.enable_expert_parallel)
+    return probe.ask(
+        probe.Question(str(args.model), *parallel, max_loras=loras, max_lora_rank=rank)
+    )
+
+
 def _device(
-    args: argparse.Namespace, size: int, loras: int, rank: int, needed: int
+    args: argparse.Namespace, size: int, found: Answer, loras: int, rank: int, needed: int
 ) -> list[Finding]:
     """Backend and memory of one device at one tensor parallel size."""
-    from vllm_moe_lora import probe
     from vllm_moe_lora.store.backends import IGNORING
 
     parallel = f"tensor parallel {size}" + (", experts too" if args.enable_expert_parallel else "")
-    found = probe.ask(
-        probe.Question(
-            str(args.model), size, args.enable_expert_parallel, max_loras=loras, max_lora_rank=rank
-        )
-    )
     if found.error:
         cure = "the README's matrix has what runs where; without an engine here, ask where it is"
         return [Finding(False, f"{parallel}: vLLM refuses this model: {found.error}", cure)]

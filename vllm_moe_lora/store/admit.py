@@ -10,7 +10,8 @@ import asyncio
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from vllm_moe_lora.adapters.errors import AdapterError
@@ -45,8 +46,7 @@ async def load(engine: Any, request: Any) -> bool:
     await _until(engine, free, "room among --max-cpu-loras adapters, all of them in use", ROOM)
     gone = known.make_room(number, front.in_flight(engine))
     replaces = known.replaces(number)
-    asked, version = known.begin(request)
-    try:
+    with _version(known, request) as asked:
         if gone is not None:
             await core.remove_lora_async(gone)
         await _staged(core, asked)
@@ -54,15 +54,7 @@ async def load(engine: Any, request: Any) -> bool:
             waits = f"requests that began on the version of {request.lora_name!r} it replaces"
             await _until(engine, lambda: not front.in_flight(engine)[number], waits)
             await _staged(core, asked)  # after a long wait it may have been forgotten
-        loaded = bool(await core.add_lora_async(asked))
-    except BaseException as error:
-        known.failed(request, version)
-        better = front.plainly(error, asked, request)
-        if better is error:
-            raise
-        raise better from error
-    known.done(request, version)
-    return loaded
+        return bool(await core.add_lora_async(asked))
 
 
 async def _staged(core: Any, request: Any) -> None:
@@ -87,11 +79,18 @@ def load_now(engine: Any, request: Any) -> bool:
             f"of {request.lora_name!r} two versions of it. Let them finish, or abort them, first."
         )
     gone = known.make_room(number, used)
-    asked, version = known.begin(request)
-    try:
+    with _version(known, request) as asked:
         if gone is not None:
             engine.engine_core.remove_lora(gone)
-        loaded = bool(engine.engine_core.add_lora(asked))
+        return bool(engine.engine_core.add_lora(asked))
+
+
+@contextmanager
+def _version(known: front.Known, request: Any) -> Iterator[Any]:
+    """The request to load by; its place is taken meanwhile, and kept if all went well."""
+    asked, version = known.begin(request)
+    try:
+        yield asked
     except BaseException as error:
         known.failed(request, version)
         better = front.plainly(error, asked, request)
@@ -99,7 +98,6 @@ def load_now(engine: Any, request: Any) -> bool:
             raise
         raise better from error
     known.done(request, version)
-    return loaded
 
 
 async def _until(engine: Any, true: Callable[[], bool], what: str, limit: float = math.inf) -> None:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_moe_lora.adapters.folder import state
@@ -21,17 +22,25 @@ MARK = "vllm-moe-lora-stage:/"
 FORGOTTEN = 60.0  # seconds; what nobody asked for so long (a client that went away) holds memory
 
 
+@dataclass
+class _Staging:
+    """One load under way or done; ``files`` as they were before it began to read."""
+
+    files: tuple[Any, ...] | None
+    future: Future[Any]
+    asked: float = 0.0  # when somebody last wanted to know
+
+
 class Ahead:
     """What is being staged, or is staged and not yet fetched."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="moe-lora-stage")
-        self._staged: dict[tuple[Any, ...], Future[Any]] = {}
-        self._asked: dict[tuple[Any, ...], float] = {}
+        self._staged: dict[tuple[int, str], _Staging] = {}
         self._here = threading.local()
 
     def ready(self, number: int, path: str, load: Callable[[], Any]) -> bool:
-        """Begin at the first call; whether it is done.
+        """Begin at the first call, or anew if the files have changed; whether it is done.
 
         Args:
             number: the adapter's id.
@@ -41,28 +50,29 @@ class Ahead:
         Raises:
             Exception: what ``load`` raised; the next call begins anew.
         """
-        key = (number, path, state(path))  # files that changed since are staged again
-        now = time.monotonic()
-        self._asked[key] = now
-        for old in [one for one, asked in self._asked.items() if now - asked > FORGOTTEN]:
-            del self._asked[old]
-            self._staged.pop(old, None)
-        future = self._staged.get(key)
-        if future is None:
-            future = self._staged[key] = self._threads.submit(self._run, load)
-        if not future.done():
+        key, now = (number, path), time.monotonic()
+        for other in [k for k, s in self._staged.items() if now - s.asked > FORGOTTEN]:
+            if other != key:
+                del self._staged[other]
+        one = self._staged.get(key)
+        # Looked at when it is done only: this is asked every few milliseconds, between steps.
+        if one is None or (one.future.done() and one.files != state(path)):
+            files = state(path)
+            one = self._staged[key] = _Staging(files, self._threads.submit(self._run, load))
+        one.asked = now
+        if not one.future.done():
             return False
-        if future.exception() is not None:
+        if one.future.exception() is not None:
             del self._staged[key]
-        future.result()
+        one.future.result()
         return True
 
     def take(self, number: int, path: str) -> Any:
-        """The staged adapter, None if there is none; waits if it is under way."""
+        """The staged adapter, None if there is none of these files; waits if it is under way."""
         if getattr(self._here, "staging", False):
             return None  # this is the load that stages
-        future = self._staged.pop((number, path, state(path)), None)
-        return None if future is None else future.result()
+        one = self._staged.pop((number, path), None)
+        return None if one is None or one.files != state(path) else one.future.result()
 
     def _run(self, load: Callable[[], Any]) -> Any:
         self._here.staging = True

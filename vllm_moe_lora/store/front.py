@@ -144,15 +144,18 @@ def in_flight(engine: Any) -> Counter[int]:
 def lora_request_of(args: tuple[Any, ...], more: dict[str, Any]) -> Any:
     """The LoRARequest among the arguments of `add_request` (without self), or None."""
     given = more.get("lora_request", args[4] if len(args) > 4 else None)
-    prompt = more.get("prompt", args[1] if len(args) > 1 else None)
-    return given or getattr(prompt, "lora_request", None)
+    return given or getattr(_prompt_of(args, more), "lora_request", None)
+
+
+def _prompt_of(args: tuple[Any, ...], more: dict[str, Any]) -> Any:
+    return more.get("prompt", args[1] if len(args) > 1 else None)
 
 
 def with_lora_request(
     request: Any, args: tuple[Any, ...], more: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of `add_request` with ``request`` where they had one."""
-    prompt: Any = more.get("prompt", args[1] if len(args) > 1 else None)
+    prompt = _prompt_of(args, more)
     if getattr(prompt, "lora_request", None):
         prompt.lora_request = request
     if len(args) > 4 and args[4]:

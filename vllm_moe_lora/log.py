@@ -10,7 +10,7 @@ ROOT = "vllm.moe_lora"
 
 def get_logger(name: str = "") -> logging.Logger:
     """The logger of one of our modules: "vllm.moe_lora.<module path below the package>"."""
-    tail = name.removeprefix("vllm_moe_lora").strip(".")
+    tail = name.removeprefix(__package__).strip(".")
     return logging.getLogger(f"{ROOT}.{tail}" if tail else ROOT)
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vllm_moe_lora.adapters.errors import AdapterError
+from .errors import AdapterError
 
 # adapter_config.json, "moe_lora_layout": order of the columns of lora_B (and rows of lora_A) of
 # fused experts, where shapes cannot tell. name -> (A expert-major, B expert-major). PEFT's own is

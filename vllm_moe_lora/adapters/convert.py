@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from vllm_moe_lora.adapters import folder as files
-from vllm_moe_lora.adapters import infer
-from vllm_moe_lora.adapters.canonical import Dims, Experts
-from vllm_moe_lora.adapters.config import Config
-from vllm_moe_lora.adapters.errors import AdapterError, listed
-from vllm_moe_lora.adapters.group import Grouped, group
-from vllm_moe_lora.adapters.names import place
-from vllm_moe_lora.adapters.resolve import resolve
-from vllm_moe_lora.adapters.write import Written, patterns, write
+from . import folder as files
+from . import infer
+from .canonical import Dims, Experts
+from .config import Config
+from .errors import AdapterError, listed
+from .group import Grouped, group
+from .names import place
+from .resolve import resolve
+from .write import Written, patterns, write
 
 # Statements about the layout of the source; they would be wrong in a file we write.
 _STALE = ("moe_lora_layout", "lora_B_layout", "moe_lora_gate_up", "unsloth_fused_expert_lora")

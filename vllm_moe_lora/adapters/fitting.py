@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vllm_moe_lora.adapters import infer
-from vllm_moe_lora.adapters.convert import Adapter, read
-from vllm_moe_lora.adapters.errors import AdapterError, listed
-from vllm_moe_lora.adapters.group import refuse_what_is_not_lora
-from vllm_moe_lora.adapters.names import PREFIX
-from vllm_moe_lora.adapters.spelling import Spellings
+from . import infer
+from .convert import Adapter, read
+from .errors import AdapterError, listed
+from .group import refuse_what_is_not_lora
+from .names import PREFIX
+from .spelling import Spellings
 
 # vLLM's choices for --max-lora-rank.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_moe_lora.adapters.canonical import Dims, Part
-from vllm_moe_lora.adapters.config import ORDERS, Config
-from vllm_moe_lora.adapters.errors import AdapterError
-from vllm_moe_lora.adapters.group import Tensors
+from .canonical import Dims, Part
+from .config import ORDERS, Config
+from .errors import AdapterError
+from .group import Tensors
 
 
 @dataclass(frozen=True)

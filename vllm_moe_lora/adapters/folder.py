@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from vllm_moe_lora.adapters.errors import AdapterError
-from vllm_moe_lora.adapters.names import touches_experts
+from .errors import AdapterError
+from .names import touches_experts
 
 WEIGHTS = "adapter_model.safetensors"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_moe_lora.adapters.errors import AdapterError, listed
-from vllm_moe_lora.adapters.names import PREFIX, Name, parse, place
+from .errors import AdapterError, listed
+from .names import PREFIX, Name, parse, place
 
 LAYOUTS = (
     "experts.N.gate_proj (one expert each), experts.gate_proj / experts.gate_up_proj (3-D), "

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_moe_lora.adapters.canonical import Dims
-from vllm_moe_lora.adapters.config import Config
-from vllm_moe_lora.adapters.errors import AdapterError
-from vllm_moe_lora.adapters.group import Tensors
-from vllm_moe_lora.adapters.names import WORDS
+from .canonical import Dims
+from .config import Config
+from .errors import AdapterError
+from .group import Tensors
+from .names import WORDS
 
 _COUNT = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 _INNER = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")

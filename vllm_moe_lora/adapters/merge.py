@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from vllm_moe_lora.adapters import infer
-from vllm_moe_lora.adapters.canonical import Experts, Part, pick
-from vllm_moe_lora.adapters.convert import Adapter, replacing
-from vllm_moe_lora.adapters.errors import AdapterError, listed
-from vllm_moe_lora.adapters.group import EMBEDDING_COPIES
-from vllm_moe_lora.adapters.names import PREFIX, PROJECTIONS, place
-from vllm_moe_lora.adapters.spelling import Spellings
+from . import infer
+from .canonical import Experts, Part, pick
+from .convert import Adapter, replacing
+from .errors import AdapterError, listed
+from .group import EMBEDDING_COPIES
+from .names import PREFIX, PROJECTIONS, place
+from .spelling import Spellings
 
 # Families whose fused experts are [E, in, out]; all others are [E, out, in].
 _IN_FIRST = ("gpt_oss", "llama4", "llama4_text")

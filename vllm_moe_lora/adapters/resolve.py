@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vllm_moe_lora.adapters import flat, stacked
-from vllm_moe_lora.adapters.canonical import Dims, Experts
-from vllm_moe_lora.adapters.config import Config
-from vllm_moe_lora.adapters.errors import AdapterError
-from vllm_moe_lora.adapters.group import Tensors
+from . import flat, stacked
+from .canonical import Dims, Experts
+from .config import Config
+from .errors import AdapterError
+from .group import Tensors
 
 
 def resolve(

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import torch
 
-from vllm_moe_lora.adapters.canonical import Dims, Part, Stack, first, gather
-from vllm_moe_lora.adapters.config import Config
-from vllm_moe_lora.adapters.errors import AdapterError, listed
-from vllm_moe_lora.adapters.group import Tensors
-from vllm_moe_lora.log import warning_once
+from ..log import warning_once
+from .canonical import Dims, Part, Stack, first, gather
+from .config import Config
+from .errors import AdapterError, listed
+from .group import Tensors
 
 # One side of one projection: expert (None: a stack) -> tensor's name and tensor.
 _Side = dict[int | None, tuple[str, torch.Tensor]]

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from vllm_moe_lora.adapters.canonical import Dims, Experts, Part, pick, same, stacked
-from vllm_moe_lora.adapters.config import Config
-from vllm_moe_lora.adapters.names import PREFIX, WORDS
+from .canonical import Dims, Experts, Part, pick, same, stacked
+from .config import Config
+from .names import PREFIX, WORDS
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from vllm_moe_lora.patching import Hook
+from ..patching import Hook
 
 
 def all_hooks() -> list[Hook]:

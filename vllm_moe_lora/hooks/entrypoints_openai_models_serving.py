@@ -6,7 +6,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from vllm_moe_lora.patching import Hook
+from ..patching import Hook
 
 
 def _load_lora_adapter(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_moe_lora.patching import Hook
+from ..patching import Hook
 
 _ORACLE = "vllm.model_executor.layers.fused_moe.oracle.unquantized"
 
@@ -14,7 +14,7 @@ def _select(original: Callable[..., Any]) -> Callable[..., Any]:
     def select_unquantized_moe_backend(moe_config: Any) -> Any:
         if not moe_config.is_lora_enabled:
             return original(moe_config)
-        from vllm_moe_lora.layers.cpu_classes import lora_choice
+        from ..layers.cpu_classes import lora_choice
 
         # The choice upstream makes without LoRA, in its LoRA-capable form.
         return lora_choice(original, moe_config, moe_config)

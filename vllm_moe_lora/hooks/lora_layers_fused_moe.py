@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_moe_lora.patching import Hook
+from ..patching import Hook
 
 _FILE = "vllm.lora.layers.fused_moe"
 
@@ -40,7 +40,7 @@ def _reset_lora(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _init(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, base_layer: Any) -> None:
-        from vllm_moe_lora.layers import era_a
+        from ..layers import era_a
 
         era_a.alias_weights(base_layer)
         original(self, base_layer)
@@ -50,7 +50,7 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _inject(original: Callable[..., Any]) -> Callable[..., Any]:
     def _inject_lora_into_fused_moe(self: Any) -> None:
-        from vllm_moe_lora.layers import era_a, era_a_cpu
+        from ..layers import era_a, era_a_cpu
 
         if self.device.type == "cpu":
             return era_a_cpu.install(self, self.base_layer)
@@ -63,7 +63,7 @@ def _inject(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _modular_triton(original: Callable[..., Any]) -> Callable[..., Any]:
     def modular_triton_fused_moe(quant_config: Any, shared_experts: Any = None) -> Any:
-        from vllm_moe_lora.layers import era_a
+        from ..layers import era_a
 
         return era_a.kernel(shared_experts) or original(quant_config, shared_experts)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm_moe_lora.patching import Hook
+from ..patching import Hook
 
 
 def _from_local_checkpoint(original: Callable[..., Any]) -> Any:
@@ -18,9 +18,9 @@ def _from_local_checkpoint(original: Callable[..., Any]) -> Any:
         peft_helper: Any,
         **more: Any,
     ) -> Any:
-        from vllm_moe_lora.adapters import config, folder
-        from vllm_moe_lora.adapters.errors import AdapterError
-        from vllm_moe_lora.store.memory import NoCollection
+        from ..adapters import config, folder
+        from ..adapters.errors import AdapterError
+        from ..store.memory import NoCollection
 
         path, refused = Path(lora_dir), None
         with NoCollection() as quiet:
@@ -37,7 +37,7 @@ def _from_local_checkpoint(original: Callable[..., Any]) -> Any:
                     raise refused from None
             from vllm.lora.utils import get_lora_id
 
-            from vllm_moe_lora.store.read import read
+            from ..store.read import read
 
             number = more.get("lora_model_id")
             peft_helper.moe_lora_markers = config.markers(path)
@@ -66,7 +66,7 @@ def _from_lora_tensors(original: Callable[..., Any]) -> Any:
         *args: Any,
         **more: Any,
     ) -> Any:
-        from vllm_moe_lora.adapters import names
+        from ..adapters import names
 
         ready, refused = getattr(peft_helper, "moe_lora_ready", False), None
         if ready or not names.touches_experts(tensors):
@@ -76,7 +76,7 @@ def _from_lora_tensors(original: Callable[..., Any]) -> Any:
                 if ready:
                     raise
                 refused = error
-        from vllm_moe_lora.store.read import read
+        from ..store.read import read
 
         positional = dict(zip(_PASSED, args, strict=False))
         return read(

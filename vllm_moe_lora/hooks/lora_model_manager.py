@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_moe_lora.log import get_logger
-from vllm_moe_lora.patching import Hook
+from ..log import get_logger
+from ..patching import Hook
 
 logger = get_logger(__name__)
 
@@ -18,7 +18,7 @@ def _create_lora_modules(original: Callable[..., Any]) -> Callable[..., Any]:
         for wrapper in self.punica_wrapper_mapping.values():
             wrapper.moe_lora = True  # read by hooks/lora_punica_cpu.py
         original(self)
-        from vllm_moe_lora.layers.aliases import raw_references, rewire
+        from ..layers.aliases import raw_references, rewire
 
         moved = rewire(self.model, self.modules)
         if moved:
@@ -33,7 +33,7 @@ def _create_lora_modules(original: Callable[..., Any]) -> Callable[..., Any]:
 def _add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     def _add_adapter(self: Any, lora: Any) -> None:
         if self._is_moe or hasattr(lora, "moe_lora"):
-            from vllm_moe_lora.store.fit import fit
+            from ..store.fit import fit
 
             fit(self, lora)
         original(self, lora)

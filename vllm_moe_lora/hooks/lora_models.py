@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_moe_lora.patching import Hook
+from ..patching import Hook
 
 GATE = "shared_expert_gate"
 
 
 def _create_lora_modules(original: Callable[..., Any]) -> Callable[..., Any]:
     def _create_lora_modules(self: Any) -> None:
-        from vllm_moe_lora.layers.aliases import as_vllm_linear, once, rewire
+        from ..layers.aliases import as_vllm_linear, once, rewire
 
         if as_vllm_linear(self.model, {GATE}) and GATE not in self.supported_lora_modules:
             self.supported_lora_modules.append(GATE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_moe_lora.patching import Hook
+from ..patching import Hook
 
 _CLASS = "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU"
 
@@ -19,7 +19,7 @@ def _update_metadata(original: Callable[..., Any]) -> Callable[..., Any]:
     def update_metadata(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if serves_moe(self):
-            from vllm_moe_lora.kernels.cpu_dense import row_segments
+            from ..kernels.cpu_dense import row_segments
 
             self.token_segments = row_segments(self.token_lora_indices)
             self.sampler_segments = row_segments(self.sampler_indices)
@@ -42,7 +42,7 @@ def _add_lora_linear(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(
                 self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs
             )
-        from vllm_moe_lora.kernels.cpu_dense import add_lora
+        from ..kernels.cpu_dense import add_lora
 
         y2, x2 = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         segments = self.token_segments
@@ -58,7 +58,7 @@ def _add_lora_logits(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> None:
         if not serves_moe(self):
             return original(self, y, x, lora_a_stacked, lora_b_stacked, scale, **kw)
-        from vllm_moe_lora.kernels.cpu_dense import add_lora
+        from ..kernels.cpu_dense import add_lora
 
         y2, x2 = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         a, b, segments = (lora_a_stacked,), (lora_b_stacked,), self.sampler_segments
@@ -74,7 +74,7 @@ def _add_lora_embedding(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> None:
         if not serves_moe(self):
             return original(self, y, x, lora_b_stacked, *rest, **kw)
-        from vllm_moe_lora.kernels.cpu_dense import add_expanded
+        from ..kernels.cpu_dense import add_expanded
 
         y2, x2 = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         add_expanded(y2, x2, lora_b_stacked, self.token_segments)

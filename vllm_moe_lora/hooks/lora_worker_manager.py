@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_moe_lora.patching import Hook
+from ..patching import Hook
 
 _FILE = "vllm.lora.worker_manager"
 
@@ -15,7 +15,7 @@ def _load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         manager = self._adapter_manager
         if not manager._is_moe:
             return original(self, lora_request)
-        from vllm_moe_lora.store import ahead
+        from ..store import ahead
 
         staged = ahead.of(self).take(lora_request.lora_int_id, lora_request.lora_path)
         return staged if staged is not None else _read(original, self, lora_request)
@@ -25,8 +25,8 @@ def _load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _read(original: Callable[..., Any], worker: Any, request: Any) -> Any:
     """Load and fit: all that can fail does so here, before upstream drops an older version."""
-    from vllm_moe_lora.store.explain import refusal
-    from vllm_moe_lora.store.fit import fit
+    from ..store.explain import refusal
+    from ..store.fit import fit
 
     manager = worker._adapter_manager
     try:
@@ -42,7 +42,7 @@ def _read(original: Callable[..., Any], worker: Any, request: Any) -> Any:
 
 def _add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_adapter(self: Any, lora_request: Any) -> bool:
-        from vllm_moe_lora.store import ahead
+        from ..store import ahead
 
         if not lora_request.lora_path.startswith(ahead.MARK):
             return bool(original(self, lora_request))

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from vllm_moe_lora.patching import Hook
+from ..patching import Hook
 
 
 def _gen_lora_extra_hash_keys(original: Callable[..., Any]) -> Callable[..., Any]:

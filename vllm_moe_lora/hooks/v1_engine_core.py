@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_moe_lora.patching import Hook
+from ..patching import Hook
 
 
 def _get_kv_cache_configs(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_moe_lora.patching import Hook
+from ..patching import Hook
 
 
 def _add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_lora(self: Any, lora_request: Any) -> bool:
-        from vllm_moe_lora.store import admit, front
+        from ..store import admit, front
 
         known = front.of(self)
         if known is None:
@@ -24,7 +24,7 @@ def _add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_request(self: Any, *args: Any, **more: Any) -> Any:
-        from vllm_moe_lora.store import admit, front
+        from ..store import admit, front
 
         request, known = front.lora_request_of(args, more), front.of(self)
         if request is not None and known is not None:
@@ -38,7 +38,7 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _remove_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     def remove_lora(self: Any, lora_id: int) -> bool:
-        from vllm_moe_lora.store import front
+        from ..store import front
 
         known = front.of(self)
         if known is not None:

@@ -6,8 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm_moe_lora.layers.cpu_int4 import Int4CPUExperts
-from vllm_moe_lora.layers.cpu_unquantized import WidenedCPUExperts
+from .cpu_int4 import Int4CPUExperts
+from .cpu_unquantized import WidenedCPUExperts
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_moe_lora.kernels.cpu import PairPlan, make_plan
+from ..kernels.cpu import PairPlan, make_plan
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.experts.lora_context import MoELoRAContext

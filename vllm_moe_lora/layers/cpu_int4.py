@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from vllm_moe_lora.kernels.cpu import PairPlan, expand_add, shrink
-from vllm_moe_lora.layers.cpu_experts import CPULoRAExperts, combine
+from ..kernels.cpu import PairPlan, expand_add, shrink
+from .cpu_experts import CPULoRAExperts, combine
 
 
 @functools.cache

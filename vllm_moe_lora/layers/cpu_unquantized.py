@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from vllm_moe_lora.kernels.cpu import PairPlan, expand_add, shrink
-from vllm_moe_lora.layers.columns import ColumnAllocator
-from vllm_moe_lora.layers.cpu_experts import CPULoRAExperts, combine
+from ..kernels.cpu import PairPlan, expand_add, shrink
+from .columns import ColumnAllocator
+from .cpu_experts import CPULoRAExperts, combine
 
 PACK_ROWS = 16  # output rows that the operator packs together, on every instruction set it has
 PACK_COLUMNS = 8  # a multiple of the input columns packed together (2 on AMX and VSX, 4 on NEON)

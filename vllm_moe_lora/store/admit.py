@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from vllm_moe_lora.adapters.errors import AdapterError
-from vllm_moe_lora.log import get_logger
-from vllm_moe_lora.store import front
-from vllm_moe_lora.store.ahead import MARK
+from ..adapters.errors import AdapterError
+from ..log import get_logger
+from . import front
+from .ahead import MARK
 
 PAUSE = 0.02  # seconds between two questions
 PATIENCE = 5.0  # seconds of waiting before it is logged

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_moe_lora.adapters.folder import state
+from ..adapters.folder import state
 
 # No folder has such a name: "/" cannot stand at this place of a path or of a repository's name.
 MARK = "vllm-moe-lora-stage:/"

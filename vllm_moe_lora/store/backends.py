@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_moe_lora.adapters.errors import AdapterError
+from ..adapters.errors import AdapterError
 
 # class -> where it is met and what takes LoRA instead
 IGNORING = {

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vllm_moe_lora.adapters import folder as files
-from vllm_moe_lora.adapters.config import Config
-from vllm_moe_lora.adapters.errors import AdapterError, head, rank_text
-from vllm_moe_lora.adapters.group import group, refuse_what_is_not_lora
-from vllm_moe_lora.adapters.resolve import resolve
-from vllm_moe_lora.store.fit import dims_of, is_experts
+from ..adapters import folder as files
+from ..adapters.config import Config
+from ..adapters.errors import AdapterError, head, rank_text
+from ..adapters.group import group, refuse_what_is_not_lora
+from ..adapters.resolve import resolve
+from .fit import dims_of, is_experts
 
 
 def refusal(manager: Any, request: Any, error: Exception) -> Exception:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_moe_lora.adapters.canonical import Dims
-from vllm_moe_lora.adapters.config import Config
-from vllm_moe_lora.adapters.errors import AdapterError, about, listed
-from vllm_moe_lora.adapters.group import Tensors
-from vllm_moe_lora.adapters.resolve import resolve
-from vllm_moe_lora.adapters.spelling import Spellings
-from vllm_moe_lora.log import get_logger
-from vllm_moe_lora.store import backends, slices, strict
-from vllm_moe_lora.store.memory import NoCollection
-from vllm_moe_lora.store.stage import Slots, stage
+from ..adapters.canonical import Dims
+from ..adapters.config import Config
+from ..adapters.errors import AdapterError, about, listed
+from ..adapters.group import Tensors
+from ..adapters.resolve import resolve
+from ..adapters.spelling import Spellings
+from ..log import get_logger
+from . import backends, slices, strict
+from .memory import NoCollection
+from .stage import Slots, stage
 
 logger = get_logger(__name__)
 

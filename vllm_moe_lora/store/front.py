@@ -15,8 +15,8 @@ from collections import Counter, OrderedDict, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_moe_lora.adapters import folder
-from vllm_moe_lora.adapters.errors import AdapterError
+from ..adapters import folder
+from ..adapters.errors import AdapterError
 
 
 @dataclass

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from vllm_moe_lora.adapters.config import Config
-from vllm_moe_lora.adapters.errors import AdapterError, about
-from vllm_moe_lora.adapters.group import group, refuse_what_is_not_lora
-from vllm_moe_lora.adapters.names import parse
-from vllm_moe_lora.store.fit import Pending
-from vllm_moe_lora.store.memory import NoCollection
+from ..adapters.config import Config
+from ..adapters.errors import AdapterError, about
+from ..adapters.group import group, refuse_what_is_not_lora
+from ..adapters.names import parse
+from .fit import Pending
+from .memory import NoCollection
 
 
 def read(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_moe_lora.adapters.errors import AdapterError
+from ..adapters.errors import AdapterError
 
 # Last word of a merged module -> names of its parts -> slices, as Qwen3.5's weights mapper in vLLM.
 SLICES: dict[str, dict[str, tuple[int, ...]]] = {

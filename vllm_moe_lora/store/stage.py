@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_moe_lora.adapters.canonical import Dims, Experts, Part, Stack, first, same
-from vllm_moe_lora.adapters.errors import AdapterError, rank_text
-from vllm_moe_lora.store.memory import empty
+from ..adapters.canonical import Dims, Experts, Part, Stack, first, same
+from ..adapters.errors import AdapterError, rank_text
+from .memory import empty
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from vllm_moe_lora.adapters.errors import AdapterError, listed, rank_text
-from vllm_moe_lora.store import slices
+from ..adapters.errors import AdapterError, listed, rank_text
+from . import slices
 
 # Name an adapter may use -> (out, in) of the module, None where it is not known here.
 Places = dict[str, tuple[int, int] | None]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from vllm_moe_lora.patching import Hook
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,15 +31,26 @@ def releases() -> dict[str, dict[str, str]]:
     return dict(table().get("releases", {}))
 
 
-def made_for(release: str) -> set[str]:
-    """The features made for ``release``: its row's, or of the nearest known one before it."""
+def nearest(release: str) -> str:
+    """``release`` itself where it is known, else the known one before it, else the first."""
     from packaging.version import Version
 
     known = sorted(releases(), key=Version)
     before = [one for one in known if Version(one) <= Version(release)]
-    if not known:
-        return set()
-    return set(releases()[before[-1] if before else known[0]])
+    return before[-1] if before else known[0]
+
+
+def made_for(release: str, hooks: Iterable[Hook]) -> list[Hook]:
+    """Those of ``hooks`` that were made for ``release``, or for the `nearest` known one."""
+    from packaging.specifiers import SpecifierSet
+
+    like = nearest(release)
+    row = releases()[like]
+    return [
+        hook
+        for hook in hooks
+        if hook.feature in row and SpecifierSet(hook.releases).contains(like, prereleases=True)
+    ]
 
 
 def hashes(release: str) -> dict[str, set[str]]:

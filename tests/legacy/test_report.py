@@ -160,7 +160,8 @@ def test_wrapping_a_quantised_layer(kind, ours, monkeypatch):
         return
     # The kernels are not run here; the wrapper is to think that it is on a GPU.
     monkeypatch.setattr(
-        "vllm_moe_lora.layers.era_a_cpu.install", lambda wrapper, layer: _on_a_gpu(wrapper, layer)
+        "vllm_moe_lora.layers.cpu_plain.install",
+        lambda wrapper, layer, holder: _on_a_gpu(wrapper, layer),
     )
     wrapper = FusedMoEWithLoRA(layer)
     assert wrapper.device == layer.w13_weight.device

@@ -75,8 +75,15 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     A view may not outlive the file's contents: copy what is kept.
 
     Raises:
-        AdapterError: no file, a damaged file, a tensor twice, or a dtype that is no factor's.
+        AdapterError: no file, a damaged file, a tensor twice, a dtype that is no factor's, or rows
+            for a larger vocabulary.
     """
+    for name in ("new_embeddings.safetensors", "new_embeddings.bin"):
+        if (folder / name).is_file():
+            raise AdapterError(
+                f"{folder / name}: rows for new tokens, which vLLM dropped with 0.12 and we do not "
+                "read. Train without new tokens, or merge the adapter into the model."
+            )
     file = folder / WEIGHTS
     if file.is_file():
         _no_bomb(file)

@@ -22,21 +22,33 @@ def _select(original: Callable[..., Any]) -> Callable[..., Any]:
     return select_unquantized_moe_backend
 
 
-HOOKS = (
-    Hook(
-        feature="cpu-experts",
-        target=f"{_ORACLE}:select_unquantized_moe_backend",
-        make=_select,
-        also=(
-            "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method:"
-            "select_unquantized_moe_backend",
-        ),
-        releases=">=0.30,<0.34",
-        # Up to 0.29 the CPU's experts route for themselves (monolithic), which LoRA layers refuse.
-        platforms=("cpu",),
-        why="with LoRA it returns the Triton experts on every platform; a CPU has no Triton, so "
-        "the first token dies with: module 'triton.language' has no attribute 'bfloat16'",
-        upstream="https://github.com/vllm-project/vllm/pull/21229",
-        until="upstream's CPU experts support LoRA",
+def _select_plain(original: Callable[..., Any]) -> Callable[..., Any]:
+    def select_unquantized_moe_backend(moe_config: Any, *args: Any, **more: Any) -> Any:
+        asked, moe_config.is_lora_enabled = moe_config.is_lora_enabled, False
+        try:
+            return original(moe_config, *args, **more)
+        finally:
+            moe_config.is_lora_enabled = asked
+
+    return select_unquantized_moe_backend
+
+
+_COMMON: dict[str, Any] = {
+    "feature": "cpu-experts",
+    "target": f"{_ORACLE}:select_unquantized_moe_backend",
+    "also": (
+        "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method:"
+        "select_unquantized_moe_backend",
     ),
+    "platforms": ("cpu",),
+    "why": "with LoRA it returns the Triton experts on every platform; a CPU has no Triton, so "
+    "the first token dies with: module 'triton.language' has no attribute 'bfloat16'",
+    "upstream": "https://github.com/vllm-project/vllm/pull/21229",
+    "until": "upstream's CPU experts support LoRA",
+}
+
+HOOKS = (
+    # Up to 0.29 the CPU's experts route for themselves (monolithic), which LoRA layers refuse.
+    Hook(make=_select, releases=">=0.30,<0.34", **_COMMON),
+    Hook(make=_select_plain, releases=">=0.24,<0.28", **_COMMON),
 )

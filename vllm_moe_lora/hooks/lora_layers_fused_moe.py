@@ -48,12 +48,28 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
     return __init__
 
 
+def _init_on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self: Any, base_layer: Any) -> None:
+        from ..layers import cpu_plain
+
+        cpu_plain.prepare(self, base_layer)
+
+    return __init__
+
+
+def _set_mapping(original: Callable[..., Any]) -> Callable[..., Any]:
+    def set_mapping(self: Any, punica_wrapper: Any) -> None:
+        self.punica_wrapper = punica_wrapper  # the rest is for a kernel
+
+    return set_mapping
+
+
 def _inject(original: Callable[..., Any]) -> Callable[..., Any]:
     def _inject_lora_into_fused_moe(self: Any) -> None:
-        from ..layers import era_a, era_a_cpu
+        from ..layers import cpu_plain, era_a
 
         if self.device.type == "cpu":
-            return era_a_cpu.install(self, self.base_layer)
+            return cpu_plain.install(self, self.base_layer, self.base_layer)
         with era_a.chosen(self.base_layer):
             original(self)
         return None
@@ -89,7 +105,12 @@ _ERA_A: dict[str, Any] = {
     "layers": True,
 }
 
+_PLAIN: dict[str, Any] = {**_COMMON, "releases": ">=0.24,<0.28"}
+_PLAIN["why"] = "it wants a kernel; the CPU's experts of these releases have none and route alone"
+
 HOOKS = (
+    Hook(target=f"{_FILE}:FusedMoEWithLoRA.__init__", make=_init_on_cpu, **_PLAIN),
+    Hook(target=f"{_FILE}:FusedMoEWithLoRA.set_mapping", make=_set_mapping, **_PLAIN),
     Hook(target=f"{_FILE}:FusedMoEWithLoRA.set_lora", make=_set_lora, **_COMMON),
     Hook(target=f"{_FILE}:FusedMoE3DWithLoRA.set_lora", make=_set_lora, **_COMMON),
     Hook(target=f"{_FILE}:FusedMoEWithLoRA.reset_lora", make=_reset_lora, **_COMMON),

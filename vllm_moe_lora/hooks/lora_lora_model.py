@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import inspect
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from ..patching import Hook
 
 
-def _from_local_checkpoint(original: Callable[..., Any]) -> Any:
+def _from_local_checkpoint(original: MethodType) -> Any:
     def from_local_checkpoint(
         cls: type[Any],
         /,
@@ -35,28 +37,32 @@ def _from_local_checkpoint(original: Callable[..., Any]) -> Any:
                     tensors = folder.tensors(path)
                 except AdapterError:
                     raise refused from None
-            from vllm.lora.utils import get_lora_id
-
             from ..store.read import read
 
-            number = more.get("lora_model_id")
             peft_helper.moe_lora_markers = config.markers(path)
+            if (number := more.get("lora_model_id")) is None:
+                number = original.__func__.__globals__["get_lora_id"]()
             return read(
                 cls,
                 refused,
-                lora_model_id=get_lora_id() if number is None else number,
+                lora_model_id=original.__func__.__globals__["get_lora_id"]()
+                if number is None
+                else number,
                 tensors=tensors,
                 peft_helper=peft_helper,
-                **{key: more[key] for key in _PASSED if key in more},
+                **{key: more[key] for key in _passed(cls) if key in more},
             )
 
     return classmethod(from_local_checkpoint)
 
 
-_PASSED = ("device", "dtype", "model_vocab_size", "weights_mapper", "skip_prefixes")
+def _passed(cls: type[Any]) -> list[str]:
+    """What the release's `from_lora_tensors` takes behind the helper, in its order."""
+    return list(inspect.signature(cls.from_lora_tensors).parameters)[3:]
 
 
-def _from_lora_tensors(original: Callable[..., Any]) -> Any:
+def _from_lora_tensors(original: MethodType) -> Any:
+    @functools.wraps(original.__func__)  # its signature is read above
     def from_lora_tensors(
         cls: type[Any],
         /,
@@ -78,7 +84,7 @@ def _from_lora_tensors(original: Callable[..., Any]) -> Any:
                 refused = error
         from ..store.read import read
 
-        positional = dict(zip(_PASSED, args, strict=False))
+        positional = dict(zip(_passed(cls), args, strict=False))
         return read(
             cls,
             refused,
@@ -97,7 +103,7 @@ HOOKS = (
         feature="adapters",
         target="vllm.lora.lora_model:LoRAModel.from_local_checkpoint",
         make=_from_local_checkpoint,
-        releases=">=0.29,<0.34",
+        releases=">=0.13,<0.34",
         why="most layouts of routed experts are refused, or accepted by their suffix and then "
         "dropped; 36,864 tensors are read one by one",
         upstream="https://github.com/vllm-project/vllm/issues/40005",
@@ -107,7 +113,7 @@ HOOKS = (
         feature="adapters",
         target="vllm.lora.lora_model:LoRAModel.from_lora_tensors",
         make=_from_lora_tensors,
-        releases=">=0.29,<0.34",
+        releases=">=0.13,<0.34",
         why="in-memory adapters (verl and others push them) with packed experts are dropped "
         "without a word",
         upstream="https://github.com/vllm-project/vllm/issues/48297",

@@ -23,7 +23,7 @@ HOOKS = (
         feature="adapters",
         target="vllm.lora.peft_helper:PEFTHelper.from_dict",
         make=_from_dict,
-        releases=">=0.29,<0.34",
+        releases=">=0.11.1,<0.34",
         why="the markers by which an adapter says its layout are dropped",
         upstream="",
         until="upstream keeps the whole adapter_config.json",

@@ -13,7 +13,9 @@ _FILE = "vllm.lora.worker_manager"
 def _load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     def _load_adapter(self: Any, lora_request: Any) -> Any:
         manager = self._adapter_manager
-        if not manager._is_moe:
+        from ..store.wrappers import serves_moe
+
+        if not serves_moe(manager):
             return original(self, lora_request)
         from ..store import ahead
 
@@ -74,7 +76,7 @@ HOOKS = (
         feature="adapters",
         target=f"{_FILE}:WorkerLoRAManager._load_adapter",
         make=_load_adapter,
-        releases=">=0.29,<0.34",
+        releases=">=0.11.1,<0.34",
         why="an adapter that does not fit is found out after the version it replaces is gone; a "
         "rank above max_lora_rank is reported without the tensor and the cure",
         upstream="",

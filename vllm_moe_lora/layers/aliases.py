@@ -25,11 +25,13 @@ def rewire(model: nn.Module, wrappers: dict[str, nn.Module]) -> list[str]:
         The names that were pointed elsewhere, for the log.
     """
     by_base = _by_base(wrappers)
+    own = {id(wrapper) for wrapper in by_base.values()}
     moved = []
     for parent_name, parent in model.named_modules():
         for name, child in parent._modules.items():
-            wrapper = by_base.get(id(child))
-            if wrapper is None or wrapper is parent:
+            # A raw reference, or one to a second wrapper of the module.
+            wrapper = by_base.get(id(child)) or by_base.get(id(getattr(child, "base_layer", None)))
+            if wrapper is None or wrapper is parent or id(child) in own:
                 continue
             parent._modules[name] = wrapper
             moved.append(f"{parent_name}.{name}")
@@ -37,12 +39,14 @@ def rewire(model: nn.Module, wrappers: dict[str, nn.Module]) -> list[str]:
 
 
 def once(wrappers: dict[str, nn.Module]) -> list[str]:
-    """Drop further names of one wrapper from ``wrappers``; returns them.
+    """Drop further names and further wrappers of one module from ``wrappers``; returns the names.
 
     An adapter has weights under the first name only, and each further one would reset them.
     """
-    first = {id(one): name for name, one in reversed(wrappers.items())}
-    again = [name for name, one in wrappers.items() if first[id(one)] != name]
+    first: dict[int, str] = {}
+    for name, one in wrappers.items():
+        first.setdefault(_inside(one), name)
+    again = [name for name, one in wrappers.items() if first[_inside(one)] != name]
     for name in again:
         del wrappers[name]
     return again
@@ -105,4 +109,9 @@ def raw_references(model: nn.Module, wrappers: dict[str, nn.Module]) -> dict[str
 
 
 def _by_base(wrappers: dict[str, nn.Module]) -> dict[int, nn.Module]:
-    return {id(w.base_layer): w for w in wrappers.values() if hasattr(w, "base_layer")}
+    """Wrapped module -> its first wrapper."""
+    return {id(w.base_layer): w for w in reversed(wrappers.values()) if hasattr(w, "base_layer")}
+
+
+def _inside(wrapper: nn.Module) -> int:
+    return id(getattr(wrapper, "base_layer", wrapper))

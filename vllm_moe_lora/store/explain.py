@@ -10,7 +10,7 @@ from ..adapters.config import Config
 from ..adapters.errors import AdapterError, head, rank_text
 from ..adapters.group import group, refuse_what_is_not_lora
 from ..adapters.resolve import resolve
-from .fit import dims_of, is_experts
+from .wrappers import dims_of, is_experts
 
 
 def refusal(manager: Any, request: Any, error: Exception) -> Exception:

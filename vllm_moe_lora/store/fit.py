@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..adapters.canonical import Dims
 from ..adapters.config import Config
 from ..adapters.errors import AdapterError, about, listed
 from ..adapters.group import Tensors
@@ -14,7 +13,8 @@ from ..adapters.spelling import Spellings
 from ..log import get_logger
 from . import backends, slices, strict
 from .memory import NoCollection
-from .stage import Slots, stage
+from .stage import stage
+from .wrappers import as_taken, dims_of, is_experts, limits_targets, serves_moe, slots_of
 
 logger = get_logger(__name__)
 
@@ -65,7 +65,7 @@ def fit(manager: Any, lora: Any) -> None:
 
 
 def _fit(manager: Any, lora: Any, pending: Pending | None) -> None:
-    if pending is not None and pending.refused is not None and not manager._is_moe:
+    if pending is not None and pending.refused is not None and not serves_moe(manager):
         raise pending.refused
     places = strict.places(manager)
     spellings = Spellings(places)
@@ -88,10 +88,11 @@ def _fit(manager: Any, lora: Any, pending: Pending | None) -> None:
         dims = dims_of(manager, next(iter(wrappers.values())))
         layers = {prefix: pending.layers[prefix] for prefix in fitted}
         resolved, notes = resolve(layers, dims, pending.config)
-        staged = {
-            fitted[found.prefix]: stage(found, slots_of(manager, wrappers[fitted[found.prefix]]))
-            for found in resolved
-        }
+        staged = {}
+        for found in resolved:
+            wrapper = wrappers[fitted[found.prefix]]
+            tensors = stage(found, slots_of(manager, wrapper))
+            staged[fitted[found.prefix]] = as_taken(manager, wrapper, tensors)
         for note in notes:
             logger.warning("LoRA adapter %d: %s", lora.id, note)
         logger.debug("LoRA adapter %d: %s", lora.id, {found.layout for found in resolved})
@@ -99,47 +100,6 @@ def _fit(manager: Any, lora: Any, pending: Pending | None) -> None:
     if not lora.loras:
         raise AdapterError("it has no tensor for this model")
     del lora.moe_lora  # and with it the views of the file
-
-
-def is_experts(module: Any) -> bool:
-    return hasattr(module, "w13_lora_a_stacked")
-
-
-def dims_of(manager: Any, wrapper: Any) -> Dims:
-    """Sizes of the model's experts, without the padding of a weight format or of ranks."""
-    config = wrapper.moe_config
-    inner = (
-        config.intermediate_size_per_partition_unpadded or wrapper.intermediate_size_per_partition
-    )
-    return Dims(
-        experts=wrapper.global_num_experts,
-        hidden=config.hidden_dim_unpadded or config.hidden_dim,
-        inner=inner * wrapper.tp_size,
-        gated=bool(config.is_act_and_mul),
-        # Upstream knows the one model of this kind by its name, too.
-        interleaved=manager.model.config.architectures[0] == "GptOssForCausalLM",
-    )
-
-
-def slots_of(manager: Any, wrapper: Any) -> Slots:
-    return Slots(
-        local=local_experts(wrapper),
-        fused=wrapper._w13_slices == 1 and wrapper.moe_config.is_act_and_mul,
-        dims=dims_of(manager, wrapper),
-        dtype=manager.lora_config.lora_dtype,
-        limit=manager.lora_config.max_lora_rank,
-        shared=bool(getattr(wrapper, "enable_moe_shared_loras", False)),
-    )
-
-
-def local_experts(wrapper: Any) -> list[int]:
-    """Global numbers of this rank's experts, in the order of its weights."""
-    routed = getattr(wrapper.base_layer, "routed_experts", None)
-    owned = getattr(routed, "expert_map", None)
-    if owned is None:
-        return list(range(wrapper.local_num_experts))
-    pairs = [(int(local), number) for number, local in enumerate(owned.tolist()) if local >= 0]
-    return [number for _, number in sorted(pairs)][: wrapper.local_num_experts]
 
 
 def _wrappers_of(
@@ -159,12 +119,12 @@ def _wrappers_of(
             fitted[prefix] = own
     if not lost or strict.may_be_elsewhere(manager):
         return fitted
-    if not wrappers and manager.lora_config.target_modules is None:
+    if not wrappers and not limits_targets(manager):
         raise AdapterError(
             f"it has routed experts ({listed(lost)}), this model has none "
             "that take LoRA. Nothing was loaded."
         )
-    if manager.lora_config.target_modules is not None:
+    if limits_targets(manager):
         logger.warning(
             "LoRA adapter %d: --lora-target-modules leaves out %s", lora.id, listed(lost)
         )
@@ -179,6 +139,6 @@ def _deliver(lora: Any, staged: dict[str, Any]) -> None:
     from vllm.lora.lora_weights import PackedLoRALayerWeights
 
     for name, (a, b) in staged.items():
-        rank = max(one.shape[1] for one in a)
+        rank = max(one.shape[-2] for one in a)
         ones = [1.0] * len(a)
         lora.loras[name] = PackedLoRALayerWeights(name, rank, list(ones), a, b, scaling=ones)

@@ -48,12 +48,12 @@ def _read(
     more: dict[str, Any],
 ) -> Any:
     raw = getattr(peft_helper, "moe_lora_raw", None) or asdict(peft_helper)
-    skipped = more.get("skip_prefixes") or []
+    if skipped := more.get("skip_prefixes"):  # 0.16 and later
+        left = {key: t for key, t in tensors.items() if not cls._should_skip_module(key, skipped)}
+        tensors = left
     try:
         config = Config.from_dict(raw, getattr(peft_helper, "moe_lora_markers", None))
-        found = group(
-            {key: t for key, t in tensors.items() if not cls._should_skip_module(key, skipped)}
-        )
+        found = group(tensors)
         heads = tuple(f".{name}" for name in getattr(peft_helper, "modules_to_save", None) or ())
         saved = {k: t for k, t in found.full.items() if k.rpartition(".")[0].endswith(heads)}
         found.full = {k: t for k, t in found.full.items() if k not in saved}
@@ -71,15 +71,24 @@ def _read(
         peft_helper.moe_lora_ready = False
     mapper = more.get("weights_mapper")
     if not hasattr(peft_helper, "get_rank_and_scaling"):  # up to 0.31: no patterns
-        _scale(lora, found.dense, config, mapper)
+        _scale(lora, found.dense, config, mapper, peft_helper)
     mapped = {p: mapper._map_name(p) if mapper is not None else p for p in found.experts}
     lora.moe_lora = Pending(found.experts, mapped, config, NoCollection(), refused)
     return lora
 
 
-def _scale(lora: Any, dense: dict[str, Any], config: Any, mapper: Any) -> None:
+def _scale(lora: Any, dense: dict[str, Any], config: Config, mapper: Any, helper: Any) -> None:
+    """Each tensor's own scale, where upstream gave all of them the adapter's."""
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
     for key in dense:
+        word = parse(key)
+        if word.side != "B":
+            continue
         weights = lora.loras[parse_fine_tuned_lora_name(key, mapper)[0]]
-        weights.scaling, _ = config.scale(parse(key).module, weights.lora_a.shape[0])
+        given = helper.vllm_lora_scaling_factor
+        right, _ = config.scale(word.module, weights.lora_b.shape[1])
+        if weights.scaling == given != 1:
+            weights.scaling = right
+        elif right != given:
+            weights.lora_b = weights.lora_b * (right / given)  # 0.11 has folded it in already

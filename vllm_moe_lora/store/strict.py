@@ -9,6 +9,7 @@ import torch
 
 from ..adapters.errors import AdapterError, listed, rank_text
 from . import slices
+from .wrappers import is_experts, limits_targets
 
 # Name an adapter may use -> (out, in) of the module, None where it is not known here.
 Places = dict[str, tuple[int, int] | None]
@@ -27,7 +28,7 @@ def check(manager: Any, lora: Any, where: Places) -> None:
     """
     _refuse_unreachable(manager, lora)
     unknown = [name for name in lora.loras if name not in where]
-    if unknown and manager.lora_config.target_modules is None and not may_be_elsewhere(manager):
+    if unknown and not limits_targets(manager) and not may_be_elsewhere(manager):
         raise AdapterError(
             f"this model has no place for {listed(unknown)}. Nothing "
             "was loaded. Check that the adapter was trained on this model and that its module "
@@ -102,7 +103,7 @@ def places(manager: Any) -> Places:
     found: Places = {}
     for name, module in manager.modules.items():
         parts = manager.packed_modules.get(name)
-        if hasattr(module, "w13_lora_a_stacked"):
+        if is_experts(module):
             found[name] = None  # its tensors have a reader of their own
             continue
         if parts is None:

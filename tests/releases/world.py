@@ -1,0 +1,166 @@
+"""One release's real model code and LoRA manager, without kernels: ``python world.py JOB.json``.
+
+The job: {"models": {name: {"model": folder of a checkpoint, "adapters": {name: folder}}},
+"plugin": bool, "out": file}. Each adapter is loaded by the release's real worker manager into slot
+0 and activated. The answer, by torch.save: "status" of the plugin and, for each model, "raw", the
+references that still lead around a LoRA wrapper, and "adapters", what each one's modules hold in
+the slot, or its error.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+import tempfile
+from unittest import mock
+
+import stand_ins
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+def build(checkpoint):
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda function: function()  # there no stand-ins are
+    args = {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "max_lora_rank": 16}
+    args |= {"dtype": "float32", "enforce_eager": True, "max_model_len": 256}
+    config = EngineArgs(model=checkpoint, **args).create_engine_config()
+    with set_current_vllm_config(config):
+        if not torch.distributed.is_initialized():
+            place = tempfile.mktemp()
+            init_distributed_environment(1, 0, f"file://{place}", 0, "gloo")
+            initialize_model_parallel(1, 1)
+        from vllm.model_executor.model_loader.utils import initialize_model
+
+        torch.set_default_dtype(torch.float32)
+        model = initialize_model(config)
+        from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+        wanted = inspect.signature(LRUCacheWorkerLoRAManager.__init__).parameters
+        given = {
+            "max_num_seqs": 4,
+            "max_num_batched_tokens": 64,
+            "vocab_size": model.config.vocab_size,
+            "lora_config": config.lora_config,
+            "vllm_config": config,
+            "device": torch.device("cpu"),
+            "embedding_modules": getattr(model, "embedding_modules", {}),
+            "embedding_padding_modules": getattr(model, "embedding_padding_modules", []),
+            "max_position_embeddings": 256,
+        }
+        worker = LRUCacheWorkerLoRAManager(**{k: v for k, v in given.items() if k in wanted})
+        with _no_kernels():
+            worker.create_lora_manager(model, **_given(worker.create_lora_manager, config))
+    return model, worker
+
+
+def _given(function, config):
+    wanted = inspect.signature(function).parameters
+    return {k: v for k, v in {"vllm_config": config}.items() if k in wanted}
+
+
+def _no_kernels():
+    """The wrapper's choice of a kernel is another test's; here only its slots count."""
+    from vllm.lora.layers import fused_moe
+
+    if hasattr(fused_moe.FusedMoEWithLoRA, "_inject_lora_into_fused_moe"):  # up to 0.19
+        return mock.patch.object(fused_moe.FusedMoEWithLoRA, "_inject_lora_into_fused_moe")
+    upstream = fused_moe.FusedMoEWithLoRA.__init__
+
+    def __init__(self, base_layer):
+        method = mock.MagicMock(is_monolithic=False, supports_internal_mk=True)
+        implementation = getattr(fused_moe, "FusedMoEKernelModularImpl", object)
+        method.moe_kernel.impl = implementation.__new__(implementation)
+        if hasattr(fused_moe, "LoRAExpertsMixin"):
+            kind = type("NoExperts", (fused_moe.LoRAExpertsMixin,), {})
+            method.moe_kernel.fused_experts = kind()
+        layer = getattr(base_layer, "routed_experts", base_layer)
+        quiet = {"_ensure_moe_quant_config_init": lambda: None}
+        quiet["ensure_moe_quant_config_init"] = quiet["_ensure_moe_quant_config_init"]
+        for name, value in quiet.items():
+            if hasattr(layer, name):
+                object.__setattr__(layer, name, value)
+        with (
+            mock.patch.object(type(layer), "quant_method", method, create=True),
+            mock.patch.object(type(base_layer), "_quant_method", method, create=True),
+            mock.patch.object(type(base_layer), "_replace_quant_method"),
+            mock.patch.object(fused_moe, "FusedMoEModularMethod", mock.MagicMock()),
+        ):
+            upstream(self, base_layer)
+
+    return mock.patch.object(fused_moe.FusedMoEWithLoRA, "__init__", __init__)
+
+
+def slots(module, index=0):
+    """What one slot of a LoRA layer holds: name of the stack -> tensors."""
+    out = {}
+    for name, value in vars(module).items():
+        if name.endswith(("lora_a_stacked", "lora_b_stacked")) and "moe" not in name:
+            several = value if isinstance(value, tuple | list) else (value,)
+            if name.startswith("lora_") and hasattr(module, "w2_lora_a_stacked"):
+                continue  # views of the others
+            out[name] = [one[index].clone() for one in several]
+    return out
+
+
+def raw_references(model, modules):
+    """Names in the model that lead to a wrapped module not by way of its (first) wrapper."""
+    wrappers = {id(m) for m in modules.values()}
+    bases = {id(m.base_layer) for m in modules.values() if hasattr(m, "base_layer")}
+    found = []
+    for parent_name, parent in model.named_modules():
+        for name, child in parent._modules.items():
+            inside = id(getattr(child, "base_layer", None)) in bases
+            if id(parent) in wrappers and name == "base_layer":
+                continue
+            if id(child) in bases or (inside and id(child) not in wrappers):
+                found.append(f"{parent_name}.{name}")
+    return found
+
+
+def load(worker, number, path):
+    from vllm.lora.request import LoRARequest
+
+    manager = worker._adapter_manager
+    try:
+        worker.add_adapter(LoRARequest(f"a{number}", number, path))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    found = {name: slots(module) for name, module in manager.modules.items()}
+    worker.remove_adapter(number)
+    return found
+
+
+def ask(model, adapters):
+    network, worker = build(model)
+    paths = enumerate(adapters.items(), start=1)
+    return {
+        "raw": raw_references(network, worker._adapter_manager.modules),
+        "adapters": {name: load(worker, number, path) for number, (name, path) in paths},
+    }
+
+
+def main(job):
+    if job["plugin"]:
+        import vllm_moe_lora
+
+        vllm_moe_lora.register()
+    import torch
+
+    answer = {name: ask(**part) for name, part in job["models"].items()}
+    answer["status"] = vllm_moe_lora.status() if job["plugin"] else {}
+    torch.save(answer, job["out"])
+
+
+if __name__ == "__main__":
+    stand_ins.install()
+    with open(sys.argv[1]) as file:
+        main(json.load(file))
+    os._exit(0)  # process groups of old releases hang at exit

@@ -1,0 +1,32 @@
+"""vllm/model_executor/layers/fused_moe/cpu_fused_moe.py (gone with 0.28)"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..patching import Hook
+
+
+def _check_grouped_gemm(original: Callable[..., Any]) -> Callable[..., Any]:
+    def check_grouped_gemm(self: Any, layer: Any) -> tuple[bool, str]:
+        if layer.moe_config.is_lora_enabled:
+            return False, "none"
+        found: tuple[bool, str] = original(self, layer)
+        return found
+
+    return check_grouped_gemm
+
+
+HOOKS = (
+    Hook(
+        feature="cpu-experts",
+        target="vllm.model_executor.layers.fused_moe.cpu_fused_moe:CPUFusedMOE.check_grouped_gemm",
+        make=_check_grouped_gemm,
+        releases=">=0.24,<0.28",
+        platforms=("cpu",),
+        why="it packs the experts' weights, and LoRA needs them plain",
+        upstream="",
+        until="0.30, whose packed weights layers/cpu_unquantized.py can widen",
+    ),
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import layouts
 import pytest
 import release
 import torch
@@ -69,6 +70,27 @@ def test_a_mixed_batch(case):
         top = expected.topk(40).indices
         assert (have[-1] - expected)[top].abs().max() <= LIMIT, name
         assert torch.isfinite(have).all()
+
+
+def test_every_layout(tmp_path):
+    """What trainers write, per expert or fused, scaled by rules that 0.11 does not know."""
+    model = models.build("qwen3_moe", tmp_path / "model", moe_intermediate_size=layouts.INNER)
+    paths, want = {}, {}
+    base, merged = oracle.log_probs(model, PROMPTS), {}
+    for name, (truth, tensors, config) in layouts.every().items():
+        paths[name] = layouts.save(tmp_path / name, tensors, truth, **config)
+        if id(truth) not in merged:
+            folder = layouts.merge(model, truth, tmp_path / f"{name}-merged")
+            merged[id(truth)] = oracle.log_probs(folder, PROMPTS)
+        want[name] = merged[id(truth)]
+    answers, _, _ = engine.run(_job((model, paths, None), list(paths)))
+    for name, batch in zip(paths, answers, strict=True):
+        for i, (_, have) in enumerate(batch):
+            top = want[name][i][-1].topk(40).indices
+            assert (have[-1] - want[name][i][-1])[top].abs().max() <= LIMIT, (name, i)
+            if name != "identity":
+                far = (base[i][-1] - want[name][i][-1])[top].abs().max()
+                assert far >= 20 * LIMIT, (name, i)
 
 
 def test_bare_vllm_cannot(case):

@@ -52,10 +52,11 @@ def _inject(original: Callable[..., Any]) -> Callable[..., Any]:
     def _inject_lora_into_fused_moe(self: Any) -> None:
         from ..layers import era_a, era_a_cpu
 
-        if self.device.type == "cpu":
+        if era_a.on_cpu(self):
             return era_a_cpu.install(self, self.base_layer)
         with era_a.chosen(self.base_layer):
             original(self)
+        era_a.in_one_piece(self.base_layer)
         return None
 
     return _inject_lora_into_fused_moe
@@ -103,8 +104,8 @@ HOOKS = (
     Hook(
         target=f"{_FILE}:FusedMoEWithLoRA._inject_lora_into_fused_moe",
         make=_inject,
-        why="GPTQ-Marlin and AWQ-Marlin have no quantisation config here, and on a CPU there is no "
-        "Triton",
+        why="GPTQ-Marlin and AWQ-Marlin have no quantisation config here; on a CPU there is no "
+        "Triton; batches above VLLM_FUSED_MOE_CHUNK_SIZE tokens get wrong factors",
         **_ERA_A,
     ),
     Hook(

@@ -106,15 +106,19 @@ def is_experts(module: Any) -> bool:
 
 
 def dims_of(manager: Any, wrapper: Any) -> Dims:
-    """Sizes of the model's experts, without the padding of a weight format or of ranks."""
-    config = wrapper.moe_config
+    """Sizes of the model's experts, without the padding of a weight format or of ranks.
+
+    Here and below, of a wrapper its ``base_layer`` and its stacks are read and nothing else: an
+    out-of-tree platform's own wrapper need not have more.
+    """
+    config = wrapper.base_layer.moe_config
     inner = (
-        config.intermediate_size_per_partition_unpadded or wrapper.intermediate_size_per_partition
+        config.intermediate_size_per_partition_unpadded or config.intermediate_size_per_partition
     )
     return Dims(
-        experts=wrapper.global_num_experts,
+        experts=config.num_experts,
         hidden=config.hidden_dim_unpadded or config.hidden_dim,
-        inner=inner * wrapper.tp_size,
+        inner=inner * config.moe_parallel_config.tp_size,
         gated=bool(config.is_act_and_mul),
         # Upstream knows the one model of this kind by its name, too.
         interleaved=manager.model.config.architectures[0] == "GptOssForCausalLM",
@@ -122,10 +126,11 @@ def dims_of(manager: Any, wrapper: Any) -> Dims:
 
 
 def slots_of(manager: Any, wrapper: Any) -> Slots:
+    dims = dims_of(manager, wrapper)
     return Slots(
         local=local_experts(wrapper),
-        fused=wrapper._w13_slices == 1 and wrapper.moe_config.is_act_and_mul,
-        dims=dims_of(manager, wrapper),
+        fused=dims.gated and len(wrapper.w13_lora_a_stacked) == 1,
+        dims=dims,
         dtype=manager.lora_config.lora_dtype,
         limit=manager.lora_config.max_lora_rank,
         shared=bool(getattr(wrapper, "enable_moe_shared_loras", False)),
@@ -136,10 +141,11 @@ def local_experts(wrapper: Any) -> list[int]:
     """Global numbers of this rank's experts, in the order of its weights."""
     routed = getattr(wrapper.base_layer, "routed_experts", None)
     owned = getattr(routed, "expert_map", None)
+    count = wrapper.w13_lora_b_stacked[0].shape[1]
     if owned is None:
-        return list(range(wrapper.local_num_experts))
+        return list(range(count))
     pairs = [(int(local), number) for number, local in enumerate(owned.tolist()) if local >= 0]
-    return [number for _, number in sorted(pairs)][: wrapper.local_num_experts]
+    return [number for _, number in sorted(pairs)][:count]
 
 
 def _wrappers_of(

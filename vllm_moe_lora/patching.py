@@ -40,7 +40,9 @@ class Hook:
         also: other names bound to the same object (copies made by ``from x import f``).
         hashed: False for plain data, which has no source text to check.
         patch: file below patches/ that makes the same change to a checkout, "" while there is none.
-        platforms: vLLM device types it is for ("cpu", "cuda", "rocm", ...); empty means all.
+        platforms: vLLM device types it is for ("cpu", "cuda", "rocm", ...), of vLLM's own platforms
+            only: one from outside has kernels of its own, whatever it calls its device. Empty
+            means all platforms.
         layers: it changes LoRA layer classes, which out-of-tree platforms replace themselves.
     """
 
@@ -184,6 +186,8 @@ class _Checker:
             return f"not needed on {self.platform or 'an unknown platform'}"
         if hook.layers and self.out_of_tree:
             return "the platform plugin brings its own LoRA layers"
+        if hook.platforms and self.out_of_tree:
+            return "the platform plugin brings its own kernels"
         return ""
 
     def spots(self, hook: Hook) -> list[_Spot]:
@@ -245,7 +249,8 @@ def apply(
         version: release of vLLM without local part, "0.32.0".
         platform: vLLM's device type, "cpu", "cuda", ...
         hashes: target -> accepted `digest`s of its source; None skips the check.
-        out_of_tree: the platform brings its own LoRA layers: leave out features with such hooks.
+        out_of_tree: the platform brings its own LoRA layers and kernels: leave out features with
+            hooks into those.
         allow_unverified: a release outside a hook's range, or a source of another hash, is only
             noted in `Status.unverified`. A target that does not exist still keeps its feature off.
         left_out: features that the user does not want.

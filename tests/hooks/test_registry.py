@@ -203,6 +203,34 @@ def test_unverified_applies_to_an_unknown_release_and_says_so_once():
 
 
 @needs_vllm
+def test_out_of_tree_platforms_get_what_reads_adapters_and_no_layers():
+    """The engine's twin of this is tests/e2e/test_out_of_tree.py."""
+    made = """
+from vllm.platforms import current_platform
+from vllm.platforms.interface import PlatformEnum
+type(current_platform)._enum = PlatformEnum.OOT
+assert current_platform.device_type == "cpu"
+import vllm_moe_lora as v
+v.register()
+from vllm_moe_lora.hooks import all_hooks
+from vllm_moe_lora.patching import MARK, _Spot
+marked = {}
+for hook in all_hooks():
+    if hook.feature in v.status():
+        marked.setdefault(hook.layers or bool(hook.platforms), []).append(
+            hasattr(_Spot.find(hook.target).get(), MARK)
+        )
+print("MARKED", set(marked[True]), sum(marked[False]) > 10)
+"""
+    rc, out = _python(made + STATE, VLLM_PLUGINS="", VLLM_MOE_LORA="1")
+    assert rc == 0, out[-2000:]
+    assert "MARKED {False} True" in out
+    own = {hook.feature for hook in HERE if hook.layers or hook.platforms}
+    assert f"ON {sorted(set(ALL) - own)}" in out
+    assert {"adapters", "aliases", "safe-loading"} <= set(ALL) - own
+
+
+@needs_vllm
 @pytest.mark.parametrize("mode", ["0", "auto"])
 def test_vllm_accepts_our_variables(mode):
     code = "from vllm.platforms import current_platform as p; p.validate_environ(True)"

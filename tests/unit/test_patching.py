@@ -217,12 +217,17 @@ def test_two_hooks_on_one_target_are_a_mistake(victim):
         apply([hook("victim.base:free", louder), hook("victim.base:free", louder, feature="g")])
 
 
-def test_out_of_tree_platforms_keep_their_layers(victim):
+def test_out_of_tree_platforms_keep_their_layers_and_kernels(victim):
+    """Also one that calls its device as one of vLLM's own platforms does."""
     hooks = [
         hook("victim.base:free", louder, feature="layer", layers=True),
+        hook("victim.base:Base.made", louder, feature="kernel", platforms=("cpu",)),
         hook("victim.base:Base.still", louder, feature="loader"),
     ]
-    assert apply(hooks, out_of_tree=True).on == ["loader"]
+    status = apply(hooks, out_of_tree=True)
+    assert status.on == ["loader"]
+    assert status.not_needed == {"layer", "kernel"}
+    assert status.refused == {}
 
 
 def test_property_is_replaced_and_comes_back(victim):

@@ -68,10 +68,11 @@ def _inject(original: Callable[..., Any]) -> Callable[..., Any]:
     def _inject_lora_into_fused_moe(self: Any) -> None:
         from ..layers import cpu_plain, era_a
 
-        if self.device.type == "cpu":
+        if era_a.on_cpu(self):
             return cpu_plain.install(self, self.base_layer, self.base_layer)
         with era_a.chosen(self.base_layer):
             original(self)
+        era_a.in_one_piece(self.base_layer)
         return None
 
     return _inject_lora_into_fused_moe
@@ -124,8 +125,8 @@ HOOKS = (
     Hook(
         target=f"{_FILE}:FusedMoEWithLoRA._inject_lora_into_fused_moe",
         make=_inject,
-        why="GPTQ-Marlin and AWQ-Marlin have no quantisation config here, and on a CPU there is no "
-        "Triton",
+        why="GPTQ-Marlin and AWQ-Marlin have no quantisation config here; on a CPU there is no "
+        "Triton; batches above VLLM_FUSED_MOE_CHUNK_SIZE tokens get wrong factors",
         **_ERA_A,
     ),
     Hook(

@@ -148,6 +148,11 @@ CHOICES: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+def on_cpu(wrapper: Any) -> bool:
+    """Whether era_a_cpu.py serves this `FusedMoEWithLoRA`."""
+    return bool(wrapper.device.type == "cpu")
+
+
 @contextmanager
 def chosen(layer: Any) -> Iterator[None]:
     """While this lasts, `kernel` gives the one for ``layer``, whose weights have their aliases.
@@ -161,6 +166,15 @@ def chosen(layer: Any) -> Iterator[None]:
         yield
     finally:
         _experts.reset(token)
+
+
+def in_one_piece(layer: Any) -> None:
+    """Have the wrapped layer's experts get a batch whole.
+
+    The modular kernel hands them VLLM_FUSED_MOE_CHUNK_SIZE tokens at a time (32,768 by default),
+    while upstream's wrapper adds the factors of all the batch's tokens to each piece.
+    """
+    layer.quant_method.fused_experts.fused_experts.supports_chunking = lambda: False
 
 
 def kernel(shared_experts: Any) -> Any:

@@ -28,21 +28,29 @@ def limits_targets(manager: Any) -> bool:
 
 
 def dims_of(manager: Any, wrapper: Any) -> Dims:
-    """Sizes of the model's experts, without the padding of a weight format or of ranks."""
-    layer, config = wrapper.base_layer, _config(wrapper)
-    inner = _size(wrapper, "intermediate_size_per_partition") * wrapper.tp_size
-    of_partition = getattr(config, "intermediate_size_per_partition_unpadded", None)
-    hidden = getattr(config, "hidden_dim_unpadded", None)
-    if of_partition is None and not hasattr(config, "intermediate_size_per_partition_unpadded"):
-        own = manager.model.config  # up to 0.19 nothing but the checkpoint's config knows
-        own = getattr(own, "text_config", own)
-        hidden = _without_padding(config.hidden_dim, getattr(own, "hidden_size", 0))
+    """Sizes of the model's experts, without the padding of a weight format or of ranks.
+
+    Here and below, of a wrapper its ``base_layer`` and its stacks are read and nothing else: an
+    out-of-tree platform's own wrapper need not have more.
+    """
+    layer, config = wrapper.base_layer, wrapper.base_layer.moe_config
+    size = getattr(config, "intermediate_size_per_partition", None)  # since 0.20
+    inner = (size or layer.intermediate_size_per_partition) * config.moe_parallel_config.tp_size
+    hidden = config.hidden_dim
+    if hasattr(config, "hidden_dim_unpadded"):
+        hidden = config.hidden_dim_unpadded or hidden
+        if config.intermediate_size_per_partition_unpadded:
+            inner = config.intermediate_size_per_partition_unpadded
+            inner *= config.moe_parallel_config.tp_size
+    else:  # up to 0.19 nothing but the checkpoint's config knows
+        own = getattr(manager.model.config, "text_config", manager.model.config)
+        hidden = _without_padding(hidden, getattr(own, "hidden_size", 0))
         for name in ("moe_intermediate_size", "intermediate_size"):
             inner = _without_padding(inner, getattr(own, name, 0))
     return Dims(
-        experts=getattr(wrapper, "global_num_experts", None) or layer.global_num_experts,
-        hidden=hidden or config.hidden_dim,
-        inner=of_partition * wrapper.tp_size if of_partition else inner,
+        experts=config.num_experts,
+        hidden=hidden,
+        inner=inner,
         gated=bool(getattr(config, "is_act_and_mul", True)),
         # Upstream knows the one model of this kind by its name, too.
         interleaved=manager.model.config.architectures[0] == "GptOssForCausalLM",
@@ -53,7 +61,7 @@ def slots_of(manager: Any, wrapper: Any) -> Slots:
     dims = dims_of(manager, wrapper)
     return Slots(
         local=local_experts(wrapper),
-        fused=getattr(wrapper, "_w13_slices", 2) == 1 and dims.gated,
+        fused=dims.gated and not _per_expert(wrapper) and len(wrapper.w13_lora_a_stacked) == 1,
         dims=dims,
         dtype=manager.lora_config.lora_dtype,
         limit=manager.lora_config.max_lora_rank,
@@ -63,7 +71,8 @@ def slots_of(manager: Any, wrapper: Any) -> Slots:
 
 def local_experts(wrapper: Any) -> list[int]:
     """Global numbers of this rank's experts, in the order of its weights."""
-    layer, count = wrapper.base_layer, _size(wrapper, "local_num_experts")
+    stacks = wrapper.w1_lora_b_stacked if _per_expert(wrapper) else wrapper.w13_lora_b_stacked[0]
+    layer, count = wrapper.base_layer, stacks.shape[1]
     owned = getattr(getattr(layer, "routed_experts", layer), "expert_map", None)
     if owned is None:
         return list(range(count))
@@ -89,16 +98,6 @@ def as_taken(manager: Any, wrapper: Any, staged: Factors) -> Factors:
 
 def _per_expert(module: Any) -> bool:
     return hasattr(module, "w1_lora_a_stacked")
-
-
-def _config(wrapper: Any) -> Any:
-    return getattr(wrapper, "moe_config", None) or wrapper.base_layer.moe_config
-
-
-def _size(wrapper: Any, name: str) -> int:
-    """The wrapper's own since 0.24, its layer's before."""
-    found = getattr(wrapper, name, None)
-    return int(getattr(wrapper.base_layer, name) if found is None else found)
 
 
 def _without_padding(padded: int, whole: int) -> int:

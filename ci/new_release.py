@@ -47,12 +47,12 @@ def compare(release: str, tree: Path, nearest_tree: Path | None) -> int:
     others = [one for one in supported.releases() if one != release]
     before = [one for one in others if Version(one) < Version(release)]
     nearest = max(before or others, key=Version)
-    made = set(supported.releases()[nearest])
+    hooks = supported.made_for(nearest, all_hooks())
     known = supported.hashes(nearest)
     print(f"vLLM {release}, beside {nearest}:")
-    moved: dict[str, list[str]] = {feature: [] for feature in sorted(made)}
-    for hook in sorted(all_hooks(), key=lambda one: one.target):
-        if hook.feature not in made or not hook.hashed:
+    moved: dict[str, list[str]] = {name: [] for name in sorted(supported.releases()[nearest])}
+    for hook in sorted(hooks, key=lambda one: one.target):
+        if not hook.hashed:
             continue
         try:
             text = target_text(tree, hook.target)

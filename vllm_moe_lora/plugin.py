@@ -39,9 +39,9 @@ def register() -> None:
         )
     from vllm_moe_lora.hooks import all_hooks
 
-    first, made = _status is None, supported.made_for(version)
+    first = _status is None
     _status = patching.apply(
-        [hook for hook in all_hooks() if hook.feature in made],
+        supported.made_for(version, all_hooks()),
         version=version,
         platform=current_platform.device_type,
         hashes=supported.hashes(version),

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_moe_lora.patching import Hook
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,15 +32,22 @@ def releases() -> dict[str, dict[str, str]]:
     return dict(table().get("releases", {}))
 
 
-def made_for(release: str) -> set[str]:
-    """The features made for ``release``: its row's, or of the nearest known one before it."""
+def nearest(release: str) -> str | None:
+    """The known release that ``release`` is taken for: itself, or the last one before it."""
     from packaging.version import Version
 
     known = sorted(releases(), key=Version)
     before = [one for one in known if Version(one) <= Version(release)]
-    if not known:
-        return set()
-    return set(releases()[before[-1] if before else known[0]])
+    return before[-1] if before else next(iter(known), None)
+
+
+def made_for(release: str, hooks: Iterable[Hook]) -> list[Hook]:
+    """The hooks made for ``release``, or for the known one that is `nearest` to it."""
+    from packaging.specifiers import SpecifierSet
+
+    known = nearest(release)
+    made = releases().get(known or "", {})
+    return [hook for hook in hooks if hook.feature in made and known in SpecifierSet(hook.releases)]
 
 
 def hashes(release: str) -> dict[str, set[str]]:

@@ -27,8 +27,7 @@ def _here():
     """The hooks made for the installed release."""
     if release.installed() == "none":
         return []
-    made = supported.made_for(release.installed().partition("+")[0])
-    return [hook for hook in HOOKS if hook.feature in made]
+    return supported.made_for(release.installed().partition("+")[0], HOOKS)
 
 
 HERE = _here()
@@ -58,12 +57,20 @@ def test_every_feature_says_how_it_is_known(release):
     assert set(levels.values()) <= set(supported.LEVELS)
 
 
-def test_features_are_all_or_nothing_by_release_and_platform():
-    """`patching.apply` leaves a feature off as a whole, so its hooks must agree."""
-    for feature in {hook.feature for hook in HOOKS}:
-        hooks = [hook for hook in HOOKS if hook.feature == feature]
-        assert len({hook.releases for hook in hooks}) == 1, feature
+@pytest.mark.parametrize("release", supported.releases())
+def test_features_are_all_or_nothing_by_release_and_platform(release):
+    """`patching.apply` leaves a feature off as a whole, so its hooks for a release must agree."""
+    here = supported.made_for(release, HOOKS)
+    assert len({hook.target for hook in here}) == len(here), "one hook for one target"
+    for feature in {hook.feature for hook in here}:
+        hooks = [hook for hook in here if hook.feature == feature]
         assert len({hook.platforms for hook in hooks}) == 1, feature
+
+
+def test_an_unknown_release_is_taken_for_the_known_one_before_it():
+    targets = {hook.target for hook in supported.made_for("0.27.9", HOOKS)}
+    assert targets == {hook.target for hook in supported.made_for("0.27.1", HOOKS)}
+    assert targets != {hook.target for hook in supported.made_for("0.28.0", HOOKS)}
 
 
 @needs_vllm

@@ -47,13 +47,11 @@ def compare(release: str, tree: Path, nearest_tree: Path | None) -> int:
     others = [one for one in supported.releases() if one != release]
     before = [one for one in others if Version(one) < Version(release)]
     nearest = max(before or others, key=Version)
-    made = supported.made_for(nearest, all_hooks())
+    hooks = supported.made_for(nearest, all_hooks())
     known = supported.hashes(nearest)
     print(f"vLLM {release}, beside {nearest}:")
-    moved: dict[str, list[str]] = {
-        feature: [] for feature in sorted({hook.feature for hook in made})
-    }
-    for hook in sorted(made, key=lambda one: one.target):
+    moved: dict[str, list[str]] = {name: [] for name in sorted(supported.releases()[nearest])}
+    for hook in sorted(hooks, key=lambda one: one.target):
         if not hook.hashed:
             continue
         try:

@@ -6,9 +6,10 @@ import functools
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_moe_lora.patching import Hook
+if TYPE_CHECKING:
+    from vllm_moe_lora.patching import Hook
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,26 +32,22 @@ def releases() -> dict[str, dict[str, str]]:
     return dict(table().get("releases", {}))
 
 
-def nearest(release: str) -> str:
-    """``release`` itself where it is known, else the known one before it, else the first."""
+def nearest(release: str) -> str | None:
+    """The known release that ``release`` is taken for: itself, or the last one before it."""
     from packaging.version import Version
 
     known = sorted(releases(), key=Version)
     before = [one for one in known if Version(one) <= Version(release)]
-    return before[-1] if before else known[0]
+    return before[-1] if before else next(iter(known), None)
 
 
 def made_for(release: str, hooks: Iterable[Hook]) -> list[Hook]:
-    """Those of ``hooks`` that were made for ``release``, or for the `nearest` known one."""
+    """The hooks made for ``release``, or for the known one that is `nearest` to it."""
     from packaging.specifiers import SpecifierSet
 
-    like = nearest(release)
-    row = releases()[like]
-    return [
-        hook
-        for hook in hooks
-        if hook.feature in row and SpecifierSet(hook.releases).contains(like, prereleases=True)
-    ]
+    known = nearest(release)
+    made = releases().get(known or "", {})
+    return [hook for hook in hooks if hook.feature in made and known in SpecifierSet(hook.releases)]
 
 
 def hashes(release: str) -> dict[str, set[str]]:

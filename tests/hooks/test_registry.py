@@ -58,13 +58,20 @@ def test_every_feature_says_how_it_is_known(release):
     assert set(levels.values()) <= set(supported.LEVELS)
 
 
-def test_features_are_all_or_nothing_by_release_and_platform():
-    """`patching.apply` leaves a feature off as a whole, so its hooks must agree."""
-    for number, features in supported.releases().items():
-        made = supported.made_for(number, HOOKS)
-        for feature in features:
-            hooks = [hook for hook in made if hook.feature == feature]
-            assert len({hook.platforms for hook in hooks}) == 1, (number, feature)
+@pytest.mark.parametrize("release", supported.releases())
+def test_features_are_all_or_nothing_by_release_and_platform(release):
+    """`patching.apply` leaves a feature off as a whole, so its hooks for a release must agree."""
+    here = supported.made_for(release, HOOKS)
+    assert len({hook.target for hook in here}) == len(here), "one hook for one target"
+    for feature in {hook.feature for hook in here}:
+        hooks = [hook for hook in here if hook.feature == feature]
+        assert len({hook.platforms for hook in hooks}) == 1, feature
+
+
+def test_an_unknown_release_is_taken_for_the_known_one_before_it():
+    targets = {hook.target for hook in supported.made_for("0.27.9", HOOKS)}
+    assert targets == {hook.target for hook in supported.made_for("0.27.1", HOOKS)}
+    assert targets != {hook.target for hook in supported.made_for("0.28.0", HOOKS)}
 
 
 @needs_vllm

@@ -32,7 +32,7 @@ def ours(request):
 
 EXPECTED = {
     "gptq": "MarlinExperts",
-    "awq": "MarlinExpertsWithZeros",
+    "awq": "MarlinExperts",
     "ct": "MarlinExperts",
     "ct-triton": "TritonExperts",
     "moe_wna16": "TritonExperts",
@@ -70,6 +70,10 @@ def test_wrapping_a_quantised_layer(kind, ours, monkeypatch):
     scales = getattr(layer, "w13_scales", None)
     assert config.w1_scale is (layer.w13_weight_scale if scales is None else scales)
     assert (config.w1_zp is not None) == (kind == "awq")
+    if kind == "awq":
+        from vllm.scalar_type import scalar_types
+
+        assert experts.quant_type_id == scalar_types.uint4.id
     packed = next(
         getattr(layer, name)
         for name in ("w13_qweight", "w13_weight_packed")
@@ -81,9 +85,9 @@ def test_wrapping_a_quantised_layer(kind, ours, monkeypatch):
 
 
 def test_unknown_weights_are_refused_with_a_cure():
-    from vllm_moe_lora.layers import era_a
+    from vllm_moe_lora.layers.weight_names import alias_weights
 
     layer = torch.nn.Module()
     layer.w13_qweight = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
     with pytest.raises(NotImplementedError, match=r"w2_weight_packed.*without --enable-lora"):
-        era_a.alias_weights(layer)
+        alias_weights(layer)

@@ -1,18 +1,52 @@
-"""Where the Python files of vLLM's releases are: ``$VLLM_TREES/v<release>`` (see ci/trees.py)."""
+"""Unpacked vLLM releases, and running a script on one of them in a process of its own.
+
+`ci/trees.py` fetches them. The scripts run in the environment of the tests, whichever release that
+holds: its compiled operators are not used.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(os.environ.get("VLLM_TREES", Path(__file__).parents[2] / ".trees"))
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+FOLDER = Path(os.environ.get("VLLM_TREES", ROOT / ".trees"))
 
 
-def find(release: str) -> Path:
-    """The folder that holds ``vllm/``; skips the test where there is none."""
-    tree = ROOT / f"v{release}"
-    if not (tree / "vllm").is_dir():
-        pytest.skip(f"no {tree}: run ci/trees.py {release}")
-    return tree
+def tree(release: str) -> Path:
+    """The folder that holds ``vllm/`` of ``release``. Skips the test where it is not there."""
+    found = FOLDER / f"v{release}"
+    if not (found / "vllm" / "__init__.py").is_file():
+        pytest.skip(f"no sources of vLLM {release} in {FOLDER}: run ci/trees.py {release}")
+    return found
+
+
+@functools.cache
+def results(release: str, script: str) -> dict[str, object]:
+    """What ``script`` of this folder prints as its last line, a JSON object, on ``release``."""
+    path = os.pathsep.join(map(str, (tree(release), ROOT, HERE)))
+    env = {**os.environ, "PYTHONPATH": path, "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR"}
+    # The plugin acts when a script says so, and nothing is written among the sources.
+    env |= {"VLLM_MOE_LORA": "0", "PYTHONPYCACHEPREFIX": str(FOLDER / ".pyc")}
+    env |= {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(HERE / script)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    lines = done.stdout.strip().splitlines()
+    assert done.returncode == 0, f"{release}: {done.stderr[-3000:]}"
+    assert lines, f"{release}: {done.stderr[-3000:]}"
+    found = json.loads(lines[-1])
+    assert found.pop("release") == release, "another vLLM was imported"
+    return found

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vllm_moe_lora.adapters.errors import AdapterError
+from vllm_moe_lora.patching import MARK
 from vllm_moe_lora.store import backends
 
 
@@ -63,3 +64,16 @@ def test_an_adapter_that_would_be_ignored_is_refused():
     backends.demand("layers.0.mlp.experts", wrapper("MarlinExperts"))
     with pytest.raises(AdapterError, match=r"layers\.0.*TritonWNA16Experts.*--tensor-parallel"):
         backends.demand("layers.0.mlp.experts", wrapper("TritonWNA16Experts"))
+
+
+def test_experts_that_a_hook_has_taught_are_like_any_other():
+    def apply(self):
+        return None
+
+    kind = type("TritonWNA16Experts", (), {"apply": apply, "supports_lora": lambda: True})
+    kernel = types.SimpleNamespace(fused_experts=kind())
+    wrapper = types.SimpleNamespace(_moe_kernel=kernel)
+    assert not backends.takes_lora(kind)
+    setattr(apply, MARK, "a hook")
+    assert backends.takes_lora(kind)
+    backends.demand("layers.0.mlp.experts", wrapper)

@@ -40,19 +40,24 @@ def _reset_lora(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _init(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, base_layer: Any) -> None:
-        from ..layers import era_a
+        from ..layers.weight_names import alias_weights
 
-        era_a.alias_weights(base_layer)
+        alias_weights(base_layer)
         original(self, base_layer)
 
     return __init__
 
 
-def _init_on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
+def _init_asking(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, base_layer: Any) -> None:
-        from ..layers import cpu_plain
+        from ..layers import cpu_plain, experts_choice
 
-        cpu_plain.prepare(self, base_layer)
+        if cpu_plain.routes_alone(base_layer):
+            return cpu_plain.prepare(self, base_layer)
+        with experts_choice.explained(base_layer):
+            experts_choice.prepare(base_layer)
+            original(self, base_layer)
+        return None
 
     return __init__
 
@@ -62,6 +67,16 @@ def _set_mapping(original: Callable[..., Any]) -> Callable[..., Any]:
         self.punica_wrapper = punica_wrapper  # the rest is for a kernel
 
     return set_mapping
+
+
+class _Classes(tuple[type, ...]):
+    """Classes for `isinstance`; unlike a plain tuple it can carry the mark of a replacement."""
+
+
+def _with_marlin(original: Any) -> Any:
+    from vllm.lora.layers.fused_moe import MarlinExperts
+
+    return _Classes((original, MarlinExperts))
 
 
 def _inject(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,9 +123,14 @@ _ERA_A: dict[str, Any] = {
 
 _PLAIN: dict[str, Any] = {**_COMMON, "releases": ">=0.24,<0.28"}
 _PLAIN["why"] = "it wants a kernel; the CPU's experts of these releases have none and route alone"
+_ASKING: dict[str, Any] = {
+    "feature": "quantised-experts",
+    "upstream": "https://github.com/vllm-project/vllm/blob/v0.27.1/vllm/model_executor/layers/"
+    "quantization/moe_wna16.py",
+    "layers": True,
+}
 
 HOOKS = (
-    Hook(target=f"{_FILE}:FusedMoEWithLoRA.__init__", make=_init_on_cpu, **_PLAIN),
     Hook(target=f"{_FILE}:FusedMoEWithLoRA.set_mapping", make=_set_mapping, **_PLAIN),
     Hook(target=f"{_FILE}:FusedMoEWithLoRA.set_lora", make=_set_lora, **_COMMON),
     Hook(target=f"{_FILE}:FusedMoE3DWithLoRA.set_lora", make=_set_lora, **_COMMON),
@@ -134,5 +154,23 @@ HOOKS = (
         make=_modular_triton,
         why="Triton experts are run over weights that are packed for Marlin",
         **_ERA_A,
+    ),
+    Hook(
+        target=f"{_FILE}:FusedMoEWithLoRA.__init__",
+        make=_init_asking,
+        releases=">=0.12,<0.28",
+        why="'RoutedExperts' object has no attribute 'w13_weight': INT4 layers have other names "
+        "for their weights; and a layer without experts for LoRA ends in a bare AssertionError",
+        until="0.28, whose methods all have experts of their own, and names for their weights",
+        **_ASKING,
+    ),
+    Hook(
+        target=f"{_FILE}:TritonExperts",
+        make=_with_marlin,
+        releases=">=0.16,<0.20",
+        why="the wrapper asserts that its experts are Triton's; this name is used there only",
+        until="0.20, where experts say themselves whether they take LoRA",
+        hashed=False,
+        **_ASKING,
     ),
 )

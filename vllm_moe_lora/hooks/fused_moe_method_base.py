@@ -1,0 +1,34 @@
+"""vllm/model_executor/layers/fused_moe/fused_moe_method_base.py"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..patching import Hook
+
+
+def _select_gemm_impl(original: Callable[..., Any]) -> Callable[..., Any]:
+    def select_gemm_impl(self: Any, prepare_finalize: Any, layer: Any) -> Any:
+        from ..layers import experts_choice
+
+        return experts_choice.experts(self, layer, lambda: original(self, prepare_finalize, layer))
+
+    return select_gemm_impl
+
+
+HOOKS = (
+    Hook(
+        feature="quantised-experts",
+        target="vllm.model_executor.layers.fused_moe.fused_moe_method_base:"
+        "FusedMoEMethodBase.select_gemm_impl",
+        make=_select_gemm_impl,
+        releases=">=0.12,<0.28",
+        why="MoeWNA16, in 0.12 and 0.13 compressed-tensors' WNA16, in 0.12 GPTQ and AWQ have no "
+        "experts for LoRA: NotImplementedError or ValueError while the model is wrapped",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.27.1/vllm/model_executor/layers/"
+        "quantization/moe_wna16.py",
+        until="0.28, which has no such method",
+        layers=True,
+    ),
+)

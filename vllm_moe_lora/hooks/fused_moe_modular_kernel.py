@@ -1,0 +1,32 @@
+"""vllm/model_executor/layers/fused_moe/modular_kernel.py"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..patching import Hook
+
+
+def _expects(original: property) -> property:
+    def expects_unquantized_inputs(self: Any) -> bool:
+        from ..layers import unquantised_input
+
+        return unquantised_input.wanted(self) or bool(original.fget(self))
+
+    return property(expects_unquantized_inputs)
+
+
+HOOKS = (
+    Hook(
+        feature="quantised-experts",
+        target="vllm.model_executor.layers.fused_moe.modular_kernel:"
+        "FusedMoEExpertsModular.expects_unquantized_inputs",
+        make=_expects,
+        releases=">=0.20,<0.24",
+        why="tokens reach FP8 and INT8 experts quantised, and LoRA wants them as they were",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.24.0/vllm/model_executor/layers/"
+        "fused_moe/experts/triton_moe.py",
+        until="0.24, which keeps the tokens as they were",
+        layers=True,
+    ),
+)

@@ -1,0 +1,95 @@
+"""vllm/model_executor/layers/fused_moe/fused_moe.py, from 0.21 on experts/triton_moe.py"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..patching import Hook
+
+_FILE = "vllm.model_executor.layers.fused_moe"
+
+
+def _consuming(original: Callable[..., Any]) -> Callable[..., Any]:
+    # The names are upstream's: its callers give all of them.
+    def apply(
+        self: Any,
+        output: Any,
+        hidden_states: Any,
+        w1: Any,
+        w2: Any,
+        topk_weights: Any,
+        topk_ids: Any,
+        activation: Any,
+        global_num_experts: int,
+        expert_map: Any,
+        *rest: Any,
+        **more: Any,
+    ) -> Any:
+        from ..layers.lora_context import consuming
+
+        given = (hidden_states, w1, w2, topk_weights, topk_ids)
+        experts = consuming(self, *given, expert_map)
+        where = (activation, global_num_experts, expert_map)
+        return original(experts, output, *given, *where, *rest, **more)
+
+    return apply
+
+
+def _quantising(original: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(
+        self: Any,
+        output: Any,
+        hidden_states: Any,
+        w1: Any,
+        w2: Any,
+        topk_weights: Any,
+        topk_ids: Any,
+        activation: Any,
+        global_num_experts: int,
+        expert_map: Any,
+        a1q_scale: Any,
+        *rest: Any,
+        **more: Any,
+    ) -> Any:
+        from ..layers import unquantised_input
+
+        experts, tokens, scale = unquantised_input.quantised(self, hidden_states, a1q_scale)
+        how = (topk_weights, topk_ids, activation, global_num_experts, expert_map, scale)
+        return original(experts, output, tokens, w1, w2, *how, *rest, **more)
+
+    return apply
+
+
+def _hooks(file: str, consuming: str, quantising: str) -> list[Hook]:
+    return [
+        Hook(
+            feature="quantised-experts",
+            target=f"{file}:TritonWNA16Experts.apply",
+            make=_consuming,
+            releases=consuming,
+            why="it inherits that it takes LoRA and never looks at it: adapters on INT4 and INT8 "
+            "experts that Marlin does not take are ignored without a word",
+            upstream="",
+            until="TritonWNA16Experts.apply reads _lora_context",
+            layers=True,
+        ),
+        Hook(
+            feature="quantised-experts",
+            target=f"{file}:TritonExperts.apply",
+            make=_quantising,
+            releases=quantising,
+            why="FP8 and INT8 tokens are multiplied with gate's and up's factors without their "
+            "scale",
+            upstream="https://github.com/vllm-project/vllm/blob/v0.24.0/vllm/model_executor/"
+            "layers/fused_moe/experts/triton_moe.py",
+            until="0.24, which keeps the tokens as they were",
+            layers=True,
+        ),
+    ]
+
+
+HOOKS = (
+    *_hooks(f"{_FILE}.fused_moe", ">=0.20,<0.21", ">=0.20,<0.21"),
+    *_hooks(f"{_FILE}.experts.triton_moe", ">=0.21,<0.34", ">=0.21,<0.24"),
+)

@@ -1,0 +1,97 @@
+"""Which experts a quantised layer runs with LoRA, where its method does not say (0.12 to 0.27).
+
+`FusedMoEWithLoRA` asks the quantisation method for experts that take LoRA. Methods that were never
+taught to answer raise what reads like an error in vLLM.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from . import marlin_int4
+from .weight_names import NAMES
+
+TAKES = (
+    "Unquantised, FP8 and INT4 checkpoints (GPTQ, AWQ, compressed-tensors) take LoRA: serve one of "
+    "those, or without --enable-lora."
+)
+
+
+def _routed(layer: Any) -> Any:
+    """The module that holds the weights: from 0.24 on the runner that is wrapped has it inside."""
+    return getattr(layer, "routed_experts", layer)
+
+
+def prepare(layer: Any) -> None:
+    """Give ``layer`` what the wrapper and its method read and INT4 layers do not have: the names
+    ``w13_weight`` and ``w2_weight``, and in 0.12 a quantisation config for GPTQ and AWQ.
+
+    Raises:
+        NotImplementedError: see `marlin_int4.make_quant_config`.
+    """
+    routed = _routed(layer)
+    for which in ("w13", "w2"):
+        plain, *packed = (name.format(which) for name in NAMES)
+        found = next((one for one in packed if getattr(routed, one, None) is not None), None)
+        if found and getattr(routed, plain, None) is None:
+            setattr(routed, plain, getattr(routed, found))
+    method = routed.quant_method
+    if type(method).__name__ not in marlin_int4.METHODS or method.moe_quant_config is not None:
+        return
+    if method.get_fused_moe_quant_config(routed) is None:
+        method.moe_quant_config = marlin_int4.make_quant_config(routed, method)
+
+
+def _triton(layer: Any, method: Any) -> Any:
+    """Triton's experts for INT4 and INT8 weights that are not packed for Marlin."""
+    try:
+        from vllm.model_executor.layers.fused_moe.experts import triton_moe
+    except ImportError:  # up to 0.20
+        from vllm.model_executor.layers.fused_moe import fused_moe as triton_moe
+    # Up to 0.13 `TritonExperts` do both.
+    kind = getattr(triton_moe, "TritonWNA16Experts", None) or triton_moe.TritonExperts
+    more = {"moe_config": method.moe} if "moe_config" in inspect.signature(kind).parameters else {}
+    return kind(quant_config=method.moe_quant_config, **more)
+
+
+CHOICES: dict[str, Callable[[Any, Any], Any]] = {
+    "MoeWNA16Method": _triton,
+    "CompressedTensorsWNA16MoEMethod": _triton,
+    **dict.fromkeys(marlin_int4.METHODS, marlin_int4.make_experts),
+}
+
+
+def experts(method: Any, layer: Any, otherwise: Callable[[], Any]) -> Any:
+    """The experts for ``layer`` of a ``method`` that has no `select_gemm_impl` of its own.
+
+    Args:
+        otherwise: upstream's answer.
+    """
+    choice = CHOICES.get(type(method).__name__)
+    if choice is None or not method.moe.is_lora_enabled:
+        return otherwise()
+    return choice(layer, method)
+
+
+@contextmanager
+def explained(layer: Any) -> Iterator[None]:
+    """Let a wrapper that cannot be made say for which layer, why, and what to do.
+
+    Raises:
+        NotImplementedError: instead of a bare AssertionError, and of what methods without experts
+            for LoRA raise.
+    """
+    try:
+        yield
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        if "--enable-lora" in str(error) or (isinstance(error, AssertionError) and str(error)):
+            raise
+        routed = _routed(layer)
+        name, method = getattr(routed, "layer_name", ""), type(routed.quant_method).__name__
+        raise NotImplementedError(
+            f"{name or type(routed).__name__}: this vLLM has no experts for {method} that take "
+            f"LoRA ({str(error) or 'an assertion on their class failed'}). {TAKES}"
+        ) from error

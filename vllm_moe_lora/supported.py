@@ -32,13 +32,13 @@ def releases() -> dict[str, dict[str, str]]:
     return dict(table().get("releases", {}))
 
 
-def nearest(release: str) -> str | None:
-    """The known release that ``release`` is taken for: itself, or the last one before it."""
+def nearest(release: str) -> str:
+    """The known release that ``release`` is taken for: itself, the last before it, the first."""
     from packaging.version import Version
 
     known = sorted(releases(), key=Version)
     before = [one for one in known if Version(one) <= Version(release)]
-    return before[-1] if before else next(iter(known), None)
+    return before[-1] if before else known[0]
 
 
 def made_for(release: str, hooks: Iterable[Hook]) -> list[Hook]:
@@ -46,7 +46,7 @@ def made_for(release: str, hooks: Iterable[Hook]) -> list[Hook]:
     from packaging.specifiers import SpecifierSet
 
     known = nearest(release)
-    made = releases().get(known or "", {})
+    made = releases()[known]
     return [hook for hook in hooks if hook.feature in made and known in SpecifierSet(hook.releases)]
 
 

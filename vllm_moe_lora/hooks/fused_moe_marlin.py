@@ -29,7 +29,7 @@ def _fused_marlin_moe(original: Callable[..., Any]) -> Callable[..., Any]:
     return fused_marlin_moe
 
 
-def _quant_type_id(original: property) -> property:
+def _quant_type_id(original: Any) -> property:
     def quant_type_id(self: Any) -> int:
         from ..layers import marlin_zeros
 

@@ -7,7 +7,7 @@ from typing import Any
 from ..patching import Hook
 
 
-def _expects(original: property) -> property:
+def _expects(original: Any) -> property:
     def expects_unquantized_inputs(self: Any) -> bool:
         from ..layers import unquantised_input
 

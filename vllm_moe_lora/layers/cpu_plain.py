@@ -162,7 +162,9 @@ def _factors(
         stacks = [getattr(wrapper, f"{own}_lora_{side}_stacked") for side in "ab"]
     else:
         stacks = [getattr(wrapper, f"{name}_lora_{side}_stacked")[i] for side in "ab"]
-    return stacks[0][slot, expert], stacks[1][slot, expert]
+    # A stack that all experts share (--enable-moe-shared-loras) has one place.
+    a, b = (stack[slot, expert % stack.shape[1]] for stack in stacks)
+    return a, b
 
 
 def _product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,8 @@ files. Written by `ci/refresh_patches.py`; do not edit. A folder for each tag of
 `series`, the names of its patches in their order, and the patches.
 
     cd vllm && git checkout v0.32.0
-    sed 's|^|/path/to/patches/v0.32.0/|' /path/to/patches/v0.32.0/series | xargs git am --keep-non-patch
+    patches=/path/to/patches/v0.32.0
+    sed "s|^|$patches/|" $patches/series | xargs git am --keep-non-patch
 
 `--keep-non-patch` keeps the `[Bugfix][LoRA]` of the subjects, `-s` adds your Signed-off-by.
 `git apply` takes the files too. Take a whole series. The package does the same without this folder,

@@ -92,7 +92,7 @@ def series(tree: Path, release: str, reader: Reader = pristine) -> list[Patch]:
                     path, seam = place
                     touched.setdefault(path, []).append(seam)
                     patch.hooks.append(hook)
-            except LookupError as error:
+            except (LookupError, SyntaxError, UnicodeError) as error:
                 raise SeriesError(f"{hook.target}: {error}") from error
         new = needed(patch.hooks) - shipped
         shipped |= new

@@ -81,6 +81,15 @@ def look(place: Path | None, release: str | None = None) -> Tree:
         Refusal: there is no vLLM, its release is unknown, or has no patches.
     """
     root = _locate(place)
+    try:
+        return _look(root, release)
+    except OSError as error:
+        raise Refusal(
+            f"{error.filename} cannot be read: {error.strerror}", "read access"
+        ) from error
+
+
+def _look(root: Path, release: str | None) -> Tree:
     digests = _digests(root)
     number, how = _release(root, digests, release)
     try:
@@ -118,7 +127,7 @@ def _digests(root: Path) -> dict[str, str | None]:
     for hook in all_hooks():
         try:
             found[hook.target] = digest(target_text(root, hook.target, pristine))
-        except (LookupError, SyntaxError, UnicodeDecodeError):
+        except (LookupError, SyntaxError, UnicodeError):
             found[hook.target] = None
     return found
 
@@ -222,11 +231,15 @@ def _stand(tree: Tree) -> None:
     for path, text in now.items():
         if text == first[path] or text == last[path]:
             continue
-        tree.odd.append(f"{path} is " + ("missing" if text is None else "another than it makes"))
+        tree.odd.append(f"{path} is another than it makes")
     tree.odd += [f"{path} is none of this version's" for path in strange]
     if not tree.odd:
-        there = [path for path, text in now.items() if text == last[path] and text != first[path]]
-        tree.odd = [f"of {len(now)} files, {len(there)} are patched"]
+        # Each file is as it was or as it will be, but these do not go together.
+        todo = [path for path, text in now.items() if text != last[path]]
+        done = [path for path, text in now.items() if text != first[path]]
+        some, what = min((todo, "not patched"), (done, "patched"), key=lambda one: len(one[0]))
+        more = f" and {len(some) - SHOWN} more" if len(some) > SHOWN else ""
+        tree.odd = [f"of {len(now)} files, {what} are {', '.join(some[:SHOWN])}{more}"]
 
 
 def _strange(root: Path, now: Mapping[str, str | None]) -> list[str]:

@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": "build a tiny INT4 MoE model and show that adapter == merged on a real engine",
     "doctor": "check that the plugin is active here, or that adapters will load on a model",
     "inspect": "show what an adapter holds: layout, layers, experts, ranks, scales, bytes",
+    "patches": "put LoRA on MoE models into a tree of vLLM itself, or take it out",
     "plan": "say which backend serves a model with adapters, and in how much memory",
 }
 

@@ -166,6 +166,17 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def not_needed(hook: Hook, platform: str, out_of_tree: bool) -> str:
+    """Why this platform has no use for ``hook``, or ""; the arguments are those of `apply`."""
+    if hook.platforms and platform not in hook.platforms:
+        return f"not needed on {platform or 'an unknown platform'}"
+    if hook.layers and out_of_tree:
+        return "the platform plugin brings its own LoRA layers"
+    if hook.platforms and out_of_tree:
+        return "the platform plugin brings its own kernels"
+    return ""
+
+
 @dataclass
 class _Checker:
     """The circumstances of one `apply`; the arguments are explained there."""
@@ -182,13 +193,7 @@ class _Checker:
         """Why the platform or the user has no use for ``hook``, or ""."""
         if hook.feature in self.left_out:
             return "turned off by VLLM_MOE_LORA"
-        if hook.platforms and self.platform not in hook.platforms:
-            return f"not needed on {self.platform or 'an unknown platform'}"
-        if hook.layers and self.out_of_tree:
-            return "the platform plugin brings its own LoRA layers"
-        if hook.platforms and self.out_of_tree:
-            return "the platform plugin brings its own kernels"
-        return ""
+        return not_needed(hook, self.platform, self.out_of_tree)
 
     def spots(self, hook: Hook) -> list[_Spot]:
         """The names to rebind, none where that is done already. Raises HookError."""

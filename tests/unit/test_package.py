@@ -19,10 +19,12 @@ PACKAGE = Path(__file__).parents[2] / "vllm_moe_lora"
 ROOMS = [
     "cli",
     "commands",
+    "patchset",
     "probe",
     "tiny",
     "trigger",
     "plugin",
+    "seams",
     "hooks",
     "layers",
     "store",
@@ -36,7 +38,7 @@ ROOMS = [
     "log",
 ]
 
-PAYLOAD = ("hooks", "layers", "store", "adapters", "kernels", "patching", "log")
+PAYLOAD = ("seams", "hooks", "layers", "store", "adapters", "kernels", "patching", "log")
 
 
 def _modules():

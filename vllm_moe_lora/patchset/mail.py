@@ -1,0 +1,139 @@
+"""A patch as `git format-patch` writes it, the same on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+import textwrap
+from collections.abc import Callable, Iterable
+
+from vllm_moe_lora.patching import Hook
+from vllm_moe_lora.patchset.series import FIRST, Patch
+
+CONTEXT = 3
+AUTHOR = "vllm-moe-lora <vllm-moe-lora@localhost>"
+DATE = "Thu, 1 Jan 2026 00:00:00 +0000"
+
+# Subjects in upstream's style. A feature that is not named here gets one made of its name.
+SUBJECTS = {
+    FIRST: "[Misc][LoRA] Add the seams that LoRA on MoE models hangs on",
+    "adapters": "[Bugfix][LoRA] Read every layout of routed experts, account for every tensor",
+    "aliases": "[Bugfix][LoRA] Point every alias of a wrapped module at its wrapper",
+    "cpu-dense-lora": "[Bugfix][LoRA][CPU] No adapter for tokens without one on MoE models",
+    "cpu-experts": "[Feature][LoRA][CPU] Unquantized MoE experts take LoRA",
+    "cpu-int4-experts": "[Feature][LoRA][CPU] INT4 MoE experts take LoRA",
+    "isolation": "[Bugfix][LoRA] Clear recycled KV cache blocks of engines that run adapters",
+    "one-wrapper": "[Bugfix][LoRA] Wrap a module once, whatever its names",
+    "quantised-experts": "[Bugfix][LoRA] Wrap MoE layers of quantized weights",
+    "safe-loading": "[Bugfix][LoRA] Load an adapter before its requests are scheduled",
+}
+FIRST_BODY = """\
+Adds vllm/lora/moe_lora with `seam`, a decorator that replaces the function it stands above by one
+that calls it. It changes nothing by itself: each of the following patches adds one fix, with the
+seams it needs and the code behind them. Importing vllm.lora.moe_lora loads nothing of vLLM, so
+every module may do so."""
+
+
+def subject(patch: Patch) -> str:
+    """The patch's first line."""
+    plain = patch.name.replace("-", " ").capitalize()
+    return SUBJECTS.get(patch.name, f"[Bugfix][LoRA] {plain}")
+
+
+def message(patch: Patch) -> str:
+    """What stands below the subject: why, then `Forwarded:`, `Until:` and `Hook:`."""
+    if not patch.hooks:
+        return textwrap.fill(FIRST_BODY, 72) + "\n"
+    parts = []
+    for why in _once(patch.hooks, lambda hook: hook.why):
+        for hook in patch.hooks:
+            if hook.why == why:
+                parts.append(hook.target.replace(":", ", "))
+        text = why[0].upper() + why[1:] + "."
+        parts += [textwrap.fill(text, 72, initial_indent="  ", subsequent_indent="  "), ""]
+    for link in _once(patch.hooks, lambda hook: hook.upstream or "not yet"):
+        parts.append(f"Forwarded: {link}")
+    parts += [f"Until: {until}" for until in _once(patch.hooks, lambda hook: hook.until)]
+    parts += [f"Hook: {hook.target}" for hook in patch.hooks]
+    return "\n".join(parts) + "\n"
+
+
+def mail(patch: Patch) -> str:
+    """The whole file, for `git am` and `git apply`."""
+    head = (
+        f"From {'0' * 40} Mon Sep 17 00:00:00 2001\n"
+        f"From: {AUTHOR}\n"
+        f"Date: {DATE}\n"
+        f"Subject: [PATCH] {subject(patch)}\n"
+        "MIME-Version: 1.0\n"
+        "Content-Type: text/plain; charset=UTF-8\n"
+        "Content-Transfer-Encoding: 8bit\n"
+        f"\n{message(patch)}---\n\n"
+    )
+    return head + "".join(diff(path, *texts) for path, texts in sorted(patch.files.items()))
+
+
+def diff(path: str, before: str | None, after: str) -> str:
+    """The change of one file, in git's form, where ``after`` only adds lines.
+
+    Raises:
+        ValueError: it does more than that.
+    """
+    old, new = (_lines(path, text) for text in (before or "", after))
+    out = [f"diff --git a/{path} b/{path}\n"]
+    if before is None:
+        out.append("new file mode 100644\n")
+        out.append(f"index {'0' * 40}..{_blob(after)}\n--- /dev/null\n+++ b/{path}\n")
+    else:
+        out.append(f"index {_blob(before)}..{_blob(after)} 100644\n")
+        out.append(f"--- a/{path}\n+++ b/{path}\n")
+    for hunk in _hunks(_marked(path, old, new)):
+        out += hunk
+    return "".join(out)
+
+
+def _marked(path: str, old: list[str], new: list[str]) -> list[tuple[str, str]]:
+    """Each new line with " " or "+"."""
+    found, at = [], 0
+    for line in new:
+        kept = at < len(old) and old[at] == line
+        at += kept
+        found.append((" " if kept else "+", line))
+    if at < len(old):
+        raise ValueError(f"{path}: a line is taken away: {old[at]!r}")
+    return found
+
+
+def _hunks(marked: list[tuple[str, str]]) -> Iterable[list[str]]:
+    spots = [i for i, (sign, _) in enumerate(marked) if sign == "+"]
+    kept = 0  # lines of the old file before `done`
+    done = 0
+    while spots:
+        first = max(0, spots[0] - CONTEXT)
+        end = first
+        while spots and spots[0] - CONTEXT <= end:
+            end = min(len(marked), spots.pop(0) + 1 + CONTEXT)
+        kept += sum(sign == " " for sign, _ in marked[done:first])
+        old = sum(sign == " " for sign, _ in marked[first:end])
+        # A range of no lines is named by the line before it.
+        start = kept + 1 if old else kept
+        yield [
+            f"@@ -{start},{old} +{first + 1},{end - first} @@\n",
+            *(sign + line for sign, line in marked[first:end]),
+        ]
+        kept, done = kept + old, end
+
+
+def _lines(path: str, text: str) -> list[str]:
+    if text and not text.endswith("\n"):
+        raise ValueError(f"{path}: no newline at its end")
+    return [f"{line}\n" for line in text.split("\n")[:-1]]
+
+
+def _blob(text: str) -> str:
+    """Git's name of a file with this text, by which `git am -3` finds it."""
+    data = text.encode()
+    return hashlib.sha1(b"blob %d\0%b" % (len(data), data)).hexdigest()
+
+
+def _once(hooks: Iterable[Hook], key: Callable[[Hook], str]) -> list[str]:
+    return list(dict.fromkeys(key(hook) for hook in hooks))

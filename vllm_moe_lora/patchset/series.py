@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import linecache
 import types
@@ -142,10 +143,13 @@ def _place(tree: Path, hook: Hook, reader: Reader) -> tuple[str, Seam] | None:
 def _override(tree: Path, hook: Hook, found: Found, reader: Reader) -> tuple[str, Seam]:
     module, _, name = hook.target.partition(":")
     owner = find(tree, f"{module}:{name.rpartition('.')[0]}", reader)
-    plain = type(found.node).__name__ == "FunctionDef" and not found.node.decorator_list
-    if not plain or owner.module != module:
-        raise SeriesError(f"{hook.target} is inherited from {found.module}, and no plain method")
-    return _below(tree, owner.file), Seam(hook.feature, name, "override")
+    marks = [ast.unparse(one) for one in getattr(found.node, "decorator_list", ["?"])]
+    kind = {(): "override", ("property",): "property"}.get(tuple(marks))
+    if kind is None or type(found.node).__name__ != "FunctionDef" or owner.module != module:
+        raise SeriesError(
+            f"{hook.target} is inherited from {found.module}, and no plain method or property"
+        )
+    return _below(tree, owner.file), Seam(hook.feature, name, kind)
 
 
 def _below(tree: Path, file: Path) -> str:

@@ -22,6 +22,9 @@ _WOVEN = [
         r" +return super\(\)\.\1\(\*args, \*\*kwargs\)\n",
         re.MULTILINE,
     ),
+    re.compile(
+        rf"^\n +@{_CALL}\n +@property\n +def (\w+)\(self\):\n +return super\(\)\.\1\n", re.MULTILINE
+    ),
     re.compile(rf"^ *@{_CALL}\n", re.MULTILINE),
 ]
 
@@ -37,8 +40,9 @@ class Seam:
     Attributes:
         feature: the hook's.
         name: "Class.method" or "function".
-        kind: "def", a decorator above the definition; "override", a new method that calls the
-            inherited one; "name", a name the file imports is bound to the replacement.
+        kind: "def", a decorator above the definition; "override" and "property", a new method or
+            property that calls the inherited one; "name", a name that the file imports is bound
+            to the replacement.
         module: the target's, where it is not the module of the definition.
     """
 
@@ -81,7 +85,7 @@ def unweave(text: str) -> str:
 
 def _place(tree: ast.Module, seam: Seam) -> tuple[int, str]:
     """After which line, and what."""
-    where = {"name": "__name__", "def": f'"{seam.module}"', "override": ""}[seam.kind]
+    where = {"name": "__name__", "def": f'"{seam.module}"'}.get(seam.kind, "")
     call = f'moe_lora.seam("{seam.feature}"' + (f", {where})" if seam.module else ")")
     if seam.kind == "name":
         block = f"\n{seam.name} = {call}({seam.name})\n"
@@ -95,15 +99,16 @@ def _place(tree: ast.Module, seam: Seam) -> tuple[int, str]:
         if not isinstance(owner, ast.ClassDef):
             raise WeaveError(f"no class {parent} for {seam.name}")
         body = owner.body
-    if seam.kind == "override":
+    if seam.kind in ("override", "property"):
         if owner is None:
             raise WeaveError(f"{seam.name} is no method")
         pad = " " * body[-1].col_offset
-        block = (
-            f"\n{pad}@{call}\n{pad}def {name}(self, *args, **kwargs):\n"
-            f"{pad}    return super().{name}(*args, **kwargs)\n"
-        )
-        return _end(owner), block
+        if seam.kind == "property":
+            lines = ["@property", f"def {name}(self):", f"    return super().{name}"]
+        else:
+            lines = [f"def {name}(self, *args, **kwargs):"]
+            lines.append(f"    return super().{name}(*args, **kwargs)")
+        return _end(owner), "\n" + "".join(f"{pad}{line}\n" for line in [f"@{call}", *lines])
     node = defined(body, name)
     if node is None:
         raise WeaveError(f"no definition of {seam.name}")

@@ -76,7 +76,10 @@ def fill(layer, kind, weights):
         else:
             found = {"qweight": pack(q, 1), "scales": scale}
         for suffix, value in found.items():
-            getattr(layer, f"{name}_{suffix}").data.copy_(value)
+            parameter = getattr(layer, f"{name}_{suffix}").data
+            # compressed-tensors' parameters lie the other way from 0.31 on.
+            other_way = parameter.shape != value.shape
+            parameter.copy_(value.transpose(1, 2) if other_way else value)
 
 
 def _marlin(q):

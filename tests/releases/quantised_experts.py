@@ -23,6 +23,8 @@ import torch
 DTYPE = torch.float16
 TOKENS = 7
 KINDS = ["gptq", "awq", "ct", "ct-triton", "moe_wna16", "moe_wna16-awq"]
+# A method without experts for LoRA, and one with experts that the wrapper does not accept.
+REFUSED = ["moe_wna16-other", "moe_wna16-strange"]
 
 
 def _method(kind):
@@ -57,7 +59,10 @@ def _method(kind):
     if kind.startswith("moe_wna16"):
         config = found("moe_wna16.MoeWNA16Config")
         method = found("moe_wna16.MoeWNA16Method")
-        text = {"gptq": int4.GPTQ} if kind == "moe_wna16" else {"awq": int4.AWQ}
+        if kind in REFUSED:
+            more = {"select_gemm_impl": _strange} if kind == "moe_wna16-strange" else {}
+            method = type("OtherMoEMethod", (method,), more)
+        text = {"awq": int4.AWQ} if kind.endswith("awq") else {"gptq": int4.GPTQ}
         ((name, options),) = text.items()
         made = config.from_config({**options, "quant_method": name})
         return lambda layer: method(made, layer.moe_config)
@@ -79,6 +84,18 @@ def _method(kind):
         return lambda layer: method(made, layer.moe_config)
     inputs = scheme.get("input_activations")
     return lambda layer: method(scheme["weights"], inputs, layer.moe_config)
+
+
+def _strange(method, prepare_finalize, layer):
+    """Experts as good as Triton's that are not of their class, as DeepGEMM's in 0.12."""
+    from vllm.model_executor.layers.fused_moe.fused_moe import TritonExperts
+
+    (base,) = TritonExperts.__bases__
+    body = {name: one for name, one in vars(TritonExperts).items() if inspect.isroutine(one)}
+    body |= {"__init__": lambda self, **more: base.__init__(self, **more)}
+    body |= {n: p for n, p in vars(TritonExperts).items() if isinstance(p, property)}
+    more = {"moe_config": method.moe} if "moe_config" in inspect.signature(base).parameters else {}
+    return type("StrangeExperts", (base,), body)(quant_config=method.moe_quant_config, **more)
 
 
 def _layer(kind, number):
@@ -168,7 +185,7 @@ def _adapters(wrapper):
         ("w2", wrapper.w2_lora_a_stacked[0], wrapper.w2_lora_b_stacked[0]),
     ):
         for stack in (a, b):
-            stack.copy_(0.1 * torch.randn(stack.shape, generator=make))
+            stack.copy_(0.15 * torch.randn(stack.shape, generator=make))
         found[name] = (a.float(), b.float())
     wrapper.adapter_enabled.fill_(1)
     return found
@@ -179,11 +196,12 @@ def _run(kind, number, config):
     from vllm.lora.layers.fused_moe import FusedMoEWithLoRA
 
     layer, routed = _layer(kind, number)
+    seed = sum(map(ord, kind))
     if kind == "fp8":
-        weights = fp8.Weights(number)
+        weights = fp8.Weights(seed)
         fp8.fill(routed, weights)
     else:
-        weights = int4.Weights(number, zeros=kind.endswith("awq"))
+        weights = int4.Weights(seed, zeros=kind.endswith("awq"))
         int4.fill(routed, kind, weights)
     routed.quant_method.process_weights_after_loading(routed)
     make = torch.Generator().manual_seed(1)
@@ -246,8 +264,12 @@ def main():
     import vllm_moe_lora
 
     kinds = sys.argv[1:] or KINDS
-    if not sys.argv[1:] and (0, 20) <= tuple(map(int, release.split(".")))[:2] < (0, 25):
-        kinds = [*KINDS, "fp8"]  # what 0.24 put right
+    minor = int(release.split(".")[1])
+    if kinds is KINDS:
+        # 0.24 put FP8 right; from 0.20 on experts say themselves that they take no LoRA, and from
+        # 0.27 on all methods have experts.
+        kinds = KINDS + ["fp8"] * (20 <= minor < 25)
+        kinds += REFUSED if minor < 20 else REFUSED[:1] if minor < 27 else []
     for kind in kinds:
         with contextlib.suppress(LookupError):  # imports what is to be replaced
             _method(kind)

@@ -103,7 +103,8 @@ def silu_and_mul(output, input):
     output.copy_(torch.nn.functional.silu(gate) * up)
 
 
-def moe_sum(input, output):
+def moe_sum(input, output, topk_ids=None, expert_map=None):
+    assert expert_map is None, "one rank holds all experts"
     output.copy_(input.float().sum(1))
 
 
@@ -111,13 +112,17 @@ _kept = []
 
 
 def _operators():
+    later = "Tensor? topk_ids=None, Tensor? expert_map=None"  # from 0.27 on
     for library, text, function in (
         ("_C", "silu_and_mul(Tensor(a!) out, Tensor input) -> ()", silu_and_mul),
-        ("_moe_C", "moe_sum(Tensor input, Tensor(a!) output) -> ()", moe_sum),
+        ("_moe_C", f"moe_sum(Tensor input, Tensor(a!) output, {later}) -> ()", moe_sum),
     ):
+        name = text.partition("(")[0]
+        if hasattr(getattr(torch.ops, library), name):
+            continue  # the installed release has its own
         made = torch.library.Library(library, "FRAGMENT")
-        name = made.define(text)
-        made.impl(name.split("::")[-1], function, "CPU")
+        made.define(text)
+        made.impl(name, function, "CPU")
         _kept.append(made)
     import vllm.triton_utils as triton_utils
     from vllm.platforms import current_platform

@@ -85,3 +85,22 @@ def test_fp8(release):
     want = FINE if Version(release) >= Version("0.24") else WRONG
     assert verdict(bare["fp8"], LIMIT_FP8) == want, bare["fp8"]
     assert verdict(ours["fp8"], LIMIT_FP8) == FINE, ours["fp8"]
+
+
+@pytest.mark.parametrize(
+    ("release", "kind"),
+    [
+        *((r, "moe_wna16-other") for r in RELEASES if Version(r) < Version("0.27")),
+        *((r, "moe_wna16-strange") for r in RELEASES if Version(r) < Version("0.20")),
+    ],
+)
+def test_what_takes_no_lora_is_refused_with_where_and_cure(release, kind):
+    bare, ours = results(release)
+    assert not re.search("--enable-lora", verdict(bare[kind]))
+    if kind == "moe_wna16-strange":
+        assert verdict(bare[kind]) == ASSERTION
+    assert re.fullmatch(
+        r"NotImplementedError: model\.layers\.\d+\.mlp\.experts: this vLLM has no experts for "
+        r"OtherMoEMethod that take LoRA \(.+\)\. .* without --enable-lora\.",
+        verdict(ours[kind]),
+    )

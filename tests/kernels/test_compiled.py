@@ -138,15 +138,19 @@ KERNELS = [shrink.shrink_kernel, expand.expand_kernel] + [getattr(routing, n) fo
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda one: one.__name__)
-def test_a_batch_size_makes_no_new_kernel(kernel):
-    """Ints are not specialised: one compiled kernel a configuration, as compiled above."""
-    pointers = {"x", "y", "z", "a0", "a1", "b0", "b1", "ranks", "topk_weights", "topk_ids"}
-    pointers |= {"token_slots", "expert_map", "active", "order", "tile_segment", "tile_start"}
-    pointers |= {"tile_rows", "counts", "placed", "first_pair", "first_tile"}
-    ints = [one for one in kernel.params if not one.is_constexpr and one.name not in pointers]
-    assert ints
-    assert [one.name for one in ints if not one.do_not_specialize] == []
-    # A caller may hand over views of ids that start anywhere.
-    for one in kernel.params:
-        if one.name in ("topk_ids", "token_slots", "expert_map", "active", "topk_weights"):
-            assert one.do_not_specialize_on_alignment
+def test_a_batch_makes_no_new_kernel(kernel):
+    """No count and no place in memory is specialised on: a configuration is one kernel.
+
+    Only the tensors that are read 16 bytes at a time are, and checks.py wants those aligned.
+    """
+    aligned = {"x", "y", "z", "a0", "a1", "b0", "b1"}
+    rest = [one for one in kernel.params if not one.is_constexpr and one.name not in aligned]
+    tensors = {"topk_ids", "token_slots", "expert_map", "active", "order", "tile_segment"}
+    tensors |= {"tile_start", "tile_rows", "counts", "placed", "first_pair", "first_tile"}
+    tensors |= {"ranks", "topk_weights"}
+    assert any(one.name not in tensors for one in rest)
+    for one in rest:
+        if one.name in tensors:
+            assert one.do_not_specialize_on_alignment, one.name
+        else:
+            assert one.do_not_specialize, one.name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bf16_exact  # noqa: F401  what is tested
 import torch
 import triton
 import triton.language as tl

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bf16_exact  # noqa: F401  makes the interpreter right in bf16
 import lora_cases as cases
 import pytest
 import torch

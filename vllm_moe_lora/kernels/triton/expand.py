@@ -16,9 +16,10 @@ _COUNTS = [
     "stride_out8",
     "stride_part8",
 ]
+_TABLES = ["ranks", "order", "tile_segment", "tile_start", "tile_rows", "topk_weights"]
 
 
-@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=["topk_weights"])
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_TABLES)
 def expand_kernel(
     y,
     z,

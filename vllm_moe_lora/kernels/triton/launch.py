@@ -50,9 +50,10 @@ def add_lora(
             f"{factors.num_experts}",
         )
     if y.ndim == 3:
-        if y.shape[1] != routing.top_k or (y.stride(0) != y.stride(1) * y.shape[1]):
+        try:
+            y = y.view(y.shape[0] * routing.top_k, y.shape[2])
+        except RuntimeError:
             fail(ValueError, "y", "not [tokens, top_k, out] with evenly spaced rows")
-        y = y.flatten(0, 1)
     check_rows("y", y, device, dtype, (pairs,), factors.slices * factors.out)
     check_rows("x", x, device, dtype, (routing.tokens, pairs), factors.width)
     if routing.order.device != device:

@@ -18,6 +18,8 @@ import triton.language as tl
 # One compiled variant serves every batch: nothing is specialised on a count or on a view's start.
 _COUNTS = ["num_pairs", "top_k", "num_slots", "num_experts", "map_size"]
 _IDS = ["topk_ids", "token_slots", "expert_map", "active"]
+_TILES = ["order", "tile_segment", "tile_start", "tile_rows"]
+_SEGMENTS = ["counts", "placed", "first_pair", "first_tile"]
 
 
 @triton.jit
@@ -51,7 +53,7 @@ def segment_of(
     return tl.where(live, segment, num_slots * num_experts)
 
 
-@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_IDS)
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_IDS + _TILES)
 def rank_kernel(
     topk_ids,
     token_slots,
@@ -99,7 +101,7 @@ def rank_kernel(
     tl.store(tile_rows + position, tl.minimum(together - behind, TILE_ROWS), mask=inside)
 
 
-@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_IDS)
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=[*_IDS, "counts"])
 def count_kernel(
     topk_ids,
     token_slots,
@@ -124,7 +126,10 @@ def count_kernel(
     tl.atomic_add(counts + segment, tl.full([BLOCK], 1, tl.int32), mask=live, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["num_segments", "num_tiles"])
+@triton.jit(
+    do_not_specialize=["num_segments", "num_tiles"],
+    do_not_specialize_on_alignment=[*_SEGMENTS, "tile_segment"],
+)
 def scan_kernel(
     counts,
     placed,
@@ -155,7 +160,7 @@ def scan_kernel(
         tl.store(tile_segment + tiles, tl.full([BLOCK], -1, tl.int32), mask=unused)
 
 
-@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_IDS)
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_IDS + _TILES + _SEGMENTS)
 def place_kernel(
     topk_ids,
     token_slots,

@@ -26,6 +26,7 @@ _COUNTS = [
     "stride_rank8",
     "stride_part8",
 ]
+_TABLES = ["ranks", "order", "tile_segment", "tile_start", "tile_rows"]
 
 
 @triton.jit
@@ -38,7 +39,7 @@ def _step(x, a, acc, ranks, columns, width, rank, stride_rank):
     return tl.dot(x, tile, acc, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_TABLES)
 def shrink_kernel(
     x,
     a0,

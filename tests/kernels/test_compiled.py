@@ -109,7 +109,7 @@ ROUTING = {
 ROUTING_REGISTERS = {
     "rank_kernel": 116,
     "count_kernel": 15,
-    "scan_kernel": 75,
+    "scan_kernel": 92,
     "place_kernel": 32,
 }
 

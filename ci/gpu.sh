@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Everything that needs a CUDA GPU: kernel tests, once under compute-sanitizer, then the benchmark.
+# In the active environment or .venv, whose torch must see the GPU. Arguments go to the benchmark.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python="${PYTHON:-${VIRTUAL_ENV:-$PWD/.venv}/bin/python}"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+unset TRITON_INTERPRET
+
+"$python" - <<'PY'
+import sys
+import torch
+if not torch.cuda.is_available():
+    sys.exit(f"torch {torch.__version__} sees no CUDA GPU; this script needs one.")
+print(torch.cuda.get_device_name(), "torch", torch.__version__)
+PY
+
+"$python" -m pytest -m gpu tests/kernels
+"$python" -m pytest tests/kernels/test_compiled.py
+
+if command -v compute-sanitizer >/dev/null; then
+  # Memory errors and races, on the smallest layer and one batch of each kind.
+  for tool in memcheck racecheck; do
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      "$python" -m pytest -m gpu tests/kernels/test_gpu.py -k "reference and qwen3-33 and bfloat16"
+  done
+else
+  echo "compute-sanitizer is not installed: NOT RUN"
+fi
+
+if [[ " $* " == *" --vllm"* ]] || "$python" -c 'import vllm, sys; sys.exit("cpu" in vllm.__version__)' 2>/dev/null; then
+  "$python" benchmarks/moe_lora_kernels.py "$@"
+else
+  echo "no vLLM with CUDA is installed and --vllm is not given: benchmark NOT RUN"
+fi

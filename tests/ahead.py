@@ -1,0 +1,63 @@
+"""Compiles a Triton kernel for a GPU that is not here, and says what the machine code uses."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    ptx: str
+    registers: int  # of a thread
+    stack: int  # bytes of a thread that did not fit into registers
+    shared: int  # bytes of a block
+
+
+def build(kernel, arch: str, pointers: dict, constants: dict, warps: int, stages: int) -> Compiled:
+    """Compile as the first launch would.
+
+    Args:
+        kernel: a `triton.jit` function.
+        arch: such as sm_90.
+        pointers: element type of each tensor argument; all others are int32 or ``constants``.
+    """
+    names = [one.name for one in kernel.params]
+    assert {*pointers, *constants} <= set(names)
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names
+    }
+    # What a launch finds out: pointers are multiples of 16. Nothing is known of the ints.
+    aligned = {
+        (one.num,): [["tt.divisibility", 16]]
+        for one in kernel.params
+        if one.name in pointers and not one.do_not_specialize_on_alignment
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # 3.9 on the default of fp fusion in 3.10
+        compiled = triton.compile(
+            source, target=target, options={"num_warps": warps, "num_stages": stages}
+        )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    return Compiled(compiled.asm["ptx"], int(registers), int(stack), compiled.metadata.shared)

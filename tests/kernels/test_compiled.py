@@ -1,0 +1,156 @@
+"""Every kernel that config.py can choose, compiled for parts that are not here.
+
+Registers are held to what they were when the sizes were chosen, so that a change that makes a
+kernel spill, lose its 16-byte loads or leave the one family of tensor-core instructions fails
+here and not on a GPU.
+"""
+
+from __future__ import annotations
+
+import re
+
+import ahead
+import pytest
+import torch
+import triton
+
+from vllm_moe_lora.kernels.triton import config, expand, routing, shrink
+
+pytestmark = pytest.mark.skipif(
+    triton.knobs.runtime.interpret, reason="TRITON_INTERPRET makes kernels that cannot be compiled"
+)
+
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+SPILLED_BYTES = 32  # ptxas leaves a few stray bytes where it could do without
+ELEMENT = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+PLAN = dict.fromkeys(("order", "tile_segment", "tile_start", "tile_rows", "ranks"), "*i32")
+
+# (kernel, bytes of an element, rows of a tile, ranks of a tile) -> most registers on any part,
+# as Triton 3.9.0 and its ptxas made them.
+REGISTERS = {
+    ("shrink", 2, 16, 16): 96,
+    ("shrink", 2, 16, 32): 80,
+    ("shrink", 2, 16, 64): 138,
+    ("shrink", 2, 32, 16): 102,
+    ("shrink", 2, 32, 32): 174,
+    ("shrink", 2, 32, 64): 100,
+    ("shrink", 4, 16, 16): 88,
+    ("shrink", 4, 16, 32): 102,
+    ("expand", 2, 16, 16): 96,
+    ("expand", 2, 16, 32): 116,
+    ("expand", 2, 16, 64): 194,
+    ("expand", 2, 32, 16): 88,
+    ("expand", 2, 32, 32): 102,
+    ("expand", 2, 32, 64): 138,
+    ("expand", 4, 16, 16): 86,
+    ("expand", 4, 16, 32): 114,
+}
+
+
+def check(name, arch, dtype, tiles, built):
+    assert built.stack <= SPILLED_BYTES, f"{built.stack} bytes spilled"
+    assert built.shared <= SHARED_LIMIT[arch]
+    assert built.registers <= REGISTERS[name, dtype.itemsize, tiles.tile_rows, tiles.block_r]
+    loads = re.findall(r"ld\.global\S*", built.ptx)
+    assert loads, "the pattern no longer finds loads"
+    assert not [one for one in loads if re.search(r"\.[bus](8|16)$", one)], "a 2-byte load"
+    copied = re.findall(r"cp\.async\.c[ag]\.shared\.global .*?\], (0x\w+)", built.ptx)
+    assert all(int(size, 16) == 16 for size in copied), "a copy narrower than 16 bytes"
+    vectors = [one for one in loads if re.search(r"v4\.[bfus]32$|v8\.|v2\.[bfus]64$", one)]
+    assert copied or vectors, "no 16-byte load"
+    # One family of instructions at every row tile, or a batch's size would show in the bits.
+    assert not re.search(r"wgmma|tcgen05", built.ptx)
+    assert ("mma.sync" in built.ptx) == (dtype.itemsize == 2)
+    assert not re.search(r"\b(atom|red)\.", built.ptx), "a sum whose order varies"
+
+
+@pytest.mark.parametrize("arch", config.ARCHES)
+def test_shrink(arch):
+    for dtype, tiles, slices in config.shrink_variants(arch):
+        constants = {
+            "SLICES": slices,
+            "TILE_ROWS": tiles.tile_rows,
+            "BLOCK_R": tiles.block_r,
+            "BLOCK_K": tiles.block_k,
+        }
+        pointers = dict.fromkeys(("x", "a0", "a1"), ELEMENT[dtype]) | PLAN | {"z": "*fp32"}
+        built = ahead.build(
+            shrink.shrink_kernel, arch, pointers, constants, tiles.shrink_warps, tiles.shrink_stages
+        )
+        check("shrink", arch, dtype, tiles, built)
+
+
+@pytest.mark.parametrize("arch", config.ARCHES)
+def test_expand(arch):
+    for dtype, tiles, slices, parts, weighted in config.expand_variants(arch):
+        constants = {
+            "SLICES": slices,
+            "PARTS": parts,
+            "WEIGHTED": weighted,
+            "TILE_ROWS": tiles.tile_rows,
+            "BLOCK_R": tiles.block_r,
+            "BLOCK_N": tiles.block_n,
+        }
+        pointers = dict.fromkeys(("y", "b0", "b1"), ELEMENT[dtype]) | PLAN
+        pointers |= {"z": "*fp32", "topk_weights": "*fp32"}
+        built = ahead.build(expand.expand_kernel, arch, pointers, constants, tiles.expand_warps, 1)
+        check("expand", arch, dtype, tiles, built)
+
+
+ROUTING = {
+    "rank_kernel": (
+        {"BLOCK": config.RANK_BLOCK, "AGAINST": config.RANK_AGAINST},
+        config.RANK_WARPS,
+    ),
+    "count_kernel": ({"BLOCK": config.COUNT_BLOCK}, config.COUNT_WARPS),
+    "scan_kernel": ({"BLOCK": config.SCAN_BLOCK}, config.SCAN_WARPS),
+    "place_kernel": ({"BLOCK": config.COUNT_BLOCK}, config.COUNT_WARPS),
+}
+ROUTING_REGISTERS = {
+    "rank_kernel": 116,
+    "count_kernel": 15,
+    "scan_kernel": 92,
+    "place_kernel": 32,
+}
+
+
+@pytest.mark.parametrize("arch", config.ARCHES)
+@pytest.mark.parametrize("name", ROUTING)
+def test_routing(name, arch):
+    kernel = getattr(routing, name)
+    names = {one.name for one in kernel.params}
+    ids = {"topk_ids": "*i32", "token_slots": "*i64", "expert_map": "*i32", "active": "*u8"}
+    tables = ("order", "tile_segment", "tile_start", "tile_rows")
+    tables += ("counts", "placed", "first_pair", "first_tile")
+    pointers = {n: t for n, t in (ids | dict.fromkeys(tables, "*i32")).items() if n in names}
+    sizes, warps = ROUTING[name]
+    for rows in {tiles.tile_rows for d in config.DTYPES for tiles in config.table(arch, d)}:
+        constants = sizes | {"HAS_MAP": True, "HAS_ACTIVE": True, "TILE_ROWS": rows}
+        constants = {n: value for n, value in constants.items() if n in names}
+        built = ahead.build(kernel, arch, pointers, constants, warps, 3)
+        assert built.stack <= SPILLED_BYTES
+        assert built.shared <= SHARED_LIMIT[arch]
+        assert built.registers <= ROUTING_REGISTERS[name]
+        assert not re.search(r"(atom|red)\S*\.f(16|32|64)", built.ptx)
+
+
+KERNELS = [shrink.shrink_kernel, expand.expand_kernel] + [getattr(routing, n) for n in ROUTING]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda one: one.__name__)
+def test_a_batch_makes_no_new_kernel(kernel):
+    """No count and no place in memory is specialised on: a configuration is one kernel.
+
+    Only the tensors that are read 16 bytes at a time are, and checks.py wants those aligned.
+    """
+    aligned = {"x", "y", "z", "a0", "a1", "b0", "b1"}
+    rest = [one for one in kernel.params if not one.is_constexpr and one.name not in aligned]
+    tensors = {"topk_ids", "token_slots", "expert_map", "active", "order", "tile_segment"}
+    tensors |= {"tile_start", "tile_rows", "counts", "placed", "first_pair", "first_tile"}
+    tensors |= {"ranks", "topk_weights"}
+    assert any(one.name not in tensors for one in rest)
+    for one in rest:
+        if one.name in tensors:
+            assert one.do_not_specialize_on_alignment, one.name
+        else:
+            assert one.do_not_specialize, one.name

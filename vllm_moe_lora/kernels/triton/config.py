@@ -1,0 +1,113 @@
+"""Which tiles the kernels use: data by device, dtype and rank, and the rules for shapes.
+
+What decides the bits of a sum (the steps along x, the number of parts) depends on the layer
+only, never on the batch, so a request gets the same bits alone and in a batch. Row tiles stay
+below 64, where tensor cores take the same `mma.sync` path on every part.
+
+Nothing here was measured on a GPU yet: the sizes were chosen from registers, spills and shared
+memory of compiled kernels, and tests/kernels/test_compiled.py holds them to that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+# Up to here the pairs are ranked against each other in one launch instead of counted in three.
+RANKED_PAIRS = 2048
+RANK_BLOCK, RANK_AGAINST, RANK_WARPS = 32, 128, 4
+COUNT_BLOCK, COUNT_WARPS = 256, 4
+SCAN_BLOCK, SCAN_WARPS = 2048, 8
+
+# Up to here tiles alone do not fill a GPU: small row tiles, and every part of a sum its program.
+FEW_PAIRS = 1024
+PARTS = 4
+PARTS_FROM_WIDTH = 1024  # narrower sums are one part
+
+ARCHES = ("sm_80", "sm_90", "sm_100")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile sizes and launch options of one shrink and its expand."""
+
+    tile_rows: int
+    block_r: int
+    block_k: int
+    shrink_warps: int
+    shrink_stages: int
+    block_n: int
+    expand_warps: int
+
+
+# By bytes of an element. fp32 runs without tensor cores: 16 rows and 32 ranks fill its registers.
+_DEFAULT = {
+    2: (
+        Tiles(16, 16, 128, 4, 4, 128, 4),
+        Tiles(16, 32, 128, 4, 3, 128, 4),
+        Tiles(16, 64, 64, 4, 4, 128, 4),
+        Tiles(32, 16, 128, 4, 4, 128, 8),
+        Tiles(32, 32, 128, 8, 3, 128, 8),
+        Tiles(32, 64, 64, 8, 4, 128, 8),
+    ),
+    4: (
+        Tiles(16, 16, 64, 4, 3, 64, 4),
+        Tiles(16, 32, 32, 4, 3, 64, 4),
+    ),
+}
+# A part that was measured gets its own table here; the others run the default's.
+_MEASURED: dict[str, dict[int, tuple[Tiles, ...]]] = {}
+
+
+def table(arch: str, dtype: torch.dtype) -> tuple[Tiles, ...]:
+    """Every choice there is for a device and a dtype."""
+    return _MEASURED.get(arch, _DEFAULT)[dtype.itemsize]
+
+
+def tile_rows(arch: str, dtype: torch.dtype, num_pairs: int) -> int:
+    """Rows of a tile: the smallest of the table for few pairs, else the largest."""
+    rows = {tiles.tile_rows for tiles in table(arch, dtype)}
+    return min(rows) if num_pairs <= FEW_PAIRS else max(rows)
+
+
+def tiles_for(arch: str, dtype: torch.dtype, rows: int, max_rank: int) -> Tiles:
+    """The narrowest rank tile that holds ``max_rank``, or the widest there is."""
+    fitting = [tiles for tiles in table(arch, dtype) if tiles.tile_rows == rows]
+    fitting.sort(key=lambda tiles: tiles.block_r)
+    return next((tiles for tiles in fitting if tiles.block_r >= max_rank), fitting[-1])
+
+
+def parts_for(width: int) -> int:
+    """Parts that a sum over ``width`` elements is cut into."""
+    return PARTS if width >= PARTS_FROM_WIDTH else 1
+
+
+def splits(num_pairs: int) -> bool:
+    """Whether the parts of a sum are programs of their own."""
+    return num_pairs <= FEW_PAIRS
+
+
+def max_tiles(num_pairs: int, num_segments: int, rows: int) -> int:
+    """Tiles that a batch of ``num_pairs`` can need, however it is routed."""
+    segments = min(num_pairs, num_segments)
+    return min(num_pairs, (num_pairs + segments * (rows - 1)) // rows)
+
+
+def shrink_variants(arch: str) -> Iterator[tuple[torch.dtype, Tiles, int]]:
+    """Every (dtype, tiles, slices) the shrink can be compiled for."""
+    for dtype in DTYPES:
+        for tiles in table(arch, dtype):
+            for slices in (1, 2):
+                yield dtype, tiles, slices
+
+
+def expand_variants(arch: str) -> Iterator[tuple[torch.dtype, Tiles, int, int, bool]]:
+    """Every (dtype, tiles, slices, parts, weighted) the expand can be compiled for."""
+    for dtype, tiles, slices in shrink_variants(arch):
+        few = tiles.tile_rows == tile_rows(arch, dtype, FEW_PAIRS)
+        for parts in (1, PARTS) if few else (1,):
+            for weighted in (False, True):
+                yield dtype, tiles, slices, parts, weighted

@@ -1,0 +1,107 @@
+"""y += B z for every tile of pairs, in place, times the router weight where asked."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_COUNTS = [
+    "num_experts",
+    "num_segments",
+    "max_rank8",
+    "out8",
+    "stride_y8",
+    "stride_slot8",
+    "stride_expert8",
+    "stride_out8",
+    "stride_part8",
+]
+_TABLES = ["ranks", "order", "tile_segment", "tile_start", "tile_rows", "topk_weights"]
+
+
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_TABLES)
+def expand_kernel(
+    y,
+    z,
+    b0,
+    b1,
+    ranks,
+    topk_weights,
+    order,
+    tile_segment,
+    tile_start,
+    tile_rows,
+    num_experts,
+    num_segments,
+    max_rank8,
+    out8,
+    stride_y8,
+    stride_slot8,
+    stride_expert8,
+    stride_out8,
+    stride_part8,
+    SLICES: tl.constexpr,
+    PARTS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program: one tile, BLOCK_N columns of one slice.
+
+    Shapes: y [pairs, SLICES * out]; z [PARTS, pairs, SLICES, max_rank] fp32, rows in tile order;
+    b0, b1 [slots, experts or 1, out, max_rank]; ranks [SLICES, slots, experts] int32;
+    topk_weights [pairs]. Strides and widths count groups of 8 elements (see shrink.py).
+    """
+    tile = tl.program_id(0)
+    segment = tl.load(tile_segment + tile)
+    if segment < 0:
+        return
+    slice_id = tl.program_id(2)
+    max_rank = max_rank8 * 8
+    rank = tl.minimum(tl.load(ranks + slice_id * num_segments + segment), max_rank)
+    if rank <= 0:
+        return
+
+    start = tl.load(tile_start + tile).to(tl.int64)
+    row = tl.arange(0, TILE_ROWS)
+    live = row < tl.load(tile_rows + tile)
+    pair = tl.load(order + start + row, mask=live, other=0).to(tl.int64)
+    out = out8 * 8
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = column < out
+    y += pair[:, None] * stride_y8 * 8 + (slice_id * out + column)[None, :]
+    touched = live[:, None] & inside[None, :]
+    old = tl.load(y, mask=touched, other=0.0)
+
+    slot = (segment // num_experts).to(tl.int64)
+    expert = (segment % num_experts).to(tl.int64)
+    b = b0
+    if SLICES == 2 and slice_id == 1:
+        b = b1
+    b += (slot * stride_slot8 + expert * stride_expert8) * 8
+    b += column.to(tl.int64)[None, :] * stride_out8 * 8
+    z += (start + row)[:, None] * (SLICES * max_rank) + slice_id * max_rank
+    # Whole groups are loaded, and what lies past the rank is dropped after: a mask at the rank
+    # itself would make every load as narrow as one element.
+    groups = (rank + 7) // 8 * 8
+
+    acc = tl.zeros([TILE_ROWS, BLOCK_N], tl.float32)
+    for first in range(0, rank, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        up = tl.load(b + r[:, None], mask=(r < groups)[:, None] & inside[None, :], other=0.0)
+        up = tl.where((r < rank)[:, None], up, 0.0)
+        down = tl.zeros([TILE_ROWS, BLOCK_R], tl.float32)
+        for part in tl.static_range(PARTS):
+            offset = tl.cast(part, tl.int64) * stride_part8 * 8
+            down += tl.load(z + offset + r[None, :], mask=live[:, None] & (r < groups)[None, :])
+        down = tl.where(live[:, None] & (r < rank)[None, :], down, 0.0)
+        if up.dtype == tl.float16:
+            # z may pass the range of fp16; tf32 holds fp16 factors exactly and has fp32's range.
+            acc = tl.dot(down, up.to(tl.float32), acc, input_precision="tf32")
+        else:
+            acc = tl.dot(down.to(up.dtype), up, acc, input_precision="ieee")
+    if WEIGHTED:
+        weight = tl.load(topk_weights + pair, mask=live, other=0.0).to(tl.float32)
+        acc = acc * weight[:, None]
+    tl.store(y, (old.to(tl.float32) + acc).to(y.dtype.element_ty), mask=touched)

@@ -1,0 +1,127 @@
+"""Shrink and expand as one call: checks that need no device, then the two launches.
+
+Nothing here waits for the GPU, and what is allocated comes from torch's pool, so a call can be
+captured in a CUDA graph; the checks then run once, at capture.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from vllm_moe_lora.kernels.triton import config
+from vllm_moe_lora.kernels.triton.checks import arch_of, check_ids, check_rows, fail
+from vllm_moe_lora.kernels.triton.expand import expand_kernel
+from vllm_moe_lora.kernels.triton.factors import Factors
+from vllm_moe_lora.kernels.triton.route import Routing
+from vllm_moe_lora.kernels.triton.shrink import shrink_kernel
+
+
+def add_lora(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    factors: Factors,
+    routing: Routing,
+    topk_weights: torch.Tensor | None = None,
+) -> None:
+    """y += B (A x) for every routed pair, in place; kernels/reference.py defines the result.
+
+    Args:
+        y: [tokens, top_k, out] or [tokens * top_k, out], the dtype of x; out is the sum of the
+            slices'. Rows may be parts of wider ones.
+        x: [tokens, in], one row a token, or [tokens * top_k, in], one row a pair.
+        factors: of the projection.
+        routing: of this batch, made for the dtype of x.
+        topk_weights: [tokens, top_k] any float dtype, contiguous, to multiply by; or None.
+
+    Raises:
+        TypeError: wrong dtypes or devices.
+        ValueError: wrong shapes or strides, rows not aligned to 16 bytes, or a routing that was
+            made for other factors.
+    """
+    dtype, device = factors.dtype, factors.device
+    pairs = routing.num_pairs
+    if (routing.num_slots, routing.num_experts) != (factors.num_slots, factors.num_experts):
+        fail(
+            ValueError,
+            "routing",
+            f"made for {routing.num_slots} slots and "
+            f"{routing.num_experts} experts, the factors have {factors.num_slots} and "
+            f"{factors.num_experts}",
+        )
+    if y.ndim == 3:
+        try:
+            y = y.view(y.shape[0] * routing.top_k, y.shape[2])
+        except RuntimeError:
+            fail(ValueError, "y", "not [tokens, top_k, out] with evenly spaced rows")
+    check_rows("y", y, device, dtype, (pairs,), factors.slices * factors.out)
+    check_rows("x", x, device, dtype, (routing.tokens, pairs), factors.width)
+    if routing.order.device != device:
+        fail(TypeError, "routing", f"on {routing.order.device}, the factors are on {device}")
+    if topk_weights is not None:
+        floats = (torch.float32, torch.bfloat16, torch.float16)
+        check_ids("topk_weights", topk_weights, device, floats, (routing.tokens, routing.top_k))
+    arch = arch_of(device)
+    if pairs == 0:
+        return
+
+    parts = config.parts_for(factors.width)
+    split = parts > 1 and config.splits(pairs)
+    z = torch.empty(
+        (parts if split else 1, pairs, factors.slices, factors.max_rank),
+        dtype=torch.float32,
+        device=device,
+    )
+    tiles = config.tiles_for(arch, dtype, routing.rows, factors.max_rank)
+    plan = (routing.order, routing.tile_segment, routing.tile_start, routing.tile_rows)
+    count = routing.tile_segment.numel()
+    steps = triton.cdiv(factors.width, tiles.block_k)
+    segments = factors.num_slots * factors.num_experts
+    shrink_kernel[(count, triton.cdiv(factors.max_rank, tiles.block_r), z.shape[0])](
+        x,
+        factors.lora_a[0],
+        factors.lora_a[-1],
+        factors.ranks,
+        z,
+        *plan,
+        factors.num_experts,
+        segments,
+        1 if x.shape[0] == pairs else routing.top_k,
+        factors.max_rank // 8,
+        factors.width // 8,
+        triton.cdiv(steps, parts),
+        1 if split else parts,
+        x.stride(0) // 8,
+        *factors.strides_a,
+        z.stride(0) // 8,
+        factors.slices,
+        tiles.tile_rows,
+        tiles.block_r,
+        tiles.block_k,
+        num_warps=tiles.shrink_warps,
+        num_stages=tiles.shrink_stages,
+    )
+    expand_kernel[(count, triton.cdiv(factors.out, tiles.block_n), factors.slices)](
+        y,
+        z,
+        factors.lora_b[0],
+        factors.lora_b[-1],
+        factors.ranks,
+        z if topk_weights is None else topk_weights,
+        *plan,
+        factors.num_experts,
+        segments,
+        factors.max_rank // 8,
+        factors.out // 8,
+        y.stride(0) // 8,
+        *factors.strides_b,
+        z.stride(0) // 8,
+        factors.slices,
+        z.shape[0],
+        topk_weights is not None,
+        tiles.tile_rows,
+        tiles.block_r,
+        tiles.block_n,
+        num_warps=tiles.expand_warps,
+        num_stages=1,
+    )

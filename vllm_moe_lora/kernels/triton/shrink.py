@@ -1,0 +1,122 @@
+"""z = A x for every tile of pairs: fp32, all slices of a projection at once, so x is read once.
+
+The sum over x is cut into parts of whole BLOCK_K steps, which are added up in order. How many
+parts there are follows from the layer's shape alone; whether each is a program's (few pairs, the
+expand adds them up) or one program does all of them (many pairs) changes no bit of the sum.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Strides and widths count groups of 8 elements: a group is at least 16 bytes, so the compiler
+# knows every row to be aligned, whatever the shape, and loads weights 16 bytes at a time.
+_COUNTS = [
+    "num_experts",
+    "num_segments",
+    "pairs_per_row",
+    "max_rank8",
+    "width8",
+    "part_steps",
+    "parts_here",
+    "stride_x8",
+    "stride_slot8",
+    "stride_expert8",
+    "stride_rank8",
+    "stride_part8",
+]
+_TABLES = ["ranks", "order", "tile_segment", "tile_start", "tile_rows"]
+
+
+@triton.jit
+def _step(x, a, acc, ranks, columns, width, rank, stride_rank):
+    tile = tl.load(
+        a + ranks[None, :] * stride_rank + columns[:, None],
+        mask=(ranks < rank)[None, :] & (columns < width)[:, None],
+        other=0.0,
+    )
+    return tl.dot(x, tile, acc, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_TABLES)
+def shrink_kernel(
+    x,
+    a0,
+    a1,
+    ranks,
+    z,
+    order,
+    tile_segment,
+    tile_start,
+    tile_rows,
+    num_experts,
+    num_segments,
+    pairs_per_row,
+    max_rank8,
+    width8,
+    part_steps,
+    parts_here,
+    stride_x8,
+    stride_slot8,
+    stride_expert8,
+    stride_rank8,
+    stride_part8,
+    SLICES: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program: one tile, BLOCK_R ranks, ``parts_here`` parts of the sum over x.
+
+    Shapes: x [rows, width]; a0, a1 [slots, experts or 1, max_rank, width]; ranks
+    [SLICES, slots, experts] int32; z [parts, pairs, SLICES, max_rank] fp32, rows in tile order.
+    """
+    tile = tl.program_id(0)
+    segment = tl.load(tile_segment + tile)
+    if segment < 0:
+        return
+    first_rank = tl.program_id(1) * BLOCK_R
+    max_rank = max_rank8 * 8
+    rank0 = tl.minimum(tl.load(ranks + segment), max_rank)
+    rank1 = 0
+    if SLICES == 2:
+        rank1 = tl.minimum(tl.load(ranks + num_segments + segment), max_rank)
+    if first_rank >= tl.maximum(rank0, rank1):
+        return
+
+    start = tl.load(tile_start + tile).to(tl.int64)
+    row = tl.arange(0, TILE_ROWS)
+    live = row < tl.load(tile_rows + tile)
+    pair = tl.load(order + start + row, mask=live, other=0)
+    x += (pair // pairs_per_row).to(tl.int64)[:, None] * stride_x8 * 8
+    slot = (segment // num_experts).to(tl.int64)
+    expert = (segment % num_experts).to(tl.int64)
+    factor = (slot * stride_slot8 + expert * stride_expert8) * 8
+    a0 += factor
+    a1 += factor
+    r = first_rank + tl.arange(0, BLOCK_R)
+    width = width8 * 8
+    steps = (width + BLOCK_K - 1) // BLOCK_K
+    part = tl.program_id(2) * parts_here
+    z += part.to(tl.int64) * stride_part8 * 8
+
+    sum0 = tl.zeros([TILE_ROWS, BLOCK_R], tl.float32)
+    sum1 = tl.zeros([TILE_ROWS, BLOCK_R], tl.float32)
+    for p in range(part, part + parts_here):
+        acc0 = tl.zeros([TILE_ROWS, BLOCK_R], tl.float32)
+        acc1 = tl.zeros([TILE_ROWS, BLOCK_R], tl.float32)
+        for step in range(p * part_steps, tl.minimum((p + 1) * part_steps, steps)):
+            columns = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            inside = live[:, None] & (columns < width)[None, :]
+            rows = tl.load(x + columns[None, :], mask=inside, other=0.0)
+            acc0 = _step(rows, a0, acc0, r, columns, width, rank0, stride_rank8 * 8)
+            if SLICES == 2:
+                acc1 = _step(rows, a1, acc1, r, columns, width, rank1, stride_rank8 * 8)
+        sum0 += acc0
+        sum1 += acc1
+
+    z += (start + row)[:, None] * (SLICES * max_rank) + r[None, :]
+    tl.store(z, sum0, mask=live[:, None] & (r < rank0)[None, :])
+    if SLICES == 2:
+        tl.store(z + max_rank, sum1, mask=live[:, None] & (r < rank1)[None, :])

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_moe_lora.kernels.triton import config
-from vllm_moe_lora.kernels.triton.checks import check_aligned, fail
+from . import config
+from .checks import check_aligned, fail
 
 
 class Factors:

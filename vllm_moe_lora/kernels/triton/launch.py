@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 import triton
 
-from vllm_moe_lora.kernels.triton import config
-from vllm_moe_lora.kernels.triton.checks import arch_of, check_ids, check_rows, fail
-from vllm_moe_lora.kernels.triton.expand import expand_kernel
-from vllm_moe_lora.kernels.triton.factors import Factors
-from vllm_moe_lora.kernels.triton.route import Routing
-from vllm_moe_lora.kernels.triton.shrink import shrink_kernel
+from . import config
+from .checks import arch_of, check_ids, check_rows, fail
+from .expand import expand_kernel
+from .factors import Factors
+from .route import Routing
+from .shrink import shrink_kernel
 
 
 def add_lora(

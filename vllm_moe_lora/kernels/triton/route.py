@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from vllm_moe_lora.kernels.triton import config, routing
-from vllm_moe_lora.kernels.triton.checks import arch_of, check_ids, fail
+from . import config, routing
+from .checks import arch_of, check_ids, fail
 
 
 @dataclass(frozen=True)

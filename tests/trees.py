@@ -27,10 +27,10 @@ def original(number: str) -> Path:
     spec = importlib.util.find_spec("vllm")
     if number == HERE and spec is not None and spec.origin is not None:
         return Path(spec.origin).parents[1]
-    found = Path(os.environ.get("VLLM_TREES", "/nowhere"), f"v{number}")
+    found = Path(os.environ.get("MOE_LORA_TREES", "/nowhere"), f"v{number}")
     if not (found / "vllm").is_dir():
         pytest.skip(
-            f"no tree of vLLM {number}: unpack its wheel into DIR/v{number} and set VLLM_TREES=DIR"
+            f"no tree of vLLM {number}: unpack its wheel into DIR/v{number} and set MOE_LORA_TREES=DIR"
         )
     return found
 

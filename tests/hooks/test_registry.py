@@ -219,16 +219,17 @@ type(current_platform)._enum = PlatformEnum.OOT
 assert current_platform.device_type == "cpu"
 import vllm_moe_lora as v
 v.register()
+from vllm_moe_lora import supported
 from vllm_moe_lora.hooks import all_hooks
 from vllm_moe_lora.patching import MARK, _Spot
 marked = {}
-for hook in all_hooks():
-    if hook.feature in v.status():
-        marked.setdefault(hook.layers or bool(hook.platforms), []).append(
-            hasattr(_Spot.find(hook.target).get(), MARK)
-        )
+for hook in supported.made_for(RELEASE, all_hooks()):
+    marked.setdefault(hook.layers or bool(hook.platforms), []).append(
+        hasattr(_Spot.find(hook.target).get(), MARK)
+    )
 print("MARKED", set(marked[True]), sum(marked[False]) > 10)
 """
+    made = made.replace("RELEASE", repr(release.installed().partition("+")[0]))
     rc, out = _python(made + STATE, VLLM_PLUGINS="", VLLM_MOE_LORA="1")
     assert rc == 0, out[-2000:]
     assert "MARKED {False} True" in out

@@ -19,7 +19,7 @@ from release import installed
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-FOLDER = Path(os.environ.get("VLLM_TREES", ROOT / ".trees"))
+FOLDER = Path(os.environ.get("MOE_LORA_TREES", ROOT / ".trees"))
 
 
 def tree(release: str) -> Path:

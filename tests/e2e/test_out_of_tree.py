@@ -25,8 +25,7 @@ from vllm_moe_lora.tiny import engine, oracle
 pytestmark = pytest.mark.cpu_engine
 
 # What is the platform's own business: layers, and whatever is for the platforms vLLM knows.
-MADE = supported.made_for(release.installed().partition("+")[0])
-HOOKS = [hook for hook in all_hooks() if hook.feature in MADE]
+HOOKS = supported.made_for(release.installed().partition("+")[0], all_hooks())
 LEFT_OUT = [hook for hook in HOOKS if hook.layers or hook.platforms]
 WATCHED = [
     *(name for hook in LEFT_OUT for name in (hook.target, *hook.also)),

@@ -185,8 +185,8 @@ def test_ids_that_do_not_exist_change_nothing(counted):
 
 def test_ranks_on_the_device_cannot_lead_outside():
     """A rank that was written past set_ranks is cut to the buffers."""
-    case = cases.make(SMALL, torch.float32, 40, 16, 16)
-    case.ranks.fill_(16)
+    case = cases.make(SMALL, torch.float32, 40, 16, 24, slices=2)
+    case.ranks.fill_(24)
     for t in (*case.lora_a, *case.lora_b):
         t.copy_(torch.randn(t.shape, generator=torch.Generator().manual_seed(3)) / 8)
     want = run(case, SMALL.experts)

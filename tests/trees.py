@@ -11,8 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import pytest
 import release
+import unpacked
 
 from vllm_moe_lora import supported
 
@@ -27,12 +27,7 @@ def original(number: str) -> Path:
     spec = importlib.util.find_spec("vllm")
     if number == HERE and spec is not None and spec.origin is not None:
         return Path(spec.origin).parents[1]
-    found = Path(os.environ.get("MOE_LORA_TREES", "/nowhere"), f"v{number}")
-    if not (found / "vllm").is_dir():
-        pytest.skip(
-            f"no tree of vLLM {number}: unpack its wheel into DIR/v{number} and set MOE_LORA_TREES=DIR"
-        )
-    return found
+    return unpacked.tree(number)
 
 
 def copy(number: str, folder: Path) -> Path:

@@ -6,51 +6,21 @@ release's own.
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import inspect
 import os
 import socket
 import sys
 import types
 
+import stand_ins
 import torch
 
 SLOTS, TOP_K = 2, 2
 
 
-class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Modules that old releases import and this environment does not have; nothing calls them."""
-
-    NAMES = ("gguf", "diskcache")
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in self.NAMES:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec):
-        module = types.ModuleType(spec.name)
-        module.__getattr__ = _anything
-        return module
-
-    def exec_module(self, module):
-        return None
-
-
-def _anything(name):
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return type(name, (), {})
-
-
 def begin(lora_dtype):
     """Import vLLM, with process groups of one and LoRA in its config. Returns its release."""
-    if any(importlib.util.find_spec(name) is None for name in _Absent.NAMES):
-        sys.meta_path.append(_Absent())
-    if not hasattr(torch._C._cpu, "_is_avx512_supported"):
-        torch._C._cpu._is_avx512_supported = lambda: False
+    stand_ins.modules()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     import vllm
     from vllm.config import VllmConfig, set_current_vllm_config

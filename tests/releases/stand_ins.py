@@ -44,13 +44,21 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-def install():
+def modules():
+    """Modules that are missing, and what torch no longer has."""
     import torch
 
     absent = {name for name in MISSING if importlib.util.find_spec(name) is None}
     sys.meta_path.append(_Finder(absent))
     if not hasattr(torch._C._cpu, "_is_avx512_supported"):
-        torch._C._cpu._is_avx512_supported = lambda: True
+        torch._C._cpu._is_avx512_supported = lambda: False
+
+
+def install():
+    """`modules`, and operators that layers look up when they are made; calling one fails."""
+    import torch
+
+    modules()
     from transformers import GptOssConfig
 
     GptOssConfig.rope_theta = 150000.0  # transformers 5 has it in rope_parameters alone

@@ -15,7 +15,7 @@ from pathlib import Path
 import layouts
 import pytest
 import torch
-import trees
+import unpacked
 from safetensors.torch import load_file
 
 from vllm_moe_lora import supported
@@ -71,7 +71,7 @@ def cases(tmp_path_factory):
 
 
 def _ask(release, cases, folder, plugin):
-    tree, out = trees.tree(release), folder / "out.pt"
+    tree, out = unpacked.tree(release), folder / "out.pt"
     job = {"models": cases[0], "plugin": plugin, "out": str(out)}
     (folder / "job.json").write_text(json.dumps(job))
     package = str(HERE.parents[1])
@@ -80,7 +80,7 @@ def _ask(release, cases, folder, plugin):
         "PYTHONPATH": os.pathsep.join([str(tree), package]),
         "VLLM_PLUGINS": "",
         "VLLM_MOE_LORA": "1" if plugin else "0",
-        "PYTHONPYCACHEPREFIX": str(trees.FOLDER / ".pyc"),
+        "PYTHONPYCACHEPREFIX": str(unpacked.FOLDER / ".pyc"),
     }
     command = [sys.executable, str(HERE / "world.py"), str(folder / "job.json")]
     done = subprocess.run(

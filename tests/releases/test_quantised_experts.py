@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 import pytest
-import trees
+import unpacked
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
@@ -65,7 +65,7 @@ def expected(kind, release):
 
 
 def results(release):
-    found = trees.results(release, "quantised_experts.py")
+    found = unpacked.results(release, "quantised_experts.py")
     assert found["status"]["quantised-experts"] == "on"
     return found["bare"], found["ours"]
 

@@ -64,7 +64,10 @@ def _init_asking(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _set_mapping(original: Callable[..., Any]) -> Callable[..., Any]:
     def set_mapping(self: Any, punica_wrapper: Any) -> None:
+        if hasattr(self, "_moe_kernel"):
+            return original(self, punica_wrapper)
         self.punica_wrapper = punica_wrapper  # the rest is for a kernel
+        return None
 
     return set_mapping
 

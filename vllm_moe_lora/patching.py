@@ -39,7 +39,6 @@ class Hook:
         until: the event after which it can go.
         also: other names bound to the same object (copies made by ``from x import f``).
         hashed: False for plain data, which has no source text to check.
-        patch: file below patches/ that makes the same change to a checkout, "" while there is none.
         platforms: vLLM device types it is for ("cpu", "cuda", "rocm", ...); empty means all.
         layers: it changes LoRA layer classes, which out-of-tree platforms replace themselves.
     """
@@ -53,7 +52,6 @@ class Hook:
     until: str
     also: tuple[str, ...] = ()
     hashed: bool = True
-    patch: str = ""
     platforms: tuple[str, ...] = ()
     layers: bool = False
 

@@ -13,13 +13,18 @@ from pathlib import Path
 
 import release
 import unpacked
+from packaging.version import Version
 
 from vllm_moe_lora import supported
+from vllm_moe_lora.patching import Hook
+from vllm_moe_lora.patchset.series import hooks_of
 
 ROOT = Path(__file__).parents[1]
 PATCHES = ROOT / "patches"
 TAGS = sorted(path.parent.name for path in PATCHES.glob("*/series"))
 HERE = release.installed().partition("+")[0]
+# Upstream has it since, so nothing is put there.
+RIGHT_UPSTREAM = {"vllm.v1.core.kv_cache_utils:_gen_lora_extra_hash_keys": Version("0.31")}
 
 
 def original(number: str) -> Path:
@@ -81,7 +86,7 @@ def repository(tree: Path) -> Path:
 def patched() -> Path:
     """A copy of the installed vLLM, patched, that can run: what is not Python is linked."""
     source = original(HERE)
-    folder = Path(tempfile.mkdtemp(prefix="vllm-moe-lora-patched-"))
+    folder = Path(tempfile.mkdtemp(prefix="patched-vllm-"))
 
     def place(have: str, want: str) -> None:
         if have.endswith(".py"):
@@ -108,3 +113,9 @@ def known(tag: str) -> str:
     number = tag.removeprefix("v")
     assert number in supported.releases(), f"patches/{tag} is of no release in supported.toml"
     return number
+
+
+def seamed(number: str) -> list[Hook]:
+    """The hooks of a release that upstream has not made unnecessary by then; none if unknown."""
+    hooks = hooks_of(number) if number in supported.releases() else []
+    return [h for h in hooks if Version(number) < RIGHT_UPSTREAM.get(h.target, Version("9999"))]

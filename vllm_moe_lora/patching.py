@@ -39,7 +39,6 @@ class Hook:
         until: the event after which it can go.
         also: other names bound to the same object (copies made by ``from x import f``).
         hashed: False for plain data, which has no source text to check.
-        patch: file below patches/ that makes the same change to a checkout, "" while there is none.
         platforms: vLLM device types it is for ("cpu", "cuda", "rocm", ...), of vLLM's own platforms
             only: one from outside has kernels of its own, whatever it calls its device. Empty
             means all platforms.
@@ -55,7 +54,6 @@ class Hook:
     until: str
     also: tuple[str, ...] = ()
     hashed: bool = True
-    patch: str = ""
     platforms: tuple[str, ...] = ()
     layers: bool = False
 

@@ -11,15 +11,13 @@ import sys
 
 import pytest
 import trees
-from trees import PATCHES, ROOT, TAGS
+from trees import PATCHES, ROOT, TAGS, seamed
 
 from vllm_moe_lora.patchset import change
 from vllm_moe_lora.patchset import tree as look
 from vllm_moe_lora.patchset.series import FIRST, HOME, hooks_of
 
 PACKAGE = ROOT / "vllm_moe_lora"
-# Upstream has it since: nothing is put there. The release in which it came.
-RIGHT_UPSTREAM = {"vllm.v1.core.kv_cache_utils:_gen_lora_extra_hash_keys": (0, 31)}
 
 
 @pytest.fixture(params=TAGS, scope="module")
@@ -44,7 +42,7 @@ def test_payload_is_the_package_byte_for_byte(case):
     for path in found:
         if str(path) != "__init__.py":
             assert (after / HOME / path).read_bytes() == (PACKAGE / path).read_bytes(), path
-    needed = {hook.make.__module__.rpartition(".")[2] for hook in _seamed(number)}
+    needed = {hook.make.__module__.rpartition(".")[2] for hook in seamed(number)}
     have = {path.stem for path in found if path.parts[0] == "hooks"} - {"__init__"}
     assert have == needed, "the hooks of this release and no others"
 
@@ -116,7 +114,7 @@ def test_changed_functions_are_the_hooks_targets(case):
             assert value.startswith("moe_lora.seam("), statement
             assert value.endswith(f")({name})"), statement
             changed.add(f"{module}:{name}")
-    assert changed == {hook.target for hook in _seamed(number)}
+    assert changed == {hook.target for hook in seamed(number)}
 
 
 def test_all_patches_together_are_the_recorded_features(case):
@@ -124,7 +122,7 @@ def test_all_patches_together_are_the_recorded_features(case):
     names = (PATCHES / tag / "series").read_text().split()
     assert names[0] == f"{FIRST}.patch"
     assert names[1:] == [
-        f"{feature}.patch" for feature in sorted({h.feature for h in _seamed(number)})
+        f"{feature}.patch" for feature in sorted({h.feature for h in seamed(number)})
     ]
     assert {file.name for file in (PATCHES / tag).iterdir()} == {*names, "series"}
 
@@ -166,7 +164,7 @@ def test_messages_are_for_upstream(case):
         assert "plugin" not in head
         text = body.get_payload()
         if name != f"{FIRST}.patch":
-            mine = [h for h in _seamed(number) if f"{h.feature}.patch" == name]
+            mine = [h for h in seamed(number) if f"{h.feature}.patch" == name]
             said = [
                 line.removeprefix("Hook: ")
                 for line in text.splitlines()
@@ -230,16 +228,6 @@ def _hooks_in(stem):
     from vllm_moe_lora.hooks import all_hooks
 
     return [hook for hook in all_hooks() if hook.make.__module__.endswith(f".{stem}")]
-
-
-def _seamed(number):
-    """The hooks of a release that upstream has not made unnecessary by then."""
-    release = tuple(int(part) for part in number.split("."))
-    return [
-        hook
-        for hook in hooks_of(number)
-        if not (hook.target in RIGHT_UPSTREAM and release >= RIGHT_UPSTREAM[hook.target])
-    ]
 
 
 def _pieces(text):

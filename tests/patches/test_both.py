@@ -1,0 +1,127 @@
+"""A patched vLLM in a process of its own: alone, and with the plugin loaded on top of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import trees
+from trees import HERE
+
+from vllm_moe_lora import supported
+from vllm_moe_lora.patchset.series import hooks_of
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None or HERE not in supported.releases(),
+    reason=f"wants a vLLM of supported.toml, here is {HERE}: run ci/install.sh",
+)
+TARGETS = sorted(hook.target for hook in trees.seamed(HERE))
+
+SHOW = """
+import importlib, inspect, json, sys
+import vllm
+from vllm.plugins import load_general_plugins
+{before}
+load_general_plugins()
+def held(target):
+    module, _, path = target.partition(":")
+    owner = importlib.import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    thing = inspect.getattr_static(owner, name)
+    return thing.fget if isinstance(thing, property) else getattr(thing, "__func__", thing)
+found = {{target: held(target) for target in {targets}}}
+facts = {{
+    "file": vllm.__file__,
+    "marked": sorted(t for t, f in found.items() if getattr(f, "__vllm_moe_lora__", None) == t),
+    "home": sorted({{f.__module__.rpartition(".hooks.")[0] for f in found.values()}}),
+    "plugin": "vllm_moe_lora" in sys.modules,
+}}
+if facts["plugin"]:
+    import vllm_moe_lora
+    from vllm_moe_lora import patching
+    facts["status"] = vllm_moe_lora.status()
+    facts["applied"] = [f"{{spot.owner}}.{{spot.name}}" for spot in patching._applied]
+    vllm_moe_lora.revert()
+    facts["kept"] = found == {{target: held(target) for target in {targets}}}
+print("@" + json.dumps(facts))
+"""
+
+
+def _ask(tree, before="", **env):
+    paths = [str(tree), str(trees.ROOT)] if tree else [str(trees.ROOT)]
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW.format(before=before, targets=TARGETS)],
+        env={**os.environ, "PYTHONPATH": ":".join(paths), "VLLM_LOGGING_LEVEL": "INFO", **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    out = done.stdout + done.stderr
+    assert done.returncode == 0, out[-3000:]
+    line = next(line for line in out.splitlines() if line.startswith("@"))
+    return json.loads(line[1:]), out
+
+
+def test_a_patched_tree_does_it_alone():
+    tree = trees.patched()
+    facts, out = _ask(tree, VLLM_PLUGINS="")
+    assert facts["file"].startswith(str(tree))
+    assert facts["marked"] == TARGETS
+    assert facts["home"] == ["vllm.lora.moe_lora"]
+    assert not facts["plugin"]
+    assert "vllm-moe-lora" not in out
+
+
+@pytest.mark.parametrize(
+    ("before", "env"),
+    [("", {"VLLM_MOE_LORA": "1"}), ("import vllm_moe_lora", {"VLLM_PLUGINS": ""})],
+    ids=["entry-point", "import"],
+)
+def test_with_the_plugin_nothing_is_applied_twice(before, env):
+    facts, out = _ask(trees.patched(), before, **env)
+    assert facts["marked"] == TARGETS
+    assert facts["home"] == ["vllm.lora.moe_lora"], "what is patched in is what runs"
+    assert facts["status"] == dict.fromkeys(sorted(supported.releases()[HERE]), "on")
+    assert facts["applied"] == []
+    assert facts["kept"], "revert() is for what the plugin did"
+    assert "stays off" not in out
+    said = [line for line in out.splitlines() if "vllm-moe-lora" in line]
+    assert not [line for line in said if "WARNING" in line and "processes that vLLM" not in line]
+
+
+def test_the_plugin_alone_holds_the_same_places():
+    """Of the test itself: unpatched, the same question is answered by the package."""
+    facts, _ = _ask(None)
+    assert facts["marked"] == TARGETS
+    assert facts["home"] == ["vllm_moe_lora"]
+    assert len(facts["applied"]) >= len(TARGETS)
+
+
+def test_modules_of_platform_hooks_know_the_platform_already():
+    """`seams` asks for it while they are imported; that must not be the first time."""
+    modules = sorted(
+        {hook.target.partition(":")[0] for hook in hooks_of(HERE) if hook.platforms or hook.layers}
+    )
+    code = (
+        "import importlib, sys, vllm.platforms as p\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    print(name, p._current_platform is not None)\n"
+    )
+    for name in modules:
+        done = subprocess.run(
+            [sys.executable, "-c", code, name],
+            env={**os.environ, "VLLM_PLUGINS": ""},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert f"{name} True" in done.stdout, done.stdout + done.stderr[-1000:]

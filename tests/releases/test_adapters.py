@@ -70,8 +70,9 @@ def cases(tmp_path_factory):
     return jobs, truths
 
 
-def _ask(release, cases, folder, plugin):
-    tree, out = unpacked.tree(release), folder / "out.pt"
+def ask(tree, cases, folder, plugin):
+    """What `world.py` finds on the release whose ``vllm/`` is in ``tree``."""
+    out = folder / "out.pt"
     job = {"models": cases[0], "plugin": plugin, "out": str(out)}
     (folder / "job.json").write_text(json.dumps(job))
     package = str(HERE.parents[1])
@@ -128,7 +129,7 @@ def _wrong(got, truth, family):
 @pytest.mark.parametrize("release", RELEASES)
 def test_every_layout_lands(release, cases, tmp_path):
     truths = cases[1]
-    answer = _ask(release, cases, tmp_path, plugin=True)
+    answer = ask(unpacked.tree(release), cases, tmp_path, plugin=True)
     assert answer["status"].get("adapters") == answer["status"].get("aliases") == "on"
     for family in ("qwen3_moe", "gpt_oss"):
         got = answer[family]["adapters"]
@@ -172,7 +173,7 @@ def _dense(slots, i):
 def test_bare_vllm_is_caught(release, cases, tmp_path):
     """These tests see what is wrong without the plugin."""
     truths = cases[1]
-    answer = _ask(release, cases, tmp_path, plugin=False)
+    answer = ask(unpacked.tree(release), cases, tmp_path, plugin=False)
     got = answer["qwen3_moe"]["adapters"]
     fine = {"some"} if release.startswith("0.11.") else set()
     for name in set(FAILS_BARE) - fine:

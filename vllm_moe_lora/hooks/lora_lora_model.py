@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from pathlib import Path
 from types import MethodType
@@ -62,7 +61,6 @@ def _passed(cls: type[Any]) -> list[str]:
 
 
 def _from_lora_tensors(original: MethodType) -> Any:
-    @functools.wraps(original.__func__)  # its signature is read above
     def from_lora_tensors(
         cls: type[Any],
         /,
@@ -95,6 +93,8 @@ def _from_lora_tensors(original: MethodType) -> Any:
             **more,
         )
 
+    signature = inspect.signature(original.__func__)  # `_passed` reads it
+    from_lora_tensors.__signature__ = signature  # type: ignore[attr-defined]
     return classmethod(from_lora_tensors)
 
 

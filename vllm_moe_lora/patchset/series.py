@@ -120,11 +120,11 @@ def _payload(paths: Iterable[str]) -> dict[str, tuple[str | None, str]]:
 
 def _place(tree: Path, hook: Hook, reader: Reader) -> tuple[str, Seam] | None:
     """File and seam of a hook, None where it steps aside. Raises LookupError, SeriesError."""
-    if not hook.hashed:
-        raise SeriesError(f"{hook.target} is plain data, which no decorator can stand above")
     module, _, name = hook.target.partition(":")
     found = find(tree, hook.target, reader)
-    if _steps_aside(hook, found, reader):
+    if not hook.hashed and found.module == module:
+        raise SeriesError(f"{hook.target} is plain data, which no decorator can stand above")
+    if hook.hashed and _steps_aside(hook, found, reader):
         return None
     if found.inherited:
         return _override(tree, hook, found, reader)

@@ -243,6 +243,7 @@ def test_platform(hook, here, device, out_of_tree, want):
 def test_no_platform_is_asked_for_in_vain(hook, monkeypatch):
     """Asking loads platform plugins; while vLLM is being imported that is no time for it."""
     monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", None)
     hook(local("f"), twice)
     hook("g", twice, feature="other", platforms=("cpu",))
 

@@ -46,7 +46,9 @@ def made_for(release: str, hooks: Iterable[Hook]) -> list[Hook]:
     from packaging.specifiers import SpecifierSet
 
     known = nearest(release)
-    made = releases().get(known or "", {})
+    if known is None:
+        return []
+    made = releases()[known]
     return [hook for hook in hooks if hook.feature in made and known in SpecifierSet(hook.releases)]
 
 

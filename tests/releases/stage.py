@@ -6,6 +6,8 @@ release's own.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import inspect
 import os
 import socket
@@ -82,6 +84,8 @@ _kept = []
 
 
 def _operators():
+    with contextlib.suppress(ImportError):  # the installed release's own, which come first
+        importlib.import_module("vllm._C")
     later = "Tensor? topk_ids=None, Tensor? expert_map=None"  # from 0.27 on
     for library, text, function in (
         ("_C", "silu_and_mul(Tensor(a!) out, Tensor input) -> ()", silu_and_mul),

@@ -33,7 +33,9 @@ def _quant_type_id(original: Any) -> property:
     def quant_type_id(self: Any) -> int:
         from ..layers import marlin_zeros
 
-        return marlin_zeros.quant_type_id() if marlin_zeros.has(self) else original.fget(self)
+        if marlin_zeros.has(self):
+            return marlin_zeros.quant_type_id()
+        return int(original.__get__(self))
 
     return property(quant_type_id)
 

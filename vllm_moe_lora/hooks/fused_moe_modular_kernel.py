@@ -11,7 +11,7 @@ def _expects(original: Any) -> property:
     def expects_unquantized_inputs(self: Any) -> bool:
         from ..layers import unquantised_input
 
-        return unquantised_input.wanted(self) or bool(original.fget(self))
+        return unquantised_input.wanted(self) or bool(original.__get__(self))
 
     return property(expects_unquantized_inputs)
 

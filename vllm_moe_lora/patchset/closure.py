@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import pkgutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from vllm_moe_lora import hooks as hooks_room
 from vllm_moe_lora.patching import Hook
 from vllm_moe_lora.sources import parse
 
@@ -38,6 +41,8 @@ def needed(hooks: Iterable[Hook]) -> set[str]:
     """
     files, roots = set(), set()
     for hook in hooks:
+        # The record may lie in another file than its function: lora_models.py has no functions.
+        files |= closure(_records(hook))
         make = getattr(hook.make, "func", hook.make)  # a functools.partial
         parts = make.__module__.split(".")
         path = "/".join(parts[parts.index("hooks") :]) + ".py"
@@ -46,6 +51,15 @@ def needed(hooks: Iterable[Hook]) -> set[str]:
         nodes = _reachable(tree, make.__qualname__.split(".")[0])
         roots |= set(_imported(path, nodes)) | set(_inits(path))
     return files | closure(roots)
+
+
+def _records(hook: Hook) -> list[str]:
+    """The file of hooks/ that has the record, unless its function's own has it."""
+    for module in pkgutil.iter_modules(hooks_room.__path__):
+        name = f"{hooks_room.__name__}.{module.name}"
+        if name != hook.make.__module__ and hook in importlib.import_module(name).HOOKS:
+            return [f"hooks/{module.name}.py"]
+    return []
 
 
 def _reachable(tree: ast.Module, name: str) -> Iterator[ast.AST]:

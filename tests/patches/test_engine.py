@@ -35,9 +35,8 @@ def test_the_same_bits(tmp_path, form):
         options={"dtype": "bfloat16" if form else "float32"},
         load=["one"],
     )
-    plugin, outcomes, log = engine.run(job, {"VLLM_MOE_LORA": "1"})
+    plugin, outcomes, _ = engine.run(job, {"VLLM_MOE_LORA": "1"})  # 1: on, or it fails
     assert outcomes == ["ok"]
-    assert "vllm-moe-lora on vLLM" in log
     tree = trees.patched()
     patched, outcomes, log = engine.run(
         job,

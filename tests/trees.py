@@ -23,6 +23,8 @@ from vllm_moe_lora.patchset.series import hooks_of
 ROOT = Path(__file__).parents[1]
 PATCHES = ROOT / "patches"
 TAGS = sorted(path.parent.name for path in PATCHES.glob("*/series"))
+# A file that hooks are in on every release since 0.13.
+MANAGER = "vllm/lora/model_manager.py"
 HERE = release.installed().partition("+")[0]
 # Upstream has it since, so nothing is put there.
 RIGHT_UPSTREAM = {"vllm.v1.core.kv_cache_utils:_gen_lora_extra_hash_keys": Version("0.31")}

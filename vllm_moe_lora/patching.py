@@ -57,6 +57,12 @@ class Hook:
     platforms: tuple[str, ...] = ()
     layers: bool = False
 
+    def made_for(self, release: str) -> bool:
+        """Whether ``release``, "0.32.0", is in `releases`."""
+        from packaging.specifiers import SpecifierSet
+
+        return SpecifierSet(self.releases).contains(release, prereleases=True)
+
 
 @dataclass
 class Status:
@@ -195,9 +201,7 @@ class _Checker:
 
     def spots(self, hook: Hook) -> list[_Spot]:
         """The names to rebind, none where that is done already. Raises HookError."""
-        from packaging.specifiers import SpecifierSet
-
-        if not SpecifierSet(hook.releases).contains(self.version, prereleases=True):
+        if not hook.made_for(self.version):
             self._doubt(f"vLLM {self.version} is outside {hook.releases}")
         spot = _Spot.find(hook.target)
         if spot.is_ours():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 
 from vllm_moe_lora import envs, patching, supported
@@ -28,8 +27,7 @@ def register() -> None:
         return _stay_off(f"vLLM cannot be imported ({error!r})", "install vLLM in this environment")
     _name_variables()
 
-    # "0.11.1.post2" and "0.32.0+cpu" are rebuilt wheels of one release.
-    version = re.sub(r"(\.post\d+)?(\+.*)?$", "", str(vllm.__version__))
+    version = supported.release_of(str(vllm.__version__))
     unverified = bool(envs.get("VLLM_MOE_LORA_ALLOW_UNVERIFIED"))
     if version not in supported.releases() and not unverified:
         known = ", ".join(supported.releases())

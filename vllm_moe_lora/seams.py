@@ -72,11 +72,7 @@ class _ClassMethod:
 def _hooks() -> list[Hook]:
     """Those of the release that was patched; the folder's __init__ has its name."""
     release = getattr(sys.modules[__package__], "RELEASE", None)
-    if release is None:
-        return all_hooks()
-    from packaging.specifiers import SpecifierSet
-
-    return [hook for hook in all_hooks() if SpecifierSet(hook.releases).contains(release)]
+    return [hook for hook in all_hooks() if release is None or hook.made_for(release)]
 
 
 def _of_kind(kind: type[Any], made: Any, hook: Hook) -> Any:

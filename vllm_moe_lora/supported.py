@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,6 +33,11 @@ def releases() -> dict[str, dict[str, str]]:
     return dict(table().get("releases", {}))
 
 
+def release_of(version: str) -> str:
+    """The release of a build: "0.11.1.post2" and "0.32.0+cpu" are rebuilt wheels of one."""
+    return re.sub(r"(\.post\d+)?(\+.*)?$", "", version)
+
+
 def nearest(release: str) -> str:
     """The known release that ``release`` is taken for: itself, the last before it, the first."""
     from packaging.version import Version
@@ -43,11 +49,9 @@ def nearest(release: str) -> str:
 
 def made_for(release: str, hooks: Iterable[Hook]) -> list[Hook]:
     """The hooks made for ``release``, or for the known one that is `nearest` to it."""
-    from packaging.specifiers import SpecifierSet
-
     known = nearest(release)
     made = releases()[known]
-    return [hook for hook in hooks if hook.feature in made and known in SpecifierSet(hook.releases)]
+    return [hook for hook in hooks if hook.feature in made and hook.made_for(known)]
 
 
 def hashes(release: str) -> dict[str, set[str]]:

@@ -7,6 +7,7 @@ import os
 import socket
 from contextlib import contextmanager
 
+import one_method
 import torch
 
 EXPERTS, HIDDEN, INNER, GROUP = 8, 128, 64, 32
@@ -81,7 +82,6 @@ def _method(kind):
 def layer(kind, monkeypatch, dtype=torch.bfloat16, shared=None):
     """A `SharedFusedMoE` with upstream's own method for ``kind``, its weights not yet loaded."""
     from vllm.model_executor.layers.fused_moe import FusedMoE, SharedFusedMoE
-    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
     from vllm.platforms import current_platform
     from vllm.platforms.interface import DeviceCapability
 
@@ -98,16 +98,6 @@ def layer(kind, monkeypatch, dtype=torch.bfloat16, shared=None):
         patched.setattr(type(current_platform), "get_device_capability", cuda)
         make = _method(kind)
 
-    class Config(QuantizationConfig):
-        """Gives the one method, on whatever machine this is."""
-
-        def get_name(self):
-            return kind
-
-        def get_quant_method(self, layer, prefix):
-            return make(layer)
-
-    Config.__abstractmethods__ = frozenset()
     assert issubclass(SharedFusedMoE, FusedMoE)
     torch.set_default_dtype(dtype)
     try:
@@ -118,7 +108,7 @@ def layer(kind, monkeypatch, dtype=torch.bfloat16, shared=None):
             hidden_size=HIDDEN,
             intermediate_size=INNER,
             params_dtype=dtype,
-            quant_config=Config(),
+            quant_config=one_method.config(kind, make),
             prefix=f"model.layers.{next(_number)}.mlp.experts",
             renormalize=True,
         )

@@ -35,17 +35,6 @@ def cuda(monkeypatch):
     return cuda_in_torch
 
 
-@pytest.fixture(params=[False, True], ids=["bare", "plugin"])
-def ours(request):
-    import vllm_moe_lora
-
-    vllm_moe_lora.revert()
-    if request.param:
-        vllm_moe_lora.register()
-    yield request.param
-    vllm_moe_lora.revert()
-
-
 class Shared(torch.nn.Module):
     """Shared experts as vLLM's models have them: its own merged and row-parallel layers."""
 

@@ -19,17 +19,6 @@ def groups():
         yield
 
 
-@pytest.fixture(params=[False, True], ids=["bare", "plugin"])
-def ours(request):
-    import vllm_moe_lora
-
-    vllm_moe_lora.revert()
-    if request.param:
-        vllm_moe_lora.register()
-    yield request.param
-    vllm_moe_lora.revert()
-
-
 EXPECTED = {
     "gptq": "MarlinExperts",
     "awq": "MarlinExperts",

@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import trees
+from tool import load
 from trees import PATCHES, ROOT, TAGS, seamed
 
 from vllm_moe_lora.patchset import change
@@ -190,11 +191,7 @@ def test_messages_are_for_upstream(case):
 
 @pytest.fixture(scope="module")
 def refresh():
-    place = ROOT / "ci" / "refresh_patches.py"
-    spec = importlib.util.spec_from_file_location("refresh_patches", place)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("refresh_patches")
 
 
 def test_what_is_committed_is_what_would_be_made(case, refresh, tmp_path, capsys):

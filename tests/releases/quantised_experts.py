@@ -17,6 +17,7 @@ import traceback
 
 import fp8
 import int4
+import one_method
 import stage
 import torch
 
@@ -100,20 +101,9 @@ def _strange(method, prepare_finalize, layer):
 
 def _layer(kind, number):
     from vllm.model_executor.layers import fused_moe
-    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
     make = _method(kind)
 
-    class Config(QuantizationConfig):
-        """Gives the one method, on whatever machine this is."""
-
-        def get_name(self):
-            return kind
-
-        def get_quant_method(self, layer, prefix):
-            return make(layer)
-
-    Config.__abstractmethods__ = frozenset()
     factory = getattr(fused_moe, "FusedMoEFactory", None) or fused_moe.FusedMoE
     torch.set_default_dtype(DTYPE)
     try:
@@ -123,7 +113,7 @@ def _layer(kind, number):
             hidden_size=int4.HIDDEN,
             intermediate_size=int4.INNER,
             params_dtype=DTYPE,
-            quant_config=Config(),
+            quant_config=one_method.config(kind, make),
             prefix=f"model.layers.{number}.mlp.experts",
         )
     finally:

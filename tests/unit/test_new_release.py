@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tool import load
 
 from vllm_moe_lora import supported
 from vllm_moe_lora.hooks import all_hooks
@@ -14,16 +15,12 @@ from vllm_moe_lora.hooks import all_hooks
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: run ci/install.sh"
 )
-ROOT = Path(__file__).parents[2]
 TARGET = "vllm.lora.peft_helper:PEFTHelper.from_dict"
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("new_release", ROOT / "ci" / "new_release.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("new_release")
 
 
 @pytest.fixture

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import zipfile
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from tool import load
 
 
 @pytest.fixture
 def tool():
-    spec = importlib.util.spec_from_file_location("trees_tool", ROOT / "ci" / "trees.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("trees")
 
 
 @pytest.fixture

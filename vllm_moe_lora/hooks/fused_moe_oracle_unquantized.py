@@ -24,11 +24,10 @@ def _select(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _select_plain(original: Callable[..., Any]) -> Callable[..., Any]:
     def select_unquantized_moe_backend(moe_config: Any, *args: Any, **more: Any) -> Any:
-        asked, moe_config.is_lora_enabled = moe_config.is_lora_enabled, False
-        try:
+        from ..layers.lora_off import lora_off
+
+        with lora_off(moe_config):
             return original(moe_config, *args, **more)
-        finally:
-            moe_config.is_lora_enabled = asked
 
     return select_unquantized_moe_backend
 

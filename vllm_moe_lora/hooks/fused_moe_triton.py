@@ -10,33 +10,32 @@ from ..patching import Hook
 _FILE = "vllm.model_executor.layers.fused_moe"
 
 
+# w1, w2, topk_weights, topk_ids of one call.
+Given = tuple[Any, Any, Any, Any]
+
+
 def _consuming(original: Callable[..., Any]) -> Callable[..., Any]:
-    # The names are upstream's: its callers give all of them.
-    def apply(
-        self: Any,
-        output: Any,
-        hidden_states: Any,
-        w1: Any,
-        w2: Any,
-        topk_weights: Any,
-        topk_ids: Any,
-        activation: Any,
-        global_num_experts: int,
-        expert_map: Any,
-        *rest: Any,
-        **more: Any,
-    ) -> Any:
+    def prepare(experts: Any, tokens: Any, scale: Any, given: Given, expert_map: Any) -> Any:
         from ..layers.lora_context import consuming
 
-        given = (hidden_states, w1, w2, topk_weights, topk_ids)
-        experts = consuming(self, *given, expert_map)
-        where = (activation, global_num_experts, expert_map)
-        return original(experts, output, *given, *where, *rest, **more)
+        return consuming(experts, tokens, *given, expert_map), tokens, scale
 
-    return apply
+    return _after(prepare, original)
 
 
 def _quantising(original: Callable[..., Any]) -> Callable[..., Any]:
+    def prepare(experts: Any, tokens: Any, scale: Any, given: Given, expert_map: Any) -> Any:
+        from ..layers.unquantised_input import quantised
+
+        return quantised(experts, tokens, scale)
+
+    return _after(prepare, original)
+
+
+def _after(prepare: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """``original`` with the experts, tokens and scales that ``prepare`` gives for one call."""
+
+    # The names are upstream's: its callers give all of them.
     def apply(
         self: Any,
         output: Any,
@@ -52,11 +51,10 @@ def _quantising(original: Callable[..., Any]) -> Callable[..., Any]:
         *rest: Any,
         **more: Any,
     ) -> Any:
-        from ..layers import unquantised_input
-
-        experts, tokens, scale = unquantised_input.quantised(self, hidden_states, a1q_scale)
-        how = (topk_weights, topk_ids, activation, global_num_experts, expert_map, scale)
-        return original(experts, output, tokens, w1, w2, *how, *rest, **more)
+        given = (w1, w2, topk_weights, topk_ids)
+        experts, tokens, scale = prepare(self, hidden_states, a1q_scale, given, expert_map)
+        how = (activation, global_num_experts, expert_map, scale)
+        return original(experts, output, tokens, *given, *how, *rest, **more)
 
     return apply
 

@@ -44,9 +44,7 @@ def _from_local_checkpoint(original: MethodType) -> Any:
             return read(
                 cls,
                 refused,
-                lora_model_id=original.__func__.__globals__["get_lora_id"]()
-                if number is None
-                else number,
+                lora_model_id=number,
                 tensors=tensors,
                 peft_helper=peft_helper,
                 **{key: more[key] for key in _passed(cls) if key in more},

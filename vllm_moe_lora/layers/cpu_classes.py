@@ -8,6 +8,7 @@ from typing import Any
 
 from .cpu_int4 import Int4CPUExperts
 from .cpu_unquantized import WidenedCPUExperts
+from .lora_off import lora_off
 
 
 @functools.cache
@@ -48,11 +49,8 @@ def lora_choice(
     Raises:
         NotImplementedError: the chosen experts class has no LoRA twin.
     """
-    config.is_lora_enabled = False
-    try:
+    with lora_off(config):
         backend, experts_cls = choose(*args, **kwargs)
-    finally:
-        config.is_lora_enabled = True
     twin = None if experts_cls is None else with_lora(experts_cls)  # type: ignore[arg-type]
     if twin is None:
         name = getattr(experts_cls, "__name__", backend)

@@ -43,7 +43,7 @@ CHOICES: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def on_cpu(wrapper: Any) -> bool:
-    """Whether era_a_cpu.py serves this `FusedMoEWithLoRA`."""
+    """Whether cpu_plain.py serves this `FusedMoEWithLoRA`."""
     return bool(wrapper.device.type == "cpu")
 
 

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from . import marlin_int4
-from .weight_names import NAMES
+from . import marlin_int4, weight_names
 
 TAKES = (
     "Unquantised, FP8 and INT4 checkpoints (GPTQ, AWQ, compressed-tensors) take LoRA: serve one of "
@@ -34,10 +33,7 @@ def prepare(layer: Any) -> None:
     """
     routed = _routed(layer)
     for which in ("w13", "w2"):
-        plain, *packed = (name.format(which) for name in NAMES)
-        found = next((one for one in packed if getattr(routed, one, None) is not None), None)
-        if found and getattr(routed, plain, None) is None:
-            setattr(routed, plain, getattr(routed, found))
+        weight_names.alias(routed, which)
     method = routed.quant_method
     if type(method).__name__ not in marlin_int4.METHODS or method.moe_quant_config is not None:
         return

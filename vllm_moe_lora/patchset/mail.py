@@ -22,7 +22,6 @@ SUBJECTS = {
     "cpu-experts": "[Feature][LoRA][CPU] Unquantized MoE experts take LoRA",
     "cpu-int4-experts": "[Feature][LoRA][CPU] INT4 MoE experts take LoRA",
     "isolation": "[Bugfix][LoRA] Clear recycled KV cache blocks of engines that run adapters",
-    "one-wrapper": "[Bugfix][LoRA] Wrap a module once, whatever its names",
     "quantised-experts": "[Bugfix][LoRA] Wrap MoE layers of quantized weights",
     "safe-loading": "[Bugfix][LoRA] Load an adapter before its requests are scheduled",
 }

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from packaging.specifiers import SpecifierSet
-
 from vllm_moe_lora import supported
 from vllm_moe_lora.hooks import all_hooks
 from vllm_moe_lora.patching import Hook
@@ -59,12 +57,7 @@ def pristine(file: Path) -> str:
 
 def hooks_of(release: str) -> list[Hook]:
     """What the plugin applies on ``release``, a known one, on all platforms together."""
-    made = supported.releases()[release]
-    return [
-        hook
-        for hook in all_hooks()
-        if hook.feature in made and SpecifierSet(hook.releases).contains(release)
-    ]
+    return supported.made_for(release, all_hooks())
 
 
 def series(tree: Path, release: str, reader: Reader = pristine) -> list[Patch]:

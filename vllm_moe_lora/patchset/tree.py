@@ -147,8 +147,7 @@ def _release(root: Path, digests: Mapping[str, str | None], wanted: str | None) 
             raise Refusal(f"vLLM {wanted} is not a release it knows ({names})", "name one of them")
         return wanted, "as you say"
     said, by = _said(root)
-    # "0.11.1.post2" and "0.32.0+cpu" are rebuilt wheels of one release.
-    plain = re.sub(r"(\.post\d+)?(\+.*)?$", "", said)
+    plain = supported.release_of(said)
     if plain in known:
         return plain, f"{by} says {said}"
     fitting = [release for release in known if _fits(release, digests)]

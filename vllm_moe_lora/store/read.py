@@ -49,8 +49,7 @@ def _read(
 ) -> Any:
     raw = getattr(peft_helper, "moe_lora_raw", None) or asdict(peft_helper)
     if skipped := more.get("skip_prefixes"):  # 0.16 and later
-        left = {key: t for key, t in tensors.items() if not cls._should_skip_module(key, skipped)}
-        tensors = left
+        tensors = {k: t for k, t in tensors.items() if not cls._should_skip_module(k, skipped)}
     try:
         config = Config.from_dict(raw, getattr(peft_helper, "moe_lora_markers", None))
         found = group(tensors)
@@ -81,12 +80,12 @@ def _scale(lora: Any, dense: dict[str, Any], config: Config, mapper: Any, helper
     """Each tensor's own scale, where upstream gave all of them the adapter's."""
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
+    given = helper.vllm_lora_scaling_factor
     for key in dense:
         word = parse(key)
         if word.side != "B":
             continue
         weights = lora.loras[parse_fine_tuned_lora_name(key, mapper)[0]]
-        given = helper.vllm_lora_scaling_factor
         right, _ = config.scale(word.module, weights.lora_b.shape[1])
         if weights.scaling == given != 1:
             weights.scaling = right

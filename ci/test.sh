@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 ci/install.sh
 ci/lint.sh
-# Releases whose wheels are small, and verl's pin: about 200 MB once, 30 MB kept. Tests say what
+# Releases whose wheels are small, and verl's pin: about 200 MB once, 150 MB kept. Tests say what
 # they skip where a release is missing, as on a machine without a network.
 fetch() { "${VIRTUAL_ENV:-$PWD/.venv}/bin/python" ci/trees.py "$@"; }
 [ -n "${MOE_LORA_TREES:-}" ] ||

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import layouts
 import pytest
 import release
@@ -44,7 +46,8 @@ def _job(case, names):
 def test_adapter_is_merged(case):
     names = [*KINDS, None]
     answers, _, log = engine.run(_job(case, names))
-    assert "vllm-moe-lora on vLLM 0.11." in log
+    # ci/patched.sh leaves the plugin out: there vLLM's own tree does it.
+    assert ("vllm-moe-lora on vLLM 0.11." in log) == (os.environ.get("VLLM_PLUGINS") != "")
     for name, batch in zip(names, answers, strict=True):
         for i, (_, have) in enumerate(batch):
             want, base = case[2][name][i][-1], case[2][None][i][-1]

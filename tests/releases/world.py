@@ -125,14 +125,29 @@ def raw_references(model, modules):
     return found
 
 
-def load(worker, number, path):
+def error_of(worker, number, path):
+    """What loading and activating says, "" if nothing."""
     from vllm.lora.request import LoRARequest
 
-    manager = worker._adapter_manager
     try:
         worker.add_adapter(LoRARequest(f"a{number}", number, path))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def load_failing(worker, number, path):
+    """The errors of two requests with an adapter of which a module cannot be written."""
+    modules = worker._adapter_manager.modules
+    module = next(module for name, module in modules.items() if name.endswith("experts"))
+    with mock.patch.object(module, "set_lora", side_effect=RuntimeError("no memory left")):
+        return [error_of(worker, number, path) for _ in range(2)]
+
+
+def load(worker, number, path):
+    manager = worker._adapter_manager
+    if said := error_of(worker, number, path):
+        return said
     found = {name: slots(module) for name, module in manager.modules.items()}
     worker.remove_adapter(number)
     return found
@@ -144,6 +159,7 @@ def ask(model, adapters):
     return {
         "raw": raw_references(network, worker._adapter_manager.modules),
         "adapters": {name: load(worker, number, path) for number, (name, path) in paths},
+        "failing": load_failing(worker, len(adapters) + 1, next(iter(adapters.values()))),
     }
 
 

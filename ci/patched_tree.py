@@ -20,7 +20,8 @@ from vllm_moe_lora import cli  # noqa: E402
 
 def main(folder: str) -> int:
     spec = importlib.util.find_spec("vllm")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     ignored = shutil.ignore_patterns("__pycache__")
     vllm, target = Path(spec.origin).parent, Path(folder, "vllm")
     shutil.copytree(vllm, target, copy_function=_place, ignore=ignored)

@@ -92,11 +92,9 @@ def test_installed_source_is_the_recorded_one(hook):
 
 
 def _python(code, **env):
-    # tests/releases' own variable: vLLM knows the names that begin as its own.
-    around = {name: value for name, value in os.environ.items() if name != "VLLM_TREES"}
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**around, "VLLM_LOGGING_LEVEL": "INFO", **env},
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **env},
         capture_output=True,
         text=True,
         timeout=300,
@@ -183,7 +181,7 @@ print("FOUND", len(spots), "SAME", same, "LEFT", left)
 
 @needs_vllm
 def test_unknown_release_stays_off_with_one_warning_and_its_cure():
-    code = "import vllm; vllm.__version__ = '9.9.9'\nimport vllm_moe_lora as v\nv.register()\n" * 1
+    code = "import vllm; vllm.__version__ = '9.9.9'\nimport vllm_moe_lora as v\nv.register()\n"
     rc, out = _python(code + "v.register()\n" + STATE, VLLM_PLUGINS="")
     assert rc == 0, out[-2000:]
     assert "PATCHED False" in out

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    place = Path(os.environ["VLLM_TREES_ENGINE"])
+    place = Path(os.environ["MOE_LORA_ENGINE"])
     spec = importlib.util.spec_from_file_location("engine", place)
     engine = importlib.util.module_from_spec(spec)
     # Dataclasses look their module up.

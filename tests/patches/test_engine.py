@@ -43,7 +43,7 @@ def test_the_same_bits(tmp_path, form):
         {
             "PYTHONPATH": str(tree),
             "VLLM_PLUGINS": "",
-            "VLLM_TREES_ENGINE": engine.__file__,
+            "MOE_LORA_ENGINE": engine.__file__,
         },
         script=Path(__file__).with_name("patched_engine.py"),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 
+import int4
 import stage
 import torch
 from int4 import EXPERTS, HIDDEN, INNER
@@ -13,6 +14,8 @@ FP8 = torch.float8_e4m3fn
 
 class Weights:
     """Two projections' FP8 weights: ``q`` [experts, out, in] and a scale for each expert."""
+
+    hidden, inner, layer, act = HIDDEN, INNER, int4.Weights.layer, staticmethod(int4.silu)
 
     def __init__(self, seed):
         make = torch.Generator().manual_seed(seed)

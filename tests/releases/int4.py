@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import stage
 import torch
 
@@ -35,8 +37,16 @@ def unpack(packed, dim):
     return parts.movedim(-1, dim + 1).flatten(dim, dim + 1)
 
 
+def silu(gate, up):
+    return torch.nn.functional.silu(gate) * up
+
+
 class Weights:
     """Two projections' INT4 weights: ``q`` [experts, in, out], scales and zeros per group."""
+
+    hidden, inner = HIDDEN, INNER
+    layer = types.MappingProxyType({})
+    act = staticmethod(silu)
 
     def __init__(self, seed, zeros):
         make = torch.Generator().manual_seed(seed)

@@ -17,6 +17,7 @@ import traceback
 
 import fp8
 import int4
+import mxfp8
 import one_method
 import stage
 import torch
@@ -24,14 +25,15 @@ import torch
 DTYPE = torch.float16
 TOKENS = 7
 KINDS = ["gptq", "awq", "ct", "ct-triton", "moe_wna16", "moe_wna16-awq"]
+OTHERS = {"fp8": fp8, "mxfp8": mxfp8}  # kinds that are not INT4
 # A method without experts for LoRA, and one with experts that the wrapper does not accept.
 REFUSED = ["moe_wna16-other", "moe_wna16-strange"]
 
 
 def _method(kind):
     """Makes the quantisation method of ``kind`` for a layer."""
-    if kind == "fp8":
-        return fp8.method()
+    if kind in OTHERS:
+        return OTHERS[kind].method()
 
     def found(*names):
         for name in names:
@@ -99,7 +101,7 @@ def _strange(method, prepare_finalize, layer):
     return type("StrangeExperts", (base,), body)(quant_config=method.moe_quant_config, **more)
 
 
-def _layer(kind, number):
+def _layer(kind, number, weights):
     from vllm.model_executor.layers import fused_moe
 
     make = _method(kind)
@@ -110,11 +112,12 @@ def _layer(kind, number):
         layer = factory(
             num_experts=int4.EXPERTS,
             top_k=stage.TOP_K,
-            hidden_size=int4.HIDDEN,
-            intermediate_size=int4.INNER,
+            hidden_size=weights.hidden,
+            intermediate_size=weights.inner,
             params_dtype=DTYPE,
             quant_config=one_method.config(kind, make),
             prefix=f"model.layers.{number}.mlp.experts",
+            **weights.layer,
         )
     finally:
         torch.set_default_dtype(torch.float32)
@@ -146,7 +149,7 @@ def _forward(layer, routed, x, weights, ids):
 
 def _loop(weights, x, topk_weights, ids, slots, lora):
     """What the layer is to answer, in fp32."""
-    out = torch.zeros(len(x), int4.HIDDEN)
+    out = torch.zeros(len(x), weights.hidden)
     w13, w2 = weights.dense("w13"), weights.dense("w2")
     for token, expert_ids in enumerate(ids.tolist()):
         for place, expert in enumerate(expert_ids):
@@ -159,9 +162,9 @@ def _loop(weights, x, topk_weights, ids, slots, lora):
                 return dense @ value + b[slot, expert] @ (a[slot, expert] @ value)
 
             row = x[token].float()
-            gate = times("w1", w13[expert, : int4.INNER], row)
-            up = times("w3", w13[expert, int4.INNER :], row)
-            row = times("w2", w2[expert], torch.nn.functional.silu(gate) * up)
+            gate = times("w1", w13[expert, : weights.inner], row)
+            up = times("w3", w13[expert, weights.inner :], row)
+            row = times("w2", w2[expert], weights.act(gate, up))
             out[token] += topk_weights[token, place] * row
     return out
 
@@ -185,17 +188,18 @@ def _run(kind, number, config):
     from vllm.forward_context import set_forward_context
     from vllm.lora.layers.fused_moe import FusedMoEWithLoRA
 
-    layer, routed = _layer(kind, number)
     seed = sum(map(ord, kind))
-    if kind == "fp8":
-        weights = fp8.Weights(seed)
-        fp8.fill(routed, weights)
+    if kind in OTHERS:
+        weights = OTHERS[kind].Weights(seed)
+        layer, routed = _layer(kind, number, weights)
+        OTHERS[kind].fill(routed, weights)
     else:
         weights = int4.Weights(seed, zeros=kind.endswith("awq"))
+        layer, routed = _layer(kind, number, weights)
         int4.fill(routed, kind, weights)
     routed.quant_method.process_weights_after_loading(routed)
     make = torch.Generator().manual_seed(1)
-    x = torch.randn(TOKENS, int4.HIDDEN, generator=make).to(DTYPE)
+    x = torch.randn(TOKENS, weights.hidden, generator=make).to(DTYPE)
     ids = torch.rand(TOKENS, int4.EXPERTS, generator=make).topk(stage.TOP_K).indices
     topk_weights = torch.rand(TOKENS, stage.TOP_K, generator=make)
     slots = [0, 1, -1, 1, 0, -1, 0]
@@ -258,14 +262,14 @@ def main():
     if kinds is KINDS:
         # 0.24 put FP8 right; from 0.20 on experts say themselves that they take no LoRA, and from
         # 0.27 on all methods have experts.
-        kinds = KINDS + ["fp8"] * (20 <= minor < 25)
+        kinds = KINDS + ["fp8"] * (20 <= minor < 25) + ["mxfp8"] * (minor >= 24)
         kinds += REFUSED if minor < 20 else REFUSED[:1] if minor < 27 else []
     for kind in kinds:
         with contextlib.suppress(LookupError):  # imports what is to be replaced
             _method(kind)
     int4.stand_in()
-    if "fp8" in kinds:
-        fp8.stand_in()
+    for kind in set(kinds) & set(OTHERS):
+        OTHERS[kind].stand_in()
     results = {"release": release, "bare": {}, "ours": {}}
     number = 0
     for who, found in (("bare", results["bare"]), ("ours", results["ours"])):

@@ -1,7 +1,7 @@
 """Quantised layers of every release under `FusedMoEWithLoRA`: what vLLM does alone, and with us.
 
 The layers, methods, experts and kernels are each release's own; only the GPU's operators are
-replaced, by loops (`int4.py`, `fp8.py`). With us every answer is a loop's in fp32.
+replaced, by loops (`int4.py`, `fp8.py`, `mxfp8.py`). With us every answer is a loop's in fp32.
 """
 
 from __future__ import annotations
@@ -85,6 +85,14 @@ def test_fp8(release):
     want = FINE if Version(release) >= Version("0.24") else WRONG
     assert verdict(bare["fp8"], LIMIT_FP8) == want, bare["fp8"]
     assert verdict(ours["fp8"], LIMIT_FP8) == FINE, ours["fp8"]
+
+
+@pytest.mark.parametrize("release", [r for r in RELEASES if r in SpecifierSet(">=0.24")])
+def test_native_mxfp8(release):
+    bare, ours = results(release)
+    assert verdict(bare["mxfp8"], LIMIT_FP8) == IGNORED, bare["mxfp8"]
+    assert verdict(ours["mxfp8"], LIMIT_FP8) == FINE, ours["mxfp8"]
+    assert ours["mxfp8"]["experts"] == "Mxfp8NativeTritonExperts"
 
 
 @pytest.mark.parametrize(

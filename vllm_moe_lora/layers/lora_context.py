@@ -48,7 +48,7 @@ def consuming(
             expert_map=expert_map,
             **common,
         )
-        kept.update(zip(_PLACES, found, strict=True))
+        kept.update(zip(PLACES, found, strict=True))
         experts.activation(kind, output, input, **options)
         kept["x"] = output
 
@@ -62,7 +62,7 @@ def consuming(
 
 
 # What `apply_w13_lora` gives back, under the names by which `apply_w2_lora` takes it.
-_PLACES = (
+PLACES = (
     "sorted_token_ids_lora",
     "expert_ids_lora",
     "num_tokens_post_padded_lora",

@@ -2,7 +2,8 @@
 
 They inherit `supports_lora` from `TritonExperts` and replace `apply`: factors on routed experts are
 ignored without a word. An adapter with such factors is refused; others are served. Where a hook
-has put LoRA into that `apply` (quantised-experts, for INT4 and INT8), it is like any other.
+has put LoRA into that `apply` (quantised-experts: INT4, INT8, Triton's MXFP8), it is like any
+other.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ IGNORING = {
     "off here. Marlin takes LoRA; it wants moe_intermediate_size / tensor parallel "
     "size to be a multiple of 128: change --tensor-parallel-size or --enable-expert-parallel, or "
     "serve an unquantised checkpoint",
-    "Mxfp8NativeTritonExperts": "MXFP8 on ROCm. Serve a bf16 or FP8 checkpoint",
+    "Mxfp8NativeTritonExperts": "MXFP8 on ROCm. vllm-moe-lora's feature quantised-experts makes it "
+    "apply LoRA, and is off here: serve a bf16 or FP8 checkpoint",
     "AiterMxfp8Experts": "MXFP8 on ROCm. Serve a bf16 or FP8 checkpoint",
 }
 

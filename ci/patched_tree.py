@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Copy the installed vLLM into a folder, what is not Python as links, and apply patches/ to it.
 
-    ci/patched_tree.py FOLDER          # makes FOLDER/vllm
+ci/patched_tree.py FOLDER          # makes FOLDER/vllm
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from vllm_moe_lora import envs, patching, supported
-from vllm_moe_lora.log import get_logger, warning_once
+from vllm_moe_lora.log import info_when_heard, warning_once
 
 _status: patching.Status | None = None
 
@@ -60,7 +60,7 @@ def register() -> None:
         )
     if first:
         names = ", ".join(_status.on) or "nothing"
-        get_logger().info("vllm-moe-lora on vLLM %s: %s", version, names)
+        info_when_heard(f"vllm-moe-lora on vLLM {version}: {names}")
 
 
 def revert() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,4 +139,5 @@ def no_torchvision(tmp_path: Path) -> dict[str, str]:
         folder = tmp_path / "torchvision" / name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "__init__.py").write_text(STUB)
-    return {"PYTHONPATH": str(tmp_path)}
+    paths = (str(tmp_path), os.environ.get("PYTHONPATH", ""))  # ci/patched.sh has a tree there
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -37,7 +37,8 @@ def test_entry_point_and_import_agree(case):
     spawned = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     entry, _, log = engine.run(_job(case), spawned)
     assert "vllm-moe-lora on vLLM" in log
-    imported, _, _ = engine.run(_job(case, import_plugin=True), {"VLLM_PLUGINS": ""})
+    imported, _, log = engine.run(_job(case, import_plugin=True), {"VLLM_PLUGINS": ""})
+    assert log.count("vllm-moe-lora on vLLM") == 1, "said once, and late enough to be heard"
     compare_fp32([lp[-1] for _, lp in entry[0][1::2]], case, "all")
     for (tokens, logprobs), (tokens2, logprobs2) in zip(entry[0], imported[0], strict=True):
         assert tokens == tokens2

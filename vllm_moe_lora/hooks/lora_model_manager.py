@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..log import get_logger
+from ..log import get_logger, say_waiting
 from ..patching import Hook
 
 logger = get_logger(__name__)
@@ -17,6 +17,7 @@ def _create_lora_modules(original: Callable[..., Any]) -> Callable[..., Any]:
         from ..layers import aliases
         from ..store.wrappers import serves_moe
 
+        say_waiting()
         # Up to 0.13 it is torch's, which LoRA cannot wrap.
         if aliases.as_vllm_linear(self.model, {GATE}) and GATE not in self.supported_lora_modules:
             self.supported_lora_modules.append(GATE)

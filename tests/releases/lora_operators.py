@@ -40,6 +40,10 @@ def stand_in():
     for name in ("supports_tma", "supports_pdl"):
         stage.everywhere(name, lambda *args, **more: False)
     stage.everywhere("fused_moe_lora", op._fused_moe_lora)
+    stage.everywhere("async_tensor_h2d", lambda data, dtype, *args, **more: torch.tensor(data, dtype=dtype))
+    import vllm.triton_utils as triton_utils
+
+    triton_utils.triton.cdiv = lambda a, b: -(-a // b)
     from vllm import _custom_ops as ops
 
     ops.moe_lora_align_block_size = stage.bound(ops.moe_lora_align_block_size, _lora_align)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
+from unittest import mock
 
 import int4
 import one_method
@@ -51,6 +53,10 @@ class Case:
 
     def choose(self):
         """Whatever has to be chosen for the process before the layer is made."""
+        oracle = _first("oracle.unquantized")
+        if oracle is not None:  # it asks what the machine is
+            found = (oracle.UnquantizedMoeBackend.TRITON, _triton())
+            stage.everywhere("select_unquantized_moe_backend", lambda *args, **more: found)
 
     def after(self):
         """Undo it."""
@@ -152,21 +158,39 @@ class Case:
         }
 
 
+def _first(*names):
+    for name in names:
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(f"vllm.model_executor.layers.fused_moe.{name}")
+    return None
+
+
+def _triton():
+    return _first("experts.triton_moe", "fused_moe").TritonExperts
+
+
+def _unquantised():
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as module
+
+    return module.UnquantizedFusedMoEMethod
+
+
 class Rounded(Case):
     """Unquantised weights that a backend pads, and says so."""
 
     multiple = 16
 
     def choose(self):
-        def rounded(backend, hidden, inner):
+        super().choose()
+
+        def rounded(method, hidden, inner, *args, **more):
             return hidden, -(-inner // self.multiple) * self.multiple
 
-        stage.everywhere("unquantized_round_up_hidden_size_and_intermediate_size", rounded)
+        self.patch = mock.patch.object(_unquantised(), "maybe_roundup_sizes", rounded)
+        self.patch.start()
 
     def after(self):
-        stage.everywhere(
-            "unquantized_round_up_hidden_size_and_intermediate_size", lambda _, *sizes: sizes
-        )
+        self.patch.stop()
 
     def fill(self, routed, whole, rank):
         inner = self.cut(rank)
@@ -210,6 +234,12 @@ class Int4(Case):
         int4.fill(routed, self.kind, whole.int4.part(self.owned(rank), self.cut(rank)))
 
 
+class Wna16(Int4):
+    """INT4 weights in Triton's experts."""
+
+    kind = "moe_wna16"
+
+
 class Moved(Case):
     """The same after EPLB has moved experts: their weights and the router, and nothing else."""
 
@@ -221,7 +251,7 @@ class Moved(Case):
 
 def stand_in():
     """Replace the operators that the cases need beside LoRA's."""
-    for kind in ("gptq",):
+    for kind in (Int4.kind, Wna16.kind):
         with contextlib.suppress(LookupError):  # imports what is to be replaced
             quantised_experts._method(kind)
     int4.stand_in()
@@ -238,7 +268,7 @@ def cases(release):
     shared = {"lora": {"enable_moe_shared_loras": True}, "adapter": {"shared": True}}
     mixed = {"lora": {"enable_mixed_moe_lora_format": True}, "fused": True, "interleaved": True}
     mixed |= {"more": {"activation": "swigluoai"}}
-    marlin = {"experts": int4.EXPERTS, "hidden": int4.HIDDEN}
+    marlin = {"experts": int4.EXPERTS, "hidden": int4.HIDDEN, "inner": 128}
     found = [
         Case("tp1"),
         Case("tp2", size=2),
@@ -273,11 +303,14 @@ def cases(release):
         Case("llama4", **llama),
         Case("llama4-tp2", size=2, **llama),
         Case("llama4-ep3", size=3, experts=10, **ep, **llama),
-        Int4("marlin", inner=128, **marlin),
-        Int4("marlin-tp2", size=2, inner=256, **marlin),
-        Int4("marlin-padded", inner=96, **marlin),
-        Int4("marlin-padded-tp2", size=2, inner=192, **marlin),
-        Int4("marlin-padded-fused", size=2, inner=192, **marlin, **fused),
-        Int4("marlin-llama4", inner=128, **marlin, **llama),
+        Int4("marlin", **marlin),
+        Int4("marlin-tp2", size=2, **{**marlin, "inner": 256}),
+        Int4("marlin-padded", **{**marlin, "inner": 96}),
+        Int4("marlin-padded-tp2", size=2, **{**marlin, "inner": 192}),
+        Int4("marlin-padded-fused", size=2, **{**marlin, "inner": 192}, **fused),
+        Int4("marlin-ep3-uneven", size=3, **{**marlin, "inner": 96}, **ep),
+        Wna16("wna16-ep3-uneven", size=3, **marlin, **ep),
+        Wna16("wna16-llama4", **marlin, **llama),
+        Int4("marlin-llama4", **marlin, **llama),
     ]
     return found

@@ -46,7 +46,9 @@ class Experts(torch.nn.Module):
         self.is_3d_moe_weight = case.fused
         name = "GptOssForCausalLM" if case.interleaved else "Qwen3MoeForCausalLM"
         sizes = {"hidden_size": case.hidden, "moe_intermediate_size": case.inner}
-        self.config = types.SimpleNamespace(architectures=[name], **sizes)
+        from transformers import PretrainedConfig
+
+        self.config = PretrainedConfig(architectures=[name], **sizes)
         self.count, self.copies = case.experts, case.redundant
 
     def get_expert_mapping(self):

@@ -23,7 +23,7 @@ def _apply(original: Callable[..., Any]) -> Callable[..., Any]:
 
 HOOKS = (
     Hook(
-        feature="input-weights",
+        feature="lora-numbers",
         target="vllm.model_executor.layers.fused_moe.fused_moe_modular_method:"
         "FusedMoEModularMethod.apply",
         make=_apply,

@@ -125,6 +125,14 @@ def _ep_check(original: Callable[..., Any]) -> Callable[..., Any]:
     return _ep_check
 
 
+def _create(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_lora_weights(self: Any, max_loras: int, *args: Any, **more: Any) -> None:
+        original(self, max_loras, *args, **more)
+        self.n_slices = len(self.lora_a_stacked) // max_loras
+
+    return create_lora_weights
+
+
 def _inner(original: property) -> property:
     def intermediate_size_per_partition(self: Any) -> int:
         from ..layers import padding
@@ -212,6 +220,16 @@ HOOKS = (
         **_PARALLEL,
     ),
     Hook(
+        target=f"{_FILE}:FusedMoEWithLoRA.create_lora_weights",
+        make=_create,
+        releases=">=0.21,<0.22",
+        why="IndexError at start: with expert parallelism the warm-up adapter is made for all "
+        "experts, not for this rank's",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.22.0/vllm/lora/layers/fused_moe.py",
+        until="0.22, which counts a rank's experts",
+        **_PARALLEL,
+    ),
+    Hook(
         target=f"{_FILE}:FusedMoEWithLoRA.intermediate_size_per_partition",
         make=_inner,
         releases=">=0.25,<0.34",
@@ -226,7 +244,7 @@ HOOKS = (
     Hook(target=f"{_FILE}:FusedMoE3DWithLoRA._slice_w13_b", make=_slice_w13_b_fused, **_PADDED),
     Hook(target=f"{_FILE}:FusedMoEWithLoRA._slice_w2_a", make=_slice_w2_a, **_PADDED),
     Hook(
-        feature="input-weights",
+        feature="lora-numbers",
         target=f"{_FILE}:FusedMoEWithLoRA._inject_lora_into_fused_moe",
         make=_inject_weighted,
         releases=">=0.12,<0.20",

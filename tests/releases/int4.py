@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 
 import stage
@@ -44,14 +45,15 @@ def silu(gate, up):
 class Weights:
     """Two projections' INT4 weights: ``q`` [experts, in, out], scales and zeros per group."""
 
-    hidden, inner = HIDDEN, INNER
+    hidden = HIDDEN
     layer = types.MappingProxyType({})
     act = staticmethod(silu)
 
-    def __init__(self, seed, zeros):
+    def __init__(self, seed, zeros, inner=INNER):
+        self.inner = inner
         make = torch.Generator().manual_seed(seed)
         self.q, self.scale, self.zero = {}, {}, {}
-        for name, k, n in (("w13", HIDDEN, 2 * INNER), ("w2", INNER, HIDDEN)):
+        for name, k, n in (("w13", HIDDEN, 2 * inner), ("w2", inner, HIDDEN)):
             shape = (EXPERTS, k // GROUP, n)
             self.q[name] = torch.randint(0, 16, (EXPERTS, k, n), generator=make)
             self.scale[name] = 0.02 + 0.02 * torch.rand(shape, generator=make)
@@ -61,6 +63,24 @@ class Weights:
     def dense(self, name):
         """[experts, out, in] in fp32."""
         return dequantise(self.q[name], self.scale[name], self.zero[name])
+
+    def part(self, experts, inner):
+        """These experts, and of the inner dimension this slice of whole groups."""
+        found = copy.copy(self)
+        groups = slice(inner.start // GROUP, inner.stop // GROUP)
+        for name in ("q", "scale", "zero"):
+            both = dict(getattr(self, name))
+            for which, value in both.items():
+                if value is None:
+                    continue
+                value = value[experts]
+                if which == "w13":
+                    value = value.unflatten(2, (2, -1))[..., inner].flatten(2)
+                else:
+                    value = value[:, inner if name == "q" else groups]
+                both[which] = value
+            setattr(found, name, both)
+        return found
 
 
 def dequantise(q, scale, zero):

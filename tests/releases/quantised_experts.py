@@ -8,6 +8,7 @@ it are from a loop's), all relative to the largest number of the loop's answer.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import json
@@ -124,12 +125,18 @@ def _layer(kind, number, weights):
     return layer, getattr(layer, "routed_experts", layer)
 
 
+@functools.cache  # as it is before we come
+def _wanted(method):
+    """What a method's `apply` takes."""
+    return inspect.signature(method.apply).parameters
+
+
 def _forward(layer, routed, x, weights, ids):
     """The layer's method on given routes, as the layer calls it."""
     method = routed.quant_method
     if hasattr(layer, "_quant_method"):
         method = layer._quant_method
-    wanted = inspect.signature(method.apply).parameters
+    wanted = _wanted(type(method))
     if "topk_ids" in wanted:
         more = {name: None for name in wanted if name.startswith("shared_experts")}
         return method.apply(layer=routed, x=x, topk_weights=weights, topk_ids=ids, **more)

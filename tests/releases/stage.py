@@ -67,12 +67,19 @@ def bound(function, stand_in):
         found.apply_defaults()
         return stand_in(types.SimpleNamespace(**found.arguments))
 
+    call.__signature__ = signature  # for a stand-in of this one
     return call
 
 
 def silu_and_mul(output, input):
     gate, up = input.float().chunk(2, dim=-1)
     output.copy_(torch.nn.functional.silu(gate) * up)
+
+
+def swigluoai_and_mul(output, input, alpha=1.702, limit=7.0):
+    gate, up = input.float()[..., ::2], input.float()[..., 1::2]
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    output.copy_((up + 1) * gate * torch.sigmoid(alpha * gate))
 
 
 def moe_sum(input, output, topk_ids=None, expert_map=None):
@@ -87,8 +94,10 @@ def _operators():
     with contextlib.suppress(ImportError):  # the installed release's own, which come first
         importlib.import_module("vllm._C")
     later = "Tensor? topk_ids=None, Tensor? expert_map=None"  # from 0.27 on
+    limits, oai = "float alpha=1.702, float limit=7.0", swigluoai_and_mul
     for library, text, function in (
         ("_C", "silu_and_mul(Tensor(a!) out, Tensor input) -> ()", silu_and_mul),
+        ("_C", f"swigluoai_and_mul(Tensor(a!) out, Tensor input, {limits}) -> ()", oai),
         ("_moe_C", f"moe_sum(Tensor input, Tensor(a!) output, {later}) -> ()", moe_sum),
     ):
         name = text.partition("(")[0]
@@ -123,6 +132,9 @@ def product(given, tokens, weights, output, size_n):
     for pair, expert in zip(
         given.sorted_token_ids.tolist(), given.expert_ids.tolist(), strict=True
     ):
+        if expert < 0:  # of another rank
+            result[pair] = 0
+            continue
         row = tokens[pair // given.top_k].float() @ weights[expert].T
         if given.mul:
             row = row * given.topk_weights.flatten()[pair]

@@ -105,6 +105,72 @@ def _modular_triton(original: Callable[..., Any]) -> Callable[..., Any]:
     return modular_triton_fused_moe
 
 
+def _inject_weighted(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _inject_lora_into_fused_moe(self: Any) -> None:
+        from ..layers import input_weights
+
+        original(self)
+        input_weights.install(self.base_layer)
+
+    return _inject_lora_into_fused_moe
+
+
+def _ep_check(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _ep_check(self: Any) -> None:
+        from ..layers import moving_experts
+
+        original(self)
+        moving_experts.refuse(self)
+
+    return _ep_check
+
+
+def _create(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_lora_weights(self: Any, max_loras: int, *args: Any, **more: Any) -> None:
+        original(self, max_loras, *args, **more)
+        self.n_slices = len(self.lora_a_stacked) // max_loras
+
+    return create_lora_weights
+
+
+def _inner(original: property) -> property:
+    def intermediate_size_per_partition(self: Any) -> int:
+        from ..layers import padding
+
+        return padding.inner(self, original.__get__(self))
+
+    return property(intermediate_size_per_partition)
+
+
+def _slice_w13_b(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _slice_w13_b(self: Any, w13_lora_b: Any) -> Any:
+        from ..layers import padding
+
+        return padding.of_rank(self, w13_lora_b, 1)
+
+    return _slice_w13_b
+
+
+def _slice_w13_b_fused(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _slice_w13_b(self: Any, w13_lora_b: Any) -> Any:
+        from ..layers import padding
+
+        # Upstream knows the one model whose gate and up alternate by its name, too.
+        interleaved = self._base_model == "GptOssForCausalLM"
+        return padding.of_rank_fused(self, w13_lora_b, interleaved)
+
+    return _slice_w13_b
+
+
+def _slice_w2_a(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _slice_w2_a(self: Any, w2_lora_a: Any) -> Any:
+        from ..layers import padding
+
+        return padding.of_rank(self, w2_lora_a, 2)
+
+    return _slice_w2_a
+
+
 _COMMON: dict[str, Any] = {
     "feature": "cpu-experts",
     "releases": ">=0.30,<0.34",
@@ -133,7 +199,61 @@ _ASKING: dict[str, Any] = {
     "layers": True,
 }
 
+_PARALLEL: dict[str, Any] = {"feature": "parallel-experts", "layers": True}
+_PADDED: dict[str, Any] = {
+    **_PARALLEL,
+    "releases": ">=0.12,<0.34",
+    "why": "where a weight format pads the experts' inner dimension, a rank of tensor parallelism "
+    "takes its part of an adapter from the wrong place, and up's rows lie where gate's padding is",
+    "upstream": "https://github.com/vllm-project/vllm/blob/v0.33.0/vllm/lora/layers/fused_moe.py",
+    "until": "upstream's slices are right with one rank and fused factors, too",
+}
+
 HOOKS = (
+    Hook(
+        target=f"{_FILE}:FusedMoEWithLoRA._ep_check",
+        make=_ep_check,
+        releases=">=0.21,<0.34",
+        why="experts that EPLB moves leave their factors behind, without a word",
+        upstream="",
+        until="EPLB moves LoRA's stacks with the experts, or upstream refuses the two together",
+        **_PARALLEL,
+    ),
+    Hook(
+        target=f"{_FILE}:FusedMoEWithLoRA.create_lora_weights",
+        make=_create,
+        releases=">=0.21,<0.22",
+        why="IndexError at start: with expert parallelism the warm-up adapter is made for all "
+        "experts, not for this rank's",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.22.0/vllm/lora/layers/fused_moe.py",
+        until="0.22, which counts a rank's experts",
+        **_PARALLEL,
+    ),
+    Hook(
+        target=f"{_FILE}:FusedMoEWithLoRA.intermediate_size_per_partition",
+        make=_inner,
+        releases=">=0.25,<0.34",
+        why="Marlin pads experts to its tiles and tells nobody: up's delta is written into gate's "
+        "padding, and down's lora_a is read past its rows",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.33.0/vllm/model_executor/layers/"
+        "fused_moe/oracle/int_wna16.py",
+        until="Marlin's padding is in moe_config.intermediate_size_per_partition",
+        **_PARALLEL,
+    ),
+    Hook(target=f"{_FILE}:FusedMoEWithLoRA._slice_w13_b", make=_slice_w13_b, **_PADDED),
+    Hook(target=f"{_FILE}:FusedMoE3DWithLoRA._slice_w13_b", make=_slice_w13_b_fused, **_PADDED),
+    Hook(target=f"{_FILE}:FusedMoEWithLoRA._slice_w2_a", make=_slice_w2_a, **_PADDED),
+    Hook(
+        feature="lora-numbers",
+        target=f"{_FILE}:FusedMoEWithLoRA._inject_lora_into_fused_moe",
+        make=_inject_weighted,
+        releases=">=0.12,<0.20",
+        why="where router weights go on the experts' input (Llama-4), gate's and up's factors get "
+        "tokens without them, and down's change is multiplied by them once more",
+        upstream="",
+        until="0.20, where the kernel takes LoRA (hooks/fused_moe_modular_method.py)",
+        layers=True,
+    ),
     Hook(target=f"{_FILE}:FusedMoEWithLoRA.set_mapping", make=_set_mapping, **_PLAIN),
     Hook(target=f"{_FILE}:FusedMoEWithLoRA.set_lora", make=_set_lora, **_COMMON),
     Hook(target=f"{_FILE}:FusedMoE3DWithLoRA.set_lora", make=_set_lora, **_COMMON),

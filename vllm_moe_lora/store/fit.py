@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..adapters.canonical import Experts
 from ..adapters.config import Config
 from ..adapters.errors import AdapterError, about, listed
 from ..adapters.group import Tensors
@@ -55,13 +56,28 @@ def fit(manager: Any, lora: Any) -> None:
     lora.moe_lora_fits = True
     pending: Pending | None = getattr(lora, "moe_lora", None)
     if pending is None and strict.is_warm_up(lora):
-        return
+        return _local_warm_up(manager, lora)
     try:
         with about(lora.id):
             _fit(manager, lora, pending)
     finally:
         if pending is not None:
             pending.quiet.release()
+    return None
+
+
+def _local_warm_up(manager: Any, lora: Any) -> None:
+    """Zeros of this rank's experts where vLLM made some that it takes for all experts'.
+
+    Up to 0.32 its warm-up adapter has the experts of one rank where gate and up are fused, and it
+    takes that apart by the number of all experts.
+    """
+    staged = {}
+    for name, wrapper in manager.modules.items():
+        if is_experts(wrapper) and lora.loras.pop(f"{name}.base_layer", None) is not None:
+            nothing = stage(Experts(name, "warm-up"), slots_of(manager, wrapper))
+            staged[name] = as_taken(manager, wrapper, nothing)
+    _deliver(lora, staged)
 
 
 def _fit(manager: Any, lora: Any, pending: Pending | None) -> None:

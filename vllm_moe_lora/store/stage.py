@@ -27,6 +27,8 @@ class Slots:
         dtype: of the buffers.
         limit: max_lora_rank.
         shared: w13's lora_a and w2's lora_b are one for all experts (--enable-moe-shared-loras).
+        multiple: ranks are filled up with zeros to a multiple of it (--fully-sharded-loras cuts
+            them into as many pieces as there are devices).
     """
 
     local: Sequence[int]
@@ -35,6 +37,7 @@ class Slots:
     dtype: torch.dtype
     limit: int
     shared: bool = False
+    multiple: int = 1
 
 
 @dataclass
@@ -56,7 +59,7 @@ def stage(experts: Experts, slots: Slots) -> tuple[list[torch.Tensor], list[torc
 
     Returns:
         lora_a ([local experts, rank, in] each) and lora_b ([local experts, out, rank]), scale
-        folded into lora_b. What the adapter leaves out is a zero of rank 1 without memory.
+        folded into lora_b. What the adapter leaves out is a zero of the smallest rank, without memory.
 
     Raises:
         AdapterError: the rank is above the limit, a number is not finite, or factors differ where
@@ -117,8 +120,8 @@ def _filled(
     out, inn = slots.dims.shape(name)
     local = len(slots.local)
     if not a:
-        zero = torch.zeros(1, 1, 1, dtype=slots.dtype)
-        return zero.expand(local, 1, inn), zero.expand(local, out, 1)
+        zero, rank = torch.zeros(1, 1, 1, dtype=slots.dtype), slots.multiple
+        return zero.expand(local, rank, inn), zero.expand(local, out, rank)
     rank = max(piece.offset + piece.part.rank for piece in a)
     if rank > slots.limit:
         if any(piece.offset or piece.rows for piece in a + b):
@@ -130,6 +133,7 @@ def _filled(
             widest = max(a, key=lambda piece: piece.part.rank)
         if rank > slots.limit:
             raise AdapterError(_too_wide(widest, rank, slots))
+    rank += -rank % slots.multiple
     return (
         _buffer(a, (local, rank, inn), slots, is_a=True),
         _buffer(b, (local, out, rank), slots, is_a=False),

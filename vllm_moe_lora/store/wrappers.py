@@ -66,7 +66,18 @@ def slots_of(manager: Any, wrapper: Any) -> Slots:
         dtype=manager.lora_config.lora_dtype,
         limit=manager.lora_config.max_lora_rank,
         shared=bool(getattr(wrapper, "enable_moe_shared_loras", False)),
+        multiple=_multiple(manager, wrapper),
     )
+
+
+def _multiple(manager: Any, wrapper: Any) -> int:
+    """Of what ranks have to be a multiple where devices share them (--fully-sharded-loras)."""
+    size: int = wrapper.base_layer.moe_config.moe_parallel_config.tp_size
+    if size == 1 or not manager.lora_config.fully_sharded_loras or _per_expert(wrapper):
+        return 1
+    # 0.12 and 0.13 put a device's piece of a lower rank where no lora_b is.
+    early = not hasattr(manager, "_stack_moe_lora_weights")
+    return int(manager.lora_config.max_lora_rank) if early else size
 
 
 def local_experts(wrapper: Any) -> list[int]:

@@ -67,6 +67,7 @@ class Weights:
     def part(self, experts, inner):
         """These experts, and of the inner dimension this slice of whole groups."""
         found = copy.copy(self)
+        found.inner = inner.stop - inner.start
         groups = slice(inner.start // GROUP, inner.stop // GROUP)
         for name in ("q", "scale", "zero"):
             both = dict(getattr(self, name))

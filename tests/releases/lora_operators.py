@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 
+import int4
 import stage
 import torch
 
@@ -64,6 +65,9 @@ def _align(given):
 
 def _gemm(given):
     """The grouped GEMM; pairs of other ranks' experts are written as zeros."""
+    if given.use_int4_w4a16:  # up to 0.13 it has no kernel of its own
+        int4._triton(given)
+        return
     pairs, experts = given.sorted_token_ids, given.expert_ids
     if pairs is None:
         pairs = torch.arange(experts.numel())

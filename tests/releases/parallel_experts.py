@@ -182,7 +182,7 @@ class Rank:
         """As vLLM before it takes requests: an adapter of zeros that it makes itself."""
         from vllm.lora.request import LoRARequest
 
-        rank = getattr(self.worker, "get_dummy_lora_warmup_rank", lambda rank: rank)(self.case.rank)
+        rank = getattr(self.worker, "get_dummy_lora_warmup_rank", lambda rank: rank)(8)
         self.worker.add_dummy_lora(LoRARequest("warm-up", 99, "nowhere"), rank)
         self.worker._adapter_manager.activate_adapter(99)
         self.worker._adapter_manager.remove_all_adapters()

@@ -32,13 +32,12 @@ TOKENS = 9
 class Experts(torch.nn.Module):
     """As much of a model as LoRA's managers ask for: one layer of routed experts."""
 
-    packed_modules_mapping: dict = {}
-    embedding_modules: dict = {}
     supports_lora = True
     is_non_gated_moe = False
 
     def __init__(self, layer, case):
         super().__init__()
+        self.packed_modules_mapping, self.embedding_modules = {}, {}
         self.model = torch.nn.Module()
         self.model.layers = torch.nn.ModuleList([torch.nn.Module()])
         self.model.layers[0].mlp = torch.nn.Module()
@@ -281,7 +280,7 @@ def run(case, base, folder):
 
 def main():
     base, release = stage.begin(torch.float32)
-    import vllm.lora.layers.fused_moe  # noqa: F401
+    import vllm.lora.layers.fused_moe
     import vllm.lora.punica_wrapper.punica_gpu  # noqa: F401
 
     import vllm_moe_lora

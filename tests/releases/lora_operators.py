@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 
+import int4
 import stage
 import torch
 
@@ -40,7 +41,9 @@ def stand_in():
     for name in ("supports_tma", "supports_pdl"):
         stage.everywhere(name, lambda *args, **more: False)
     stage.everywhere("fused_moe_lora", op._fused_moe_lora)
-    stage.everywhere("async_tensor_h2d", lambda data, dtype, *args, **more: torch.tensor(data, dtype=dtype))
+    # There is no memory to pin, and a placeholder for Triton without its arithmetic.
+    here = lambda data, dtype, *args, **more: torch.tensor(data, dtype=dtype)  # noqa: E731
+    stage.everywhere("async_tensor_h2d", here)
     import vllm.triton_utils as triton_utils
 
     triton_utils.triton.cdiv = lambda a, b: -(-a // b)
@@ -64,6 +67,9 @@ def _align(given):
 
 def _gemm(given):
     """The grouped GEMM; pairs of other ranks' experts are written as zeros."""
+    if given.use_int4_w4a16:  # up to 0.13 it has no kernel of its own
+        int4._triton(given)
+        return
     pairs, experts = given.sorted_token_ids, given.expert_ids
     if pairs is None:
         pairs = torch.arange(experts.numel())

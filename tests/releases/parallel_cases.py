@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import sys
 from unittest import mock
 
 import int4
@@ -12,6 +13,7 @@ import one_method
 import quantised_experts
 import stage
 import torch
+from packaging.version import Version
 from parallel_truth import Layer
 
 
@@ -23,6 +25,7 @@ class Case:
         expert_parallel: whole experts on each rank, else a part of each.
         eplb: vLLM moves experts as the load asks; redundant: copies beyond their number.
         fused, interleaved: as the model has gate and up.
+        since: the release that can be told to.
         on_disk: "per expert" or "fused".
         on_input: router weights go on the input (Llama-4).
         adapter: options of `parallel_truth.Adapter`.
@@ -30,6 +33,7 @@ class Case:
     """
 
     name: str
+    since: str = "0.12"
     size: int = 1
     expert_parallel: bool = False
     placement: str = "linear"
@@ -53,10 +57,6 @@ class Case:
 
     def choose(self):
         """Whatever has to be chosen for the process before the layer is made."""
-        oracle = _first("oracle.unquantized")
-        if oracle is not None:  # it asks what the machine is
-            found = (oracle.UnquantizedMoeBackend.TRITON, _triton())
-            stage.everywhere("select_unquantized_moe_backend", lambda *args, **more: found)
 
     def after(self):
         """Undo it."""
@@ -170,9 +170,7 @@ def _triton():
 
 
 def _unquantised():
-    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as module
-
-    return module.UnquantizedFusedMoEMethod
+    return _first("unquantized_fused_moe_method", "layer").UnquantizedFusedMoEMethod
 
 
 class Rounded(Case):
@@ -255,62 +253,82 @@ def stand_in():
         with contextlib.suppress(LookupError):  # imports what is to be replaced
             quantised_experts._method(kind)
     int4.stand_in()
+    _unquantised_as_on_a_gpu()
+
+
+def _unquantised_as_on_a_gpu():
+    oracle, method = _first("oracle.unquantized"), _unquantised()
+    select = getattr(oracle, "select_unquantized_moe_backend", None)
+    if select is not None and "tuple" in str(select.__annotations__["return"]):
+        found = (oracle.UnquantizedMoeBackend.TRITON, _triton())
+        stage.everywhere("select_unquantized_moe_backend", lambda *args, **more: found)
+    else:  # up to 0.19
+        sys.modules[method.__module__].TritonExperts = _triton()
+        method.process_weights_after_loading = lambda self, layer: None
+        method.is_monolithic = False
+
+
+EP = {"expert_parallel": True, "since": "0.21"}
+SHARDED = {"lora": {"fully_sharded_loras": True}}
+RAGGED = {"adapter": {"ragged": True}}
+SHARED = {"lora": {"enable_moe_shared_loras": True}, "adapter": {"shared": True}}
+FUSED = {"fused": True, "on_disk": "fused", "adapter": {"tied": True}}
+SWIGLU = {"interleaved": True, "more": {"activation": "swigluoai"}}
+OSS = {**FUSED, **SWIGLU}
+MIXED = {"fused": True, **SWIGLU, "lora": {"enable_mixed_moe_lora_format": True}}
+GROUPS = {"more": {"use_grouped_topk": True, "num_expert_group": 2, "topk_group": 1}}
+LLAMA = {"top_k": 1, "on_input": True, "more": {"apply_router_weight_on_input": True}}
+INT4 = {"experts": int4.EXPERTS, "hidden": int4.HIDDEN, "inner": 128}
+UNEVEN = {**EP, "size": 3, "experts": 10}
+ROUNDED = {"since": "0.19"}
+
+CASES = [
+    Case("tp1"),
+    Case("tp2", size=2),
+    Case("tp4", size=4),
+    Case("tp4-ragged", size=4, **RAGGED),
+    Case("tp2-fused", size=2, **FUSED),
+    GptOss("tp2-interleaved", size=2, **OSS),
+    Case("tp3-inner", size=3),
+    Case("fs2", size=2, **SHARDED),
+    Case("fs4", size=4, **SHARDED),
+    Case("fs2-ragged", size=2, **SHARDED, **RAGGED),
+    Case("fs2-fused", size=2, **SHARDED, **FUSED),
+    GptOss("fs2-interleaved", size=2, **SHARDED, **OSS),
+    Case("fs4-rank", size=4, **SHARDED, rank=6),
+    Case("fs4-some", size=4, **SHARDED, adapter={"some": True}),
+    Case("ep2", size=2, **EP),
+    Case("ep3-uneven", **UNEVEN),
+    Case("ep8-uneven", **{**UNEVEN, "size": 8, "experts": 60}),
+    Case("ep3-uneven-ragged", **UNEVEN, **RAGGED),
+    Case("ep2-fused", size=2, **EP, **FUSED),
+    Case("ep3-uneven-fused", **UNEVEN, **FUSED),
+    GptOss("ep3-uneven-interleaved", **UNEVEN, **OSS),
+    Case("ep2-round-robin", size=2, **EP, placement="round_robin", **GROUPS),
+    Case("ep3-round-robin", **UNEVEN, placement="round_robin", **GROUPS),
+    Moved("ep2-moved", size=2, **EP, eplb=True),
+    Case("ep2-redundant", size=2, **EP, eplb=True, redundant=2),
+    Case("ep2-sharded", size=2, **EP, **SHARDED),
+    Case("ep3-uneven-shared", **{**UNEVEN, "since": "0.26"}, **SHARED),
+    GptOss("ep3-uneven-mixed", **{**UNEVEN, "since": "0.22"}, **MIXED),
+    Rounded("rounded-fused", **ROUNDED, inner=24, **FUSED),
+    Rounded("rounded-tp2", **ROUNDED, size=2, inner=48),
+    Rounded("rounded-tp2-fused", **ROUNDED, size=2, inner=48, **FUSED),
+    Case("llama4", **LLAMA),
+    Case("llama4-tp2", size=2, **LLAMA),
+    Case("llama4-ep3-uneven", **UNEVEN, **LLAMA),
+    Int4("marlin", **INT4),
+    Int4("marlin-tp2", **{**INT4, "size": 2, "inner": 256}),
+    Int4("marlin-padded", **{**INT4, "inner": 96}),
+    Int4("marlin-padded-tp2", **{**INT4, "size": 2, "inner": 192}),
+    Int4("marlin-padded-tp2-fused", **{**INT4, "size": 2, "inner": 192}, **FUSED),
+    Int4("marlin-padded-ep3-uneven", **EP, size=3, **{**INT4, "inner": 96}),
+    Int4("marlin-llama4", **INT4, **LLAMA),
+    Wna16("wna16-ep3-uneven", **EP, size=3, **INT4),
+    Wna16("wna16-llama4", **INT4, **LLAMA),
+]
 
 
 def cases(release):
-    ep = {"expert_parallel": True}
-    sharded = {"lora": {"fully_sharded_loras": True}}
-    ragged = {"adapter": {"ragged": True}}
-    fused = {"fused": True, "on_disk": "fused", "adapter": {"tied": True}}
-    oss = {**fused, "interleaved": True, "more": {"activation": "swigluoai"}}
-    groups = {"use_grouped_topk": True, "num_expert_group": 2, "topk_group": 1}
-    llama = {"top_k": 1, "on_input": True, "more": {"apply_router_weight_on_input": True}}
-    shared = {"lora": {"enable_moe_shared_loras": True}, "adapter": {"shared": True}}
-    mixed = {"lora": {"enable_mixed_moe_lora_format": True}, "fused": True, "interleaved": True}
-    mixed |= {"more": {"activation": "swigluoai"}}
-    marlin = {"experts": int4.EXPERTS, "hidden": int4.HIDDEN, "inner": 128}
-    found = [
-        Case("tp1"),
-        Case("tp2", size=2),
-        Case("tp4", size=4),
-        Case("tp4-ragged", size=4, **ragged),
-        Case("tp2-fused", size=2, **fused),
-        GptOss("tp2-interleaved", size=2, **oss),
-        Case("fs2", size=2, **sharded),
-        Case("fs4", size=4, **sharded),
-        Case("fs2-ragged", size=2, **sharded, **ragged),
-        Case("fs2-fused", size=2, **sharded, **fused),
-        GptOss("fs2-interleaved", size=2, **sharded, **oss),
-        Case("fs4-rank", size=4, **sharded, rank=6),
-        Case("fs4-some", size=4, **sharded, adapter={"some": True}),
-        Case("ep2", size=2, **ep),
-        Case("ep3-uneven", size=3, experts=10, **ep),
-        Case("ep8-uneven", size=8, experts=60, **ep),
-        Case("ep3-uneven-ragged", size=3, experts=10, **ep, **ragged),
-        Case("ep2-fused", size=2, **ep, **fused),
-        Case("ep3-uneven-fused", size=3, experts=10, **ep, **fused),
-        GptOss("ep3-uneven-interleaved", size=3, experts=10, **ep, **oss),
-        Case("ep2-round-robin", size=2, placement="round_robin", **ep, more=groups),
-        Case("ep3-round-robin", size=3, experts=10, placement="round_robin", **ep, more=groups),
-        Moved("ep2-moved", size=2, eplb=True, **ep),
-        Case("ep2-redundant", size=2, eplb=True, redundant=2, **ep),
-        Case("ep2-sharded", size=2, **ep, **sharded),
-        Case("ep3-uneven-shared", size=3, experts=10, **ep, **shared),
-        GptOss("ep3-uneven-mixed", size=3, experts=10, **ep, **mixed),
-        Rounded("rounded", inner=24, **fused),
-        Rounded("rounded-tp2", size=2, inner=48),
-        Rounded("rounded-tp2-fused", size=2, inner=48, **fused),
-        Case("llama4", **llama),
-        Case("llama4-tp2", size=2, **llama),
-        Case("llama4-ep3", size=3, experts=10, **ep, **llama),
-        Int4("marlin", **marlin),
-        Int4("marlin-tp2", size=2, **{**marlin, "inner": 256}),
-        Int4("marlin-padded", **{**marlin, "inner": 96}),
-        Int4("marlin-padded-tp2", size=2, **{**marlin, "inner": 192}),
-        Int4("marlin-padded-fused", size=2, **{**marlin, "inner": 192}, **fused),
-        Int4("marlin-ep3-uneven", size=3, **{**marlin, "inner": 96}, **ep),
-        Wna16("wna16-ep3-uneven", size=3, **marlin, **ep),
-        Wna16("wna16-llama4", **marlin, **llama),
-        Int4("marlin-llama4", **marlin, **llama),
-    ]
-    return found
+    """Those that ``release`` has a name for."""
+    return [case for case in CASES if Version(release) >= Version(case.since)]

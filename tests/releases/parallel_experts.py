@@ -32,13 +32,12 @@ TOKENS = 9
 class Experts(torch.nn.Module):
     """As much of a model as LoRA's managers ask for: one layer of routed experts."""
 
-    packed_modules_mapping: dict = {}
-    embedding_modules: dict = {}
     supports_lora = True
     is_non_gated_moe = False
 
     def __init__(self, layer, case):
         super().__init__()
+        self.packed_modules_mapping, self.embedding_modules = {}, {}
         self.model = torch.nn.Module()
         self.model.layers = torch.nn.ModuleList([torch.nn.Module()])
         self.model.layers[0].mlp = torch.nn.Module()
@@ -182,7 +181,7 @@ class Rank:
         """As vLLM before it takes requests: an adapter of zeros that it makes itself."""
         from vllm.lora.request import LoRARequest
 
-        rank = getattr(self.worker, "get_dummy_lora_warmup_rank", lambda rank: rank)(self.case.rank)
+        rank = getattr(self.worker, "get_dummy_lora_warmup_rank", lambda rank: rank)(8)
         self.worker.add_dummy_lora(LoRARequest("warm-up", 99, "nowhere"), rank)
         self.worker._adapter_manager.activate_adapter(99)
         self.worker._adapter_manager.remove_all_adapters()
@@ -281,7 +280,7 @@ def run(case, base, folder):
 
 def main():
     base, release = stage.begin(torch.float32)
-    import vllm.lora.layers.fused_moe  # noqa: F401
+    import vllm.lora.layers.fused_moe
     import vllm.lora.punica_wrapper.punica_gpu  # noqa: F401
 
     import vllm_moe_lora

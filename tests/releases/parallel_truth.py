@@ -52,7 +52,9 @@ class Adapter:
                     r = 1 + (3 * expert + ord(name[1])) % rank
                     if expert % 4 == 1 or (expert % 4 == 2 and name == "w2"):
                         continue
-                out, inn = (layer.hidden, layer.inner) if name == "w2" else (layer.inner, layer.hidden)
+                out, inn = layer.inner, layer.hidden
+                if name == "w2":
+                    out, inn = inn, out
                 a, b = draw(r, inn), draw(out, r)
                 if tied and name == "w3":
                     a = self.factors["w1"][expert][0]

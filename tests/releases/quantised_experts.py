@@ -150,7 +150,9 @@ def _forward(layer, routed, x, weights, ids):
         return method.apply(routed, Router(), x, logits)
     routed.select_experts = lambda **more: (weights, ids, None)
     if "top_k" in wanted:
-        return method.apply(routed, x, logits, stage.TOP_K, True)
+        names = ("activation", "apply_router_weight_on_input", "global_num_experts", "expert_map")
+        more = {name: getattr(routed, name) for name in names if name in wanted}
+        return method.apply(routed, x, logits, routed.top_k, True, **more)
     return method.apply(routed, x, logits)
 
 

@@ -32,9 +32,7 @@ def moved(
     return _moved(tokens, topk_weights)
 
 
-def _moved(
-    tokens: torch.Tensor, topk_weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _moved(tokens: torch.Tensor, topk_weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if topk_weights.shape[1] != 1:
         return tokens, topk_weights
     return tokens * topk_weights.to(tokens.dtype), torch.ones_like(topk_weights)

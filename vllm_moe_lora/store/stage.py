@@ -59,7 +59,8 @@ def stage(experts: Experts, slots: Slots) -> tuple[list[torch.Tensor], list[torc
 
     Returns:
         lora_a ([local experts, rank, in] each) and lora_b ([local experts, out, rank]), scale
-        folded into lora_b. What the adapter leaves out is a zero of the smallest rank, without memory.
+        folded into lora_b. What the adapter leaves out is a zero of the smallest rank, without
+        memory.
 
     Raises:
         AdapterError: the rank is above the limit, a number is not finite, or factors differ where

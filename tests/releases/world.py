@@ -1,19 +1,23 @@
 """One release's real model code and LoRA manager, without kernels: ``python world.py JOB.json``.
 
-The job: {"models": {name: {"model": folder of a checkpoint, "adapters": {name: folder}}},
-"plugin": bool, "out": file}. Each adapter is loaded by the release's real worker manager into slot
-0 and activated. The answer, by torch.save: "status" of the plugin and, for each model, "raw", the
-references that still lead around a LoRA wrapper, and "adapters", what each one's modules hold in
+The job: {"models": {name: {"model": folder of a checkpoint, "adapters": {name: folder}, "options":
+of EngineArgs, "cli": {name: folder} of --lora-modules, if it is a server's}}, "plugin": bool,
+"out": file}. Each adapter is loaded by the release's real worker manager into slot 0 and activated.
+The answer, by torch.save: "status" of the plugin and, for each model, "raw", the references that
+still lead around a LoRA wrapper, "experts", for each layer of routed experts whether it was built
+with LoRA, whether it is wrapped and what runs it, and "adapters", what each one's modules hold in
 the slot, or its error.
 """
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 import os
 import sys
 import tempfile
+import types
 from unittest import mock
 
 import stand_ins
@@ -21,7 +25,7 @@ import stand_ins
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
-def build(checkpoint):
+def build(checkpoint, options=None, cli=None):
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -31,7 +35,13 @@ def build(checkpoint):
     registry._run_in_subprocess = lambda function: function()  # there no stand-ins are
     args = {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "max_lora_rank": 16}
     args |= {"dtype": "float32", "enforce_eager": True, "max_model_len": 256}
-    config = EngineArgs(model=checkpoint, **args).create_engine_config()
+    args |= {"model": checkpoint, **(options or {})}
+    if cli is None:
+        made = EngineArgs(**args)
+    else:
+        modules = [types.SimpleNamespace(name=name, path=path) for name, path in cli.items()]
+        made = EngineArgs.from_cli_args(argparse.Namespace(**args, lora_modules=modules))
+    config = made.create_engine_config()
     with set_current_vllm_config(config):
         if not torch.distributed.is_initialized():
             place = tempfile.mktemp()
@@ -41,6 +51,8 @@ def build(checkpoint):
 
         torch.set_default_dtype(torch.float32)
         model = initialize_model(config)
+        if config.lora_config is None:
+            return model, None
         from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
         wanted = inspect.signature(LRUCacheWorkerLoRAManager.__init__).parameters
@@ -138,10 +150,30 @@ def load(worker, number, path):
     return found
 
 
-def ask(model, adapters):
-    network, worker = build(model)
+def experts(model):
+    """Name of a layer -> (built with LoRA, wrapped, what runs it)."""
+    found = {}
+    for name, module in model.named_modules():
+        if {kind.__name__ for kind in type(module).__mro__}.isdisjoint(("FusedMoE", "MoERunner")):
+            continue
+        method = getattr(module, "routed_experts", module).quant_method
+        kind = getattr(method, "experts_cls", None) or type(method)
+        inside = name.endswith(".base_layer")
+        found[name.removesuffix(".base_layer")] = (
+            module.moe_config.is_lora_enabled,
+            inside,
+            kind.__name__,
+        )
+    return found
+
+
+def ask(model, adapters, options=None, cli=None):
+    network, worker = build(model, options, cli)
+    if worker is None:
+        return {"experts": experts(network)}
     paths = enumerate(adapters.items(), start=1)
     return {
+        "experts": experts(network),
         "raw": raw_references(network, worker._adapter_manager.modules),
         "adapters": {name: load(worker, number, path) for number, (name, path) in paths},
     }

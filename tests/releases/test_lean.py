@@ -16,6 +16,7 @@ from vllm_moe_lora.tiny import adapters, models
 
 RELEASES = supported.releases()
 WITH_FLAG = Version("0.19")
+FLAG = ["q_proj", "qkv_proj"]  # 0.19 wants the packed module's name, later ones take either
 LAYERS = [f"model.layers.{i}.mlp.experts" for i in range(2)]
 
 
@@ -40,7 +41,7 @@ def _jobs(made, release):
         "declared-all": {**both, "cli": paths},
     }
     if Version(release) >= WITH_FLAG:
-        jobs["flag"] = {**both, "options": {"lora_target_modules": ["q_proj"]}}
+        jobs["flag"] = {**both, "options": {"lora_target_modules": FLAG}}
     return jobs
 
 

@@ -90,13 +90,28 @@ def test_a_dense_module_outside_the_flag_is_refused(monkeypatch):
     weights = types.SimpleNamespace(lora_a=torch.ones(2, 4), lora_b=torch.ones(4, 2))
     lora = types.SimpleNamespace(loras={"layers.0.self_attn.o_proj": weights})
     one = types.SimpleNamespace(target_modules=["q_proj"], max_lora_rank=8)
-    manager = types.SimpleNamespace(lora_config=one, packed_modules_mapping=PACKED, modules={})
+    manager = types.SimpleNamespace(lora_config=one, packed_modules_mapping=PACKED)
+    manager.modules, manager.model = {}, torch.nn.Module()
     # Even where some layers are on other ranks.
     monkeypatch.setattr(strict, "may_be_elsewhere", lambda manager: True)
     with pytest.raises(AdapterError) as found:
         strict.check(manager, lora, {"layers.0.self_attn.q_proj": None})
     assert "layers.0.self_attn.o_proj" in str(found.value)
     assert "--lora-target-modules o_proj q_proj, or without" in str(found.value)
+
+
+def test_the_flag_of_0_19_must_name_the_packed_module():
+    from torch import nn
+
+    weights = types.SimpleNamespace(lora_a=torch.ones(2, 4), lora_b=torch.ones(4, 2))
+    lora = types.SimpleNamespace(loras={"attn.q_proj": weights})
+    one = types.SimpleNamespace(target_modules=["q_proj"], max_lora_rank=8)
+    model = nn.ModuleDict({"attn": nn.ModuleDict({"qkv_proj": nn.Linear(2, 2)})})
+    manager = types.SimpleNamespace(
+        lora_config=one, packed_modules_mapping=PACKED, modules={}, model=model
+    )
+    with pytest.raises(AdapterError, match="--lora-target-modules q_proj qkv_proj, or without"):
+        strict.check(manager, lora, {})
 
 
 EXPERTS = "base_model.model.model.layers.0.mlp.experts.0.gate_proj.lora_A.weight"

@@ -45,13 +45,21 @@ def check(manager: Any, lora: Any, where: Places) -> None:
 def _refuse_left_out(manager: Any, lora: Any, unknown: list[str]) -> None:
     """Modules that the engine was told, or has decided, to leave without LoRA."""
     config, packed = manager.lora_config, getattr(manager, "packed_modules_mapping", {})
-    dense = [name for name in unknown if targets.leaves_out(config, name, packed)]
+    dense = {name for name in unknown if targets.leaves_out(config, name, packed)}
     words = {name.rpartition(".")[2] for name in dense}
+    if targets.flagged(config):  # 0.19 does not know the parts of a packed module
+        here = {name for name, _ in manager.model.named_modules()}
+        for name in set(unknown) - dense:
+            parent, _, own = name.rpartition(".")
+            whole = {w for w, parts in packed.items() if own in parts and f"{parent}.{w}" in here}
+            if whole:
+                dense.add(name)
+                words |= whole | {own}
     where = [listed(dense)] if dense else []
     pending, layers = getattr(lora, "moe_lora", None), Spellings(unwrapped(manager))
     lost = {p: layers.find(own) for p, own in (pending.mapped if pending else {}).items()}
     lost = {prefix: layer for prefix, layer in lost.items() if layer is not None}
-    if lost:
+    if pending is not None and lost:
         prefix, layer = min(lost.items())
         parts = pending.layers[prefix].values()
         first = min(name for sides in parts for name, _ in sides.values())

@@ -51,6 +51,11 @@ def _may_mean(target: str, layer: str) -> bool:
     return own in parents or "experts" in parents
 
 
+def flagged(config: Any) -> bool:
+    """Whether `lora_target_modules` is set; ``config`` is the `LoRAConfig`."""
+    return getattr(config, "target_modules", None) is not None
+
+
 def leaves_out(config: Any, name: str, packed: dict[str, list[str]]) -> bool:
     """Whether `lora_target_modules` leaves out the module ``name`` of an adapter.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROMPTS, compare_fp32
+from server import Server
 
 from vllm_moe_lora.tiny import engine
 
@@ -96,7 +97,20 @@ def test_what_the_flag_leaves_is_served_and_the_rest_refused(engines, case):
     (outcome,) = lean.outcomes
     assert re.search(
         r"it has LoRA on \S+experts\.0\.\S+lora_A\S+ \(routed experts of "
-        r"model\.layers\.0\.mlp\.experts and of 1 more layers\), .*self_attn\.k_proj.*, which "
+        r"model\.layers\.0\.mlp\.experts and of 1 more layers\), .*mlp\.gate.*, which "
         r"--lora-target-modules q_proj leaves out: .* --lora-target-modules .* experts .*q_proj",
         outcome,
     )
+
+
+def test_a_server_whose_adapters_leave_experts_alone(case, tmp_path):
+    """It can be given no other adapter, so no flag is needed; its engine is another process."""
+    with Server(case.model, tmp_path, {"queries": case.adapters["queries"]}) as server:
+        for name in ("queries", None):
+            for want, prompt in zip(case.want(name), PROMPTS, strict=True):
+                for token, logprob in server.log_probs(name, prompt).items():
+                    assert abs(logprob - want[-1][token].item()) <= 1e-3
+    log = (tmp_path / "server.log").read_text().splitlines()
+    (line,) = [text for text in log if "Routed experts run without LoRA" in text]
+    assert "EngineCore" in line
+    assert "no adapter targets them" in line

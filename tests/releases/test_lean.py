@@ -5,6 +5,8 @@ They are built as without LoRA and not wrapped; an adapter that targets them is 
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import unpacked
@@ -18,6 +20,16 @@ RELEASES = supported.releases()
 WITH_FLAG = Version("0.19")
 FLAG = ["q_proj", "qkv_proj"]  # 0.19 wants the packed module's name, later ones take either
 LAYERS = [f"model.layers.{i}.mlp.experts" for i in range(2)]
+
+
+# Refused at the start, but not if the flag leaves experts out.
+REFUSED = {
+    "twins": r"NotImplementedError: model\.layers\.0\.mlp\.experts: vLLM chose the CPU MoE experts "
+    r"\w+, which cannot take LoRA\. .* Without LoRA vLLM runs these experts\. .*"
+    r"--lora-target-modules .*",
+    "modular": r"NotImplementedError: model\.layers\.0\.mlp\.experts: Monolithic kernels are not "
+    r"supported for Fused MoE LoRA\. .*--lora-target-modules .*",
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +53,13 @@ def _jobs(made, release):
         "declared-all": {**both, "cli": paths},
     }
     if Version(release) >= WITH_FLAG:
-        jobs["flag"] = {**both, "options": {"lora_target_modules": FLAG}}
+        lean = {"options": {"lora_target_modules": FLAG}}
+        jobs["flag"] = {**both, **lean}
+    # What takes no LoRA: from 0.30 on the CPU's experts, made so; from 0.24 on monolithic kernels.
+    for without, since in (("twins", "0.30"), ("modular", "0.24")):
+        if Version(release) >= Version(since):
+            jobs[without] = {"model": model, "adapters": {}, "without": without}
+            jobs[f"lean {without}"] = {**jobs[without], **lean}
     return jobs
 
 
@@ -65,6 +83,9 @@ def test_experts_that_no_adapter_may_target(release, made, tmp_path):
     for way in ("whole", "declared-all"):
         assert [one[:2] for one in found[way]["experts"].values()] == [(True, True)] * 2
     assert isinstance(found["declared-all"]["adapters"]["all"], dict)
+    for without in set(jobs) & set(REFUSED):
+        assert re.fullmatch(REFUSED[without], found[without]["error"])
+        assert found[f"lean {without}"]["experts"] == plain
 
 
 def _demand_queries(got, folder):

@@ -1,17 +1,18 @@
 """One release's real model code and LoRA manager, without kernels: ``python world.py JOB.json``.
 
 The job: {"models": {name: {"model": folder of a checkpoint, "adapters": {name: folder}, "options":
-of EngineArgs, "cli": {name: folder} of --lora-modules, if it is a server's}}, "plugin": bool,
-"out": file}. Each adapter is loaded by the release's real worker manager into slot 0 and activated.
-The answer, by torch.save: "status" of the plugin and, for each model, "raw", the references that
-still lead around a LoRA wrapper, "experts", for each layer of routed experts whether it was built
-with LoRA, whether it is wrapped and what runs it, and "adapters", what each one's modules hold in
-the slot, or its error.
+of EngineArgs, "cli": {name: folder} of --lora-modules, if it is a server's, "without": see `ask`}},
+"plugin": bool, "out": file}. Each adapter is loaded by the release's real worker manager into slot
+0 and activated. The answer, by torch.save: "status" of the plugin and, for each model, "raw", the
+references that still lead around a LoRA wrapper, "experts", for each layer of routed experts
+whether it was built with LoRA, whether it is wrapped and what runs it, and "adapters", what each
+one's modules hold in the slot, or its error.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import json
 import os
@@ -25,7 +26,7 @@ import stand_ins
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
-def build(checkpoint, options=None, cli=None):
+def build(checkpoint, options=None, cli=None, monolithic=False):
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -68,7 +69,7 @@ def build(checkpoint, options=None, cli=None):
             "max_position_embeddings": 256,
         }
         worker = LRUCacheWorkerLoRAManager(**{k: v for k, v in given.items() if k in wanted})
-        with _no_kernels():
+        with _no_kernels(monolithic):
             worker.create_lora_manager(model, **_given(worker.create_lora_manager, config))
     return model, worker
 
@@ -78,7 +79,7 @@ def _given(function, config):
     return {k: v for k, v in {"vllm_config": config}.items() if k in wanted}
 
 
-def _no_kernels():
+def _no_kernels(monolithic):
     """The wrapper's choice of a kernel is another test's; here only its slots count."""
     from vllm.lora.layers import fused_moe
 
@@ -87,7 +88,7 @@ def _no_kernels():
     upstream = fused_moe.FusedMoEWithLoRA.__init__
 
     def __init__(self, base_layer):
-        method = mock.MagicMock(is_monolithic=False, supports_internal_mk=True)
+        method = mock.MagicMock(is_monolithic=monolithic, supports_internal_mk=True)
         implementation = getattr(fused_moe, "FusedMoEKernelModularImpl", object)
         method.moe_kernel.impl = implementation.__new__(implementation)
         if hasattr(fused_moe, "LoRAExpertsMixin"):
@@ -150,6 +151,12 @@ def load(worker, number, path):
     return found
 
 
+def _no_twins():
+    from vllm_moe_lora.layers import cpu_classes
+
+    return mock.patch.object(cpu_classes, "with_lora", return_value=None)
+
+
 def experts(model):
     """Name of a layer -> (built with LoRA, wrapped, what runs it)."""
     found = {}
@@ -167,8 +174,15 @@ def experts(model):
     return found
 
 
-def ask(model, adapters, options=None, cli=None):
-    network, worker = build(model, options, cli)
+def ask(model, adapters, options=None, cli=None, without=""):
+    """``without``: what the CPU lacks for LoRA, "twins" of its experts or a "modular" kernel."""
+    try:
+        with _no_twins() if without == "twins" else contextlib.nullcontext():
+            network, worker = build(model, options, cli, without == "modular")
+    except (AssertionError, NotImplementedError) as error:
+        if not without:
+            raise
+        return {"error": f"{type(error).__name__}: {error}"}
     if worker is None:
         return {"experts": experts(network)}
     paths = enumerate(adapters.items(), start=1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+from ..log import get_logger
 from ..store import targets
 from .lora_off import hidden
 
@@ -27,8 +29,16 @@ def make(layer: str, build: Callable[[], None], moe_config: Any = None) -> None:
         return build()
     if targets.may_target(config, layer):
         return _explained(layer, build, config, moe_config)
+    _say(targets.flagged(config.lora_config))
     with hidden(config, moe_config):
         return build()
+
+
+@functools.cache
+def _say(flagged: bool) -> None:
+    """Once a process."""
+    why = f"{targets.FLAG} leaves them out" if flagged else "no adapter targets them"
+    get_logger(__name__).info("Routed experts run without LoRA: %s", why)
 
 
 def _explained(layer: str, build: Callable[[], None], config: Any, moe_config: Any) -> None:

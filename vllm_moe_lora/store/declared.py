@@ -35,7 +35,7 @@ def note(args: Any, engine_args: Any) -> None:
     more = engine_args.additional_config or {}
     if isinstance(more, dict):
         engine_args.additional_config = {**more, KEY: True}
-        logger.info("No adapter of %s has routed experts: they run without LoRA", DECLARED)
+        logger.debug("No adapter of %s has routed experts", DECLARED)
 
 
 def _closed(args: Any, engine_args: Any) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPTS, compare_fp32
+from conftest import PROMPTS, compare_fp32, compare_low_precision
 from server import Server
 
 from vllm_moe_lora.tiny import engine
@@ -101,6 +101,18 @@ def test_what_the_flag_leaves_is_served_and_the_rest_refused(engines, case):
         r"--lora-target-modules q_proj leaves out: .* --lora-target-modules .* experts .*q_proj",
         outcome,
     )
+
+
+def test_int4_is_served_where_nothing_runs_it_without_lora(make_case):
+    """Upstream wants AMX for INT4; ours, which wants less, is for LoRA."""
+    case = make_case("qwen2_moe", ("gptq", 32, True))
+    case.add("queries", lambda name: name.endswith("q_proj"), seed=1)
+    batch = [(prompt, "queries") for prompt in PROMPTS]
+    found = Engine(case, ["queries"], [batch], dtype="bfloat16", lora_target_modules=["q_proj"])
+    amx = torch.cpu._is_amx_tile_supported()
+    assert found.classes == ["CPUExpertsInt4" if amx else "CPUExpertsInt4WithLoRA"]
+    assert (found.wrapped, found.stacks) == (0, 0)
+    compare_low_precision([lp[0] for _, lp in found.answers[0]], case, "queries")
 
 
 def test_a_server_whose_adapters_leave_experts_alone(case, tmp_path):

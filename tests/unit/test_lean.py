@@ -13,7 +13,7 @@ LAYER = "model.layers.0.mlp.experts"
 
 
 class Layer:
-    """``fails``: with LoRA, "always" or "never"."""
+    """``fails``: "with LoRA", "without LoRA", "always" or "never"."""
 
     def __init__(self, monkeypatch, fails="never", targets=None, lora=True):
         self.lora = types.SimpleNamespace(target_modules=targets) if lora else None
@@ -26,7 +26,7 @@ class Layer:
         with_lora = self.config.lora_config is not None
         assert with_lora == self.moe.is_lora_enabled
         self.seen.append(with_lora)
-        if self.fails == "always" or (self.fails == "with LoRA" and with_lora):
+        if self.fails in ("always", "with LoRA" if with_lora else "without LoRA"):
             raise NotImplementedError("No backend supports the deployment configuration.")
 
     def make(self, layer=LAYER):
@@ -66,3 +66,11 @@ def test_what_fails_anyway_says_what_it_said(monkeypatch, targets):
         one.make()
     assert "lora-target" not in str(found.value)
     assert one.config.lora_config is one.lora
+
+
+def test_where_nothing_runs_them_without_lora_what_takes_lora_does(monkeypatch):
+    """INT4 on a CPU without AMX."""
+    one = Layer(monkeypatch, "without LoRA", targets=["q_proj"])
+    one.make()
+    assert one.seen == [False, True]
+    assert one.moe.is_lora_enabled

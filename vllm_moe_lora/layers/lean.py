@@ -10,6 +10,8 @@ from ..log import get_logger
 from ..store import targets
 from .lora_off import hidden
 
+ERRORS = (AssertionError, NotImplementedError, ValueError)
+
 
 def make(layer: str, build: Callable[[], None], moe_config: Any = None) -> None:
     """Call ``build``, which chooses the backend of the experts and makes their weights.
@@ -29,9 +31,19 @@ def make(layer: str, build: Callable[[], None], moe_config: Any = None) -> None:
         return build()
     if targets.may_target(config, layer):
         return _explained(layer, build, config, moe_config)
-    _say(targets.flagged(config.lora_config))
-    with hidden(config, moe_config):
-        return build()
+    try:
+        with hidden(config, moe_config):
+            build()
+    except ERRORS as error:
+        if moe_config is None:
+            raise
+        # Without LoRA vLLM has nothing for them here, and with it perhaps we have.
+        moe_config.is_lora_enabled = True
+        try:
+            return build()
+        except Exception:
+            raise error from None
+    return _say(targets.flagged(config.lora_config))
 
 
 @functools.cache
@@ -44,7 +56,7 @@ def _say(flagged: bool) -> None:
 def _explained(layer: str, build: Callable[[], None], config: Any, moe_config: Any) -> None:
     try:
         return build()
-    except (AssertionError, NotImplementedError, ValueError) as error:
+    except ERRORS as error:
         if moe_config is None:
             raise
         try:

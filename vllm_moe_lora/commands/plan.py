@@ -57,7 +57,7 @@ def report(args: argparse.Namespace) -> tuple[list[Finding], str | None]:
         infer.text_config(args.model)
     except AdapterError as error:
         return [Finding(False, str(error), "name the folder of a model")], None
-    findings, needed, lean = _adapters(args.model, args.adapter)
+    findings, needed, lean = _adapters(args.model, args.adapter, args.lora_target_modules)
     rank = args.max_lora_rank or (fitting.smallest_rank(needed) if needed else 16)
     if needed > rank:
         what = f"an adapter has rank {needed}, above --max-lora-rank {rank}"
@@ -81,7 +81,9 @@ def _modules(adapters: Sequence[Path]) -> str:
     return " ".join(f"{path.name}={path}" for path in adapters)
 
 
-def _adapters(model: Path, adapters: Sequence[Path]) -> tuple[list[Finding], int, bool]:
+def _adapters(
+    model: Path, adapters: Sequence[Path], flag: Sequence[str] | None
+) -> tuple[list[Finding], int, bool]:
     """Whether each will load, the highest rank of those that will, whether none has experts."""
     from vllm_moe_lora.adapters import fitting
     from vllm_moe_lora.adapters.errors import AdapterError
@@ -97,6 +99,10 @@ def _adapters(model: Path, adapters: Sequence[Path]) -> tuple[list[Finding], int
             lean = False
             continue
         rank, lean = max(rank, fit.rank), lean and not fit.layers
+        if flag and fit.layers and not any("experts" in word.split(".") for word in flag):
+            what = f"{adapter}: it has routed experts, which --lora-target-modules leaves out"
+            findings.append(Finding(False, what, "add experts to --lora-target-modules"))
+            continue
         layout = f"experts {', '.join(fit.layouts)} in {fit.layers} layers" if fit.layers else ""
         what = f"{adapter}: every tensor has a place; rank {fit.rank}; {layout or 'no experts'}"
         findings.append(Finding(True, what))

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vllm_moe_lora.store import targets
 from vllm_moe_lora.store.backends import takes_lora
 
 
@@ -28,6 +29,8 @@ class Question:
     max_loras: int = 1
     max_lora_rank: int = 16
     dtype: str = "auto"
+    lora_target_modules: tuple[str, ...] | None = None
+    no_experts: bool = False  # none of the adapters it will be served with has LoRA on them
 
 
 @dataclass
@@ -35,12 +38,13 @@ class Answer:
     """
     Attributes:
         backends: "quantisation method, experts class" -> number of MoE layers.
-        takes_lora: whether all of these apply LoRA on routed experts.
+        takes_lora: whether all of these that an adapter may target apply LoRA on routed experts.
         weights: bytes of the model on one device.
         slot: bytes of one LoRA slot on one device, all modules.
         slot_experts: the routed experts' share of it.
         memory: bytes of a device in all.
         error: why vLLM refuses the model; then nothing else is known.
+        wrapped: layers of routed experts that get LoRA.
     """
 
     backends: dict[str, int]
@@ -50,6 +54,7 @@ class Answer:
     slot_experts: int
     memory: int
     error: str = ""
+    wrapped: int = 0
 
 
 def ask(question: Question, timeout: float = 600) -> Answer:
@@ -86,19 +91,27 @@ def answer(question: Question) -> Answer:
                 model = initialize_model(vllm_config=config)
             weights = sum(_bytes(model))
             experts = [_experts(m) for m in model.modules() if _is_experts(m)]
-            slots, stacks = _lora(model, config)
+            slots, stacks, wrapped = _lora(model, config)
         finally:
             torch.set_default_dtype(default)
-    names, takes = Counter(name for name, _ in experts), all(takes for _, takes in experts)
+    names = Counter(name for name, _ in experts)
+    takes = wrapped == 0 or all(takes for _, takes in experts)
     memory = current_platform.get_device_total_memory()
     number = question.max_loras
-    return Answer(dict(names), takes, weights, (slots + stacks) // number, stacks // number, memory)
+    slot = (slots + stacks) // number
+    return Answer(dict(names), takes, weights, slot, stacks // number, memory, wrapped=wrapped)
 
 
 def _config(question: Question) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
+    more: dict[str, Any] = {}
+    if question.lora_target_modules is not None:
+        more["lora_target_modules"] = list(question.lora_target_modules)
+    if question.no_experts:
+        more["additional_config"] = {targets.KEY: True}
     config = EngineArgs(
+        **more,
         model=question.model,
         skip_tokenizer_init=True,
         load_format="dummy",
@@ -176,8 +189,8 @@ def _bytes(model: Any) -> Iterator[int]:
             yield tensor.nbytes
 
 
-def _lora(model: Any, config: Any) -> tuple[int, int]:
-    """Bytes of all slots: of every other module as vLLM's manager makes them, of routed experts."""
+def _lora(model: Any, config: Any) -> tuple[int, int, int]:
+    """Bytes of all slots, of routed experts apart; and how many layers of those there are."""
     import torch
     from vllm.lora import model_manager
 
@@ -216,7 +229,7 @@ def _lora(model: Any, config: Any) -> tuple[int, int]:
         # One A for gate and up where the checkpoint has them fused ("w13"), else one each.
         rows = min(packed, slices) * moe.hidden_dim + slices * inner + inner + moe.hidden_dim
         experts += config.lora_config.max_loras * moe.num_local_experts * rank * rows * width
-    return dense, experts
+    return dense, experts, len(found)
 
 
 def main() -> None:

@@ -1,19 +1,24 @@
 """One release's real model code and LoRA manager, without kernels: ``python world.py JOB.json``.
 
-The job: {"models": {name: {"model": folder of a checkpoint, "adapters": {name: folder}}},
+The job: {"models": {name: {"model": folder of a checkpoint, "adapters": {name: folder}, "options":
+of EngineArgs, "cli": {name: folder} of --lora-modules, if it is a server's, "without": see `ask`}},
 "plugin": bool, "out": file}. Each adapter is loaded by the release's real worker manager into slot
 0 and activated. The answer, by torch.save: "status" of the plugin and, for each model, "raw", the
-references that still lead around a LoRA wrapper, and "adapters", what each one's modules hold in
-the slot, or its error.
+references that still lead around a LoRA wrapper, "experts", for each layer of routed experts
+whether it was built with LoRA, whether it is wrapped and what runs it, and "adapters", what each
+one's modules hold in the slot, or its error.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import inspect
 import json
 import os
 import sys
 import tempfile
+import types
 from unittest import mock
 
 import stand_ins
@@ -21,7 +26,7 @@ import stand_ins
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
-def build(checkpoint):
+def build(checkpoint, options=None, cli=None, monolithic=False):
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -31,7 +36,13 @@ def build(checkpoint):
     registry._run_in_subprocess = lambda function: function()  # there no stand-ins are
     args = {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 2, "max_lora_rank": 16}
     args |= {"dtype": "float32", "enforce_eager": True, "max_model_len": 256}
-    config = EngineArgs(model=checkpoint, **args).create_engine_config()
+    args |= {"model": checkpoint, **(options or {})}
+    if cli is None:
+        made = EngineArgs(**args)
+    else:
+        modules = [types.SimpleNamespace(name=name, path=path) for name, path in cli.items()]
+        made = EngineArgs.from_cli_args(argparse.Namespace(**args, lora_modules=modules))
+    config = made.create_engine_config()
     with set_current_vllm_config(config):
         if not torch.distributed.is_initialized():
             place = tempfile.mktemp()
@@ -41,6 +52,8 @@ def build(checkpoint):
 
         torch.set_default_dtype(torch.float32)
         model = initialize_model(config)
+        if config.lora_config is None:
+            return model, None
         from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
         wanted = inspect.signature(LRUCacheWorkerLoRAManager.__init__).parameters
@@ -56,7 +69,7 @@ def build(checkpoint):
             "max_position_embeddings": 256,
         }
         worker = LRUCacheWorkerLoRAManager(**{k: v for k, v in given.items() if k in wanted})
-        with _no_kernels():
+        with _no_kernels(monolithic):
             worker.create_lora_manager(model, **_given(worker.create_lora_manager, config))
     return model, worker
 
@@ -66,7 +79,7 @@ def _given(function, config):
     return {k: v for k, v in {"vllm_config": config}.items() if k in wanted}
 
 
-def _no_kernels():
+def _no_kernels(monolithic):
     """The wrapper's choice of a kernel is another test's; here only its slots count."""
     from vllm.lora.layers import fused_moe
 
@@ -75,7 +88,7 @@ def _no_kernels():
     upstream = fused_moe.FusedMoEWithLoRA.__init__
 
     def __init__(self, base_layer):
-        method = mock.MagicMock(is_monolithic=False, supports_internal_mk=True)
+        method = mock.MagicMock(is_monolithic=monolithic, supports_internal_mk=True)
         implementation = getattr(fused_moe, "FusedMoEKernelModularImpl", object)
         method.moe_kernel.impl = implementation.__new__(implementation)
         if hasattr(fused_moe, "LoRAExpertsMixin"):
@@ -153,10 +166,43 @@ def load(worker, number, path):
     return found
 
 
-def ask(model, adapters):
-    network, worker = build(model)
+def _no_twins():
+    from vllm_moe_lora.layers import cpu_classes
+
+    return mock.patch.object(cpu_classes, "with_lora", return_value=None)
+
+
+def experts(model):
+    """Name of a layer -> (built with LoRA, wrapped, what runs it)."""
+    found = {}
+    for name, module in model.named_modules():
+        if {kind.__name__ for kind in type(module).__mro__}.isdisjoint(("FusedMoE", "MoERunner")):
+            continue
+        method = getattr(module, "routed_experts", module).quant_method
+        kind = getattr(method, "experts_cls", None) or type(method)
+        inside = name.endswith(".base_layer")
+        found[name.removesuffix(".base_layer")] = (
+            module.moe_config.is_lora_enabled,
+            inside,
+            kind.__name__,
+        )
+    return found
+
+
+def ask(model, adapters, options=None, cli=None, without=""):
+    """``without``: what the CPU lacks for LoRA, "twins" of its experts or a "modular" kernel."""
+    try:
+        with _no_twins() if without == "twins" else contextlib.nullcontext():
+            network, worker = build(model, options, cli, without == "modular")
+    except (AssertionError, NotImplementedError) as error:
+        if not without:
+            raise
+        return {"error": f"{type(error).__name__}: {error}"}
+    if worker is None:
+        return {"experts": experts(network)}
     paths = enumerate(adapters.items(), start=1)
     return {
+        "experts": experts(network),
         "raw": raw_references(network, worker._adapter_manager.modules),
         "adapters": {name: load(worker, number, path) for number, (name, path) in paths},
         "failing": load_failing(worker, len(adapters) + 1, next(iter(adapters.values()))),

@@ -49,6 +49,24 @@ def test_environment(capsys, monkeypatch):
     assert off == [f"{name}: turned off by VLLM_MOE_LORA" for name in ("aliases", "isolation")]
 
 
+def test_experts_that_no_adapter_targets(model, tmp_path, capsys):
+    queries = adapters.write(model, tmp_path / "queries", keep=lambda n: n.endswith("q_proj"))
+    whole = adapters.write(model, tmp_path / "whole")
+    code, out = doctor(capsys, "--model", model, "--adapter", queries)
+    said = [found["what"] for found in out["findings"]]
+    assert code == 0, said
+    assert any("experts not wrapped, as no adapter targets them" in what for what in said)
+    assert any("(0.0 for routed experts)" in what for what in said)
+    flag = ["--lora-target-modules", "q_proj"]
+    code, out = doctor(capsys, "--model", model, "--adapter", queries, "--adapter", whole, *flag)
+    assert code == 1
+    assert "--lora-target-modules q_proj --lora-modules queries=" in out["command"]
+    said = [found["what"] for found in out["findings"]]
+    assert any("experts not wrapped, --lora-target-modules leaves them" in what for what in said)
+    refused = [found for found in out["findings"] if not found["well"]]
+    assert [found["cure"] for found in refused] == ["add experts to --lora-target-modules"]
+
+
 def test_adapters_on_a_model(model, tmp_path, capsys):
     good = adapters.write(model, tmp_path / "good", rank=12)
     code, out = doctor(capsys, "--model", model, "--adapter", good)

@@ -44,7 +44,6 @@ def test_what_upstream_raises_gets_where_and_cure(inside, error, said):
 @pytest.mark.parametrize(
     "error",
     [
-        AssertionError("EP support for Fused MoE LoRA is not implemented yet."),
         NotImplementedError("serve a 4-bit checkpoint, or without --enable-lora."),
         RuntimeError("out of memory"),
     ],
@@ -53,6 +52,25 @@ def test_what_says_enough_or_is_something_else_passes(error):
     with pytest.raises(type(error)) as found, experts_choice.explained(_layer()):
         raise error
     assert found.value is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AssertionError("Monolithic kernels are not supported for Fused MoE LoRA."),
+        RuntimeError("Old-style modular kernel not supported."),
+    ],
+)
+def test_what_says_no_more_than_what_gets_the_flag(error):
+    layer = _layer()
+    layer.moe_config = types.SimpleNamespace(moe_backend="flashinfer_trtllm")
+    with pytest.raises(NotImplementedError) as found, experts_choice.explained(layer):
+        raise error
+    text = str(found.value)
+    assert text.startswith("model.layers.3.experts: ")
+    assert str(error).rstrip(".") in text
+    assert "--lora-target-modules" in text
+    assert "--moe-backend flashinfer_trtllm" in text
 
 
 def test_an_unknown_method_keeps_upstreams_answer():

@@ -35,6 +35,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--enable-expert-parallel", action="store_true")
     parser.add_argument("--max-loras", type=int, help="default: the number of adapters")
     parser.add_argument("--max-lora-rank", type=int, help="default: what the adapters need, or 16")
+    parser.add_argument(
+        "--lora-target-modules", nargs="+", help="as for vllm serve: what may have LoRA"
+    )
     parser.add_argument("--memory", type=float, help="GiB of one device; default: of this machine")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -54,13 +57,13 @@ def report(args: argparse.Namespace) -> tuple[list[Finding], str | None]:
         infer.text_config(args.model)
     except AdapterError as error:
         return [Finding(False, str(error), "name the folder of a model")], None
-    findings, needed = _adapters(args.model, args.adapter)
+    findings, needed, lean = _adapters(args.model, args.adapter, args.lora_target_modules)
     rank = args.max_lora_rank or (fitting.smallest_rank(needed) if needed else 16)
     if needed > rank:
         what = f"an adapter has rank {needed}, above --max-lora-rank {rank}"
         findings.append(Finding(False, what, f"--max-lora-rank {fitting.smallest_rank(needed)}"))
     loras, sizes = args.max_loras or max(1, len(args.adapter)), args.tensor_parallel_size or [1]
-    answers = {size: _ask(args, size, loras, rank) for size in sizes}
+    answers = {size: _ask(args, size, loras, rank, lean) for size in sizes}
     for size, answer in answers.items():
         findings += _device(args, size, answer, loras, rank, needed)
     if any(answer.error for answer in answers.values()):
@@ -68,6 +71,8 @@ def report(args: argparse.Namespace) -> tuple[list[Finding], str | None]:
     parts = [f"vllm serve {args.model} --enable-lora --max-loras {loras} --max-lora-rank {rank}"]
     parts += [f"--tensor-parallel-size {sizes[0]}"] if sizes[0] > 1 else []
     parts += ["--enable-expert-parallel"] if args.enable_expert_parallel else []
+    flag = args.lora_target_modules
+    parts += [f"--lora-target-modules {' '.join(flag)}"] if flag else []
     parts += [f"--lora-modules {_modules(args.adapter)}"] if args.adapter else []
     return findings, " ".join(parts)
 
@@ -76,12 +81,14 @@ def _modules(adapters: Sequence[Path]) -> str:
     return " ".join(f"{path.name}={path}" for path in adapters)
 
 
-def _adapters(model: Path, adapters: Sequence[Path]) -> tuple[list[Finding], int]:
-    """Whether each will load, and the highest rank of those that will."""
+def _adapters(
+    model: Path, adapters: Sequence[Path], flag: Sequence[str] | None
+) -> tuple[list[Finding], int, bool]:
+    """Whether each will load, the highest rank of those that will, whether none has experts."""
     from vllm_moe_lora.adapters import fitting
     from vllm_moe_lora.adapters.errors import AdapterError
 
-    findings, rank = [], 0
+    findings, rank, lean = [], 0, bool(adapters)
     for adapter in adapters:
         try:
             fit = fitting.fits(adapter, model)
@@ -89,22 +96,34 @@ def _adapters(model: Path, adapters: Sequence[Path]) -> tuple[list[Finding], int
         except AdapterError as error:
             cure = "`vllm-moe-lora inspect` shows what it holds; see the README's layouts"
             findings.append(Finding(False, f"{adapter}: {error}", cure))
+            lean = False
             continue
-        rank = max(rank, fit.rank)
+        rank, lean = max(rank, fit.rank), lean and not fit.layers
+        if flag and fit.layers and not any("experts" in word.split(".") for word in flag):
+            what = f"{adapter}: it has routed experts, which --lora-target-modules leaves out"
+            findings.append(Finding(False, what, "add experts to --lora-target-modules"))
+            continue
         layout = f"experts {', '.join(fit.layouts)} in {fit.layers} layers" if fit.layers else ""
         what = f"{adapter}: every tensor has a place; rank {fit.rank}; {layout or 'no experts'}"
         findings.append(Finding(True, what))
         findings += [Finding(True, f"{adapter}: {note}") for note in fit.notes]
-    return findings, rank
+    return findings, rank, lean
 
 
-def _ask(args: argparse.Namespace, size: int, loras: int, rank: int) -> Answer:
+def _ask(args: argparse.Namespace, size: int, loras: int, rank: int, lean: bool) -> Answer:
     from vllm_moe_lora import probe
 
-    parallel = (size, args.enable_expert_parallel)
-    return probe.ask(
-        probe.Question(str(args.model), *parallel, max_loras=loras, max_lora_rank=rank)
+    flag = args.lora_target_modules
+    question = probe.Question(
+        str(args.model),
+        size,
+        args.enable_expert_parallel,
+        max_loras=loras,
+        max_lora_rank=rank,
+        lora_target_modules=tuple(flag) if flag else None,
+        no_experts=lean and not flag,
     )
+    return probe.ask(question)
 
 
 def _device(
@@ -119,7 +138,15 @@ def _device(
         return [Finding(False, f"{parallel}: vLLM refuses this model: {found.error}", cure)]
     findings = []
     for name, layers in found.backends.items():
-        if found.takes_lora:
+        if not found.wrapped:
+            why = (
+                "--lora-target-modules leaves them out"
+                if args.lora_target_modules
+                else "as no adapter targets them, while the server can be given no others"
+            )
+            what = f"{parallel}: {layers} MoE layers by {name}: experts not wrapped, {why}"
+            findings.append(Finding(True, what))
+        elif found.takes_lora:
             findings.append(Finding(True, f"{parallel}: {layers} MoE layers by {name}: takes LoRA"))
         else:
             what = f"{parallel}: {layers} MoE layers by {name}: no LoRA on routed experts"

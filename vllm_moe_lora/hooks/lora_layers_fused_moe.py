@@ -62,6 +62,16 @@ def _init_asking(original: Callable[..., Any]) -> Callable[..., Any]:
     return __init__
 
 
+def _init_explained(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self: Any, base_layer: Any) -> None:
+        from ..layers import experts_choice
+
+        with experts_choice.explained(base_layer):
+            original(self, base_layer)
+
+    return __init__
+
+
 def _set_mapping(original: Callable[..., Any]) -> Callable[..., Any]:
     def set_mapping(self: Any, punica_wrapper: Any) -> None:
         if hasattr(self, "_moe_kernel"):
@@ -286,6 +296,17 @@ HOOKS = (
         "for their weights; and a layer without experts for LoRA ends in a bare AssertionError",
         until="0.28, whose methods all have experts of their own, and names for their weights",
         **_ASKING,
+    ),
+    Hook(
+        feature="lean-experts",
+        target=f"{_FILE}:FusedMoEWithLoRA.__init__",
+        make=_init_explained,
+        releases=">=0.28,<0.34",
+        why="experts without LoRA end the start in an AssertionError or RuntimeError that names "
+        "neither layer nor cure",
+        upstream="",
+        until="upstream says which flag helps",
+        layers=True,
     ),
     Hook(
         target=f"{_FILE}:TritonExperts",

@@ -67,7 +67,10 @@ class CPULoRAExperts:
 
     def plan_batch(self, num_tokens: int, topk_ids: torch.Tensor) -> PairPlan | None:
         context = self._lora_context
-        if context is None or not self._ranks.any():
+        # hooks/lora_punica_cpu.py says once a batch which adapters are in it.
+        if context is None or getattr(context.punica_wrapper, "token_segments", None) == []:
+            return None
+        if not self._ranks.any():
             return None
         slots = token_slots(context, num_tokens)
         # Slots without LoRA on these experts are base requests here. Slot -1 reads the last

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..store import targets
 from . import marlin_int4, weight_names
 
+OLD_STYLE = "Old-style modular kernel"
 TAKES = (
     "Unquantised, FP8 and INT4 checkpoints (GPTQ, AWQ, compressed-tensors) take LoRA: serve one of "
     "those, or without --enable-lora."
@@ -82,12 +84,17 @@ def explained(layer: Any) -> Iterator[None]:
     """
     try:
         yield
-    except (AssertionError, NotImplementedError, ValueError) as error:
-        if "--enable-lora" in str(error) or (isinstance(error, AssertionError) and str(error)):
+    except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
+        says = str(error)
+        if "--enable-lora" in says or (type(error) is RuntimeError and OLD_STYLE not in says):
             raise
         routed = _routed(layer)
         name, method = getattr(routed, "layer_name", ""), type(routed.quant_method).__name__
+        name = name or type(routed).__name__
+        cure = targets.cure(getattr(routed, "moe_config", None))
+        if isinstance(error, AssertionError) and says:
+            raise NotImplementedError(f"{name}: {says.rstrip('. ')}. {cure}") from error
         raise NotImplementedError(
-            f"{name or type(routed).__name__}: this vLLM has no experts for {method} that take "
-            f"LoRA ({str(error) or 'an assertion on their class failed'}). {TAKES}"
+            f"{name}: this vLLM has no experts for {method} that take LoRA "
+            f"({says or 'an assertion on their class failed'}). {cure} {TAKES}"
         ) from error

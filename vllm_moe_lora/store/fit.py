@@ -15,7 +15,7 @@ from ..log import get_logger
 from . import backends, slices, strict
 from .memory import NoCollection
 from .stage import stage
-from .wrappers import as_taken, dims_of, is_experts, limits_targets, serves_moe, slots_of
+from .wrappers import as_taken, dims_of, is_experts, serves_moe, slots_of
 
 logger = get_logger(__name__)
 
@@ -135,16 +135,11 @@ def _wrappers_of(
             fitted[prefix] = own
     if not lost or strict.may_be_elsewhere(manager):
         return fitted
-    if not wrappers and not limits_targets(manager):
+    if not wrappers:
         raise AdapterError(
             f"it has routed experts ({listed(lost)}), this model has none "
             "that take LoRA. Nothing was loaded."
         )
-    if limits_targets(manager):
-        logger.warning(
-            "LoRA adapter %d: --lora-target-modules leaves out %s", lora.id, listed(lost)
-        )
-        return fitted
     raise AdapterError(
         f"this model has no place for {listed(lost)}. Nothing was loaded. "
         f"Its routed experts are {listed(wrappers)}."

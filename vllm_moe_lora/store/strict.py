@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from ..adapters.errors import AdapterError, listed, rank_text
-from . import slices
-from .wrappers import is_experts, limits_targets
+from ..adapters.spelling import Spellings
+from . import slices, targets
+from .wrappers import is_experts, unwrapped
 
 # Name an adapter may use -> (out, in) of the module, None where it is not known here.
 Places = dict[str, tuple[int, int] | None]
@@ -20,7 +21,7 @@ def check(manager: Any, lora: Any, where: Places) -> None:
 
     Args:
         manager: vLLM's `LoRAModelManager` of a MoE model, its modules wrapped.
-        lora: the loaded `LoRAModel` without its routed experts.
+        lora: the loaded `LoRAModel`; its routed experts, if any, wait in ``lora.moe_lora``.
         where: `places` of the manager.
 
     Raises:
@@ -28,7 +29,8 @@ def check(manager: Any, lora: Any, where: Places) -> None:
     """
     _refuse_unreachable(manager, lora)
     unknown = [name for name in lora.loras if name not in where]
-    if unknown and not limits_targets(manager) and not may_be_elsewhere(manager):
+    _refuse_left_out(manager, lora, unknown)
+    if unknown and not may_be_elsewhere(manager):
         raise AdapterError(
             f"this model has no place for {listed(unknown)}. Nothing "
             "was loaded. Check that the adapter was trained on this model and that its module "
@@ -38,6 +40,34 @@ def check(manager: Any, lora: Any, where: Places) -> None:
     for name, weights in lora.loras.items():
         for a, b in _pairs(weights):
             _check_pair(name, a, b, limit, where.get(name))
+
+
+def _refuse_left_out(manager: Any, lora: Any, unknown: list[str]) -> None:
+    """Modules that the engine was told, or has decided, to leave without LoRA."""
+    config, packed = manager.lora_config, getattr(manager, "packed_modules_mapping", {})
+    dense = {name for name in unknown if targets.leaves_out(config, name, packed)}
+    words = {name.rpartition(".")[2] for name in dense}
+    if targets.flagged(config):  # 0.19 does not know the parts of a packed module
+        here = {name for name, _ in manager.model.named_modules()}
+        for name in set(unknown) - dense:
+            parent, _, own = name.rpartition(".")
+            whole = {w for w, parts in packed.items() if own in parts and f"{parent}.{w}" in here}
+            if whole:
+                dense.add(name)
+                words |= whole | {own}
+    where = [listed(dense)] if dense else []
+    pending, layers = getattr(lora, "moe_lora", None), Spellings(unwrapped(manager))
+    lost = {p: layers.find(own) for p, own in (pending.mapped if pending else {}).items()}
+    lost = {prefix: layer for prefix, layer in lost.items() if layer is not None}
+    if pending is not None and lost:
+        prefix, layer = min(lost.items())
+        parts = pending.layers[prefix].values()
+        first = min(name for sides in parts for name, _ in sides.values())
+        more = f" and of {len(lost) - 1} more layers" if len(lost) > 1 else ""
+        where.insert(0, f"{first} (routed experts of {layer}{more})")
+        words |= {str(one).rpartition(".")[2] for one in lost.values()}
+    if where:
+        raise AdapterError(targets.text(config, f"it has LoRA on {', '.join(where)}", words))
 
 
 def is_warm_up(lora: Any) -> bool:

@@ -19,12 +19,42 @@ def is_experts(module: Any) -> bool:
 def serves_moe(manager: Any) -> bool:
     """Whether the manager's model has routed experts; dense models keep upstream's code."""
     known = getattr(manager, "_is_moe", None)  # since 0.22
-    return any(map(is_experts, manager.modules.values())) if known is None else bool(known)
+    if known is not None:
+        return bool(known)
+    return any(map(is_experts, manager.modules.values())) or bool(unwrapped(manager))
 
 
-def limits_targets(manager: Any) -> bool:
-    """Whether the engine was told to leave modules without LoRA (lora_target_modules, 0.18)."""
-    return getattr(manager.lora_config, "target_modules", None) is not None
+def unwrapped(manager: Any) -> dict[str, Any]:
+    """The model's layers of routed experts that LoRA does not reach: name -> upstream's layer."""
+    found: dict[str, Any] | None = getattr(manager, "moe_lora_unwrapped", None)
+    if found is None:
+        model = getattr(manager, "model", None)
+        inside = {id(m.base_layer) for m in manager.modules.values() if is_experts(m)}
+        layers = _layers(model) if model is not None else {}
+        found = {name: m for name, m in layers.items() if id(m) not in inside}
+        manager.moe_lora_unwrapped = found
+    return found
+
+
+def words_without_lora(model: Any) -> set[str]:
+    """Last words of the names of layers of routed experts that were built without LoRA."""
+    lean: set[str] = set()
+    others: set[str] = set()
+    for name, layer in _layers(model).items():
+        config = getattr(layer, "moe_config", None)
+        takes = getattr(config, "is_lora_enabled", True)
+        (others if takes else lean).add(name.rpartition(".")[2])
+    return lean - others
+
+
+def _layers(model: Any) -> dict[str, Any]:
+    """What `FusedMoEWithLoRA` wraps: a FusedMoE, since 0.24 the MoERunner around RoutedExperts."""
+    kinds = {"FusedMoE", "MoERunner"}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if not kinds.isdisjoint(kind.__name__ for kind in type(module).__mro__)
+    }
 
 
 def dims_of(manager: Any, wrapper: Any) -> Dims:

@@ -82,11 +82,12 @@ def test_shrink(arch):
 
 @pytest.mark.parametrize("arch", config.ARCHES)
 def test_expand(arch):
-    for dtype, tiles, slices, parts, weighted in config.expand_variants(arch):
+    for dtype, tiles, slices, parts, weighted, added in config.expand_variants(arch):
         constants = {
             "SLICES": slices,
             "PARTS": parts,
             "WEIGHTED": weighted,
+            "ADDED": added,
             "TILE_ROWS": tiles.tile_rows,
             "BLOCK_R": tiles.block_r,
             "BLOCK_N": tiles.block_n,

@@ -62,6 +62,11 @@ _DEFAULT = {
 _MEASURED: dict[str, dict[int, tuple[Tiles, ...]]] = {}
 
 
+def measured(arch: str) -> bool:
+    """Whether the kernels were measured on this part, and found to be worth it."""
+    return arch in _MEASURED
+
+
 def table(arch: str, dtype: torch.dtype) -> tuple[Tiles, ...]:
     """Every choice there is for a device and a dtype."""
     return _MEASURED.get(arch, _DEFAULT)[dtype.itemsize]
@@ -104,10 +109,11 @@ def shrink_variants(arch: str) -> Iterator[tuple[torch.dtype, Tiles, int]]:
                 yield dtype, tiles, slices
 
 
-def expand_variants(arch: str) -> Iterator[tuple[torch.dtype, Tiles, int, int, bool]]:
-    """Every (dtype, tiles, slices, parts, weighted) the expand can be compiled for."""
+def expand_variants(arch: str) -> Iterator[tuple[torch.dtype, Tiles, int, int, bool, bool]]:
+    """Every (dtype, tiles, slices, parts, weighted, added) the expand can be compiled for."""
     for dtype, tiles, slices in shrink_variants(arch):
         few = tiles.tile_rows == tile_rows(arch, dtype, FEW_PAIRS)
         for parts in (1, PARTS) if few else (1,):
             for weighted in (False, True):
-                yield dtype, tiles, slices, parts, weighted
+                for added in (False, True):
+                    yield dtype, tiles, slices, parts, weighted, added

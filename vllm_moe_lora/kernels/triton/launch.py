@@ -23,6 +23,7 @@ def add_lora(
     factors: Factors,
     routing: Routing,
     topk_weights: torch.Tensor | None = None,
+    add_inputs: bool = True,
 ) -> None:
     """y += B (A x) for every routed pair, in place; kernels/reference.py defines the result.
 
@@ -33,6 +34,7 @@ def add_lora(
         factors: of the projection.
         routing: of this batch, made for the dtype of x.
         topk_weights: [tokens, top_k] any float dtype, contiguous, to multiply by; or None.
+        add_inputs: False: y = B (A x) where a slice of a pair has a factor; the rest of y is left.
 
     Raises:
         TypeError: wrong dtypes or devices.
@@ -119,6 +121,7 @@ def add_lora(
         factors.slices,
         z.shape[0],
         topk_weights is not None,
+        add_inputs,
         tiles.tile_rows,
         tiles.block_r,
         tiles.block_n,

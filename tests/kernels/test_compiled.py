@@ -66,9 +66,10 @@ def check(name, arch, dtype, tiles, built):
 
 @pytest.mark.parametrize("arch", config.ARCHES)
 def test_shrink(arch):
-    for dtype, tiles, slices in config.shrink_variants(arch):
+    for dtype, tiles, slices, by_pair in config.shrink_variants(arch):
         constants = {
             "SLICES": slices,
+            "BY_PAIR": by_pair,
             "TILE_ROWS": tiles.tile_rows,
             "BLOCK_R": tiles.block_r,
             "BLOCK_K": tiles.block_k,

@@ -123,9 +123,11 @@ def _kept(layer: Any) -> bool:
 
 
 def _keep(layer: Any) -> None:
-    made = layer.__dict__[_KEPT] = _made(layer)
-    for factors in (made.w13, made.swapped, made.w2) if made else ():
-        _segments[_address(factors.lora_a, factors.lora_b)] = made
+    made = _made(layer)
+    layer.__dict__[_KEPT] = made
+    if made is not None:
+        for factors in (made.w13, made.swapped, made.w2):
+            _segments[_address(factors.lora_a, factors.lora_b)] = made
 
 
 def _made(layer: Any) -> Segments | None:

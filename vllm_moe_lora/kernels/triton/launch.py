@@ -67,52 +67,20 @@ def add_lora(
     if pairs == 0:
         return
 
-    parts = config.parts_for(factors.width)
-    split = parts > 1 and config.splits(pairs)
-    z = torch.empty(
-        (parts if split else 1, pairs, factors.slices, factors.max_rank),
-        dtype=torch.float32,
-        device=device,
-    )
+    z = shrink(x, factors, routing)
     tiles = config.tiles_for(arch, dtype, routing.rows, factors.max_rank)
-    plan = (routing.order, routing.tile_segment, routing.tile_start, routing.tile_rows)
-    count = routing.tile_segment.numel()
-    steps = triton.cdiv(factors.width, tiles.block_k)
-    segments = factors.num_slots * factors.num_experts
-    shrink_kernel[(count, triton.cdiv(factors.max_rank, tiles.block_r), z.shape[0])](
-        x,
-        factors.lora_a[0],
-        factors.lora_a[-1],
-        factors.ranks,
-        z,
-        *plan,
-        factors.num_experts,
-        segments,
-        1 if x.shape[0] == pairs else routing.top_k,
-        factors.max_rank // 8,
-        factors.width // 8,
-        triton.cdiv(steps, parts),
-        1 if split else parts,
-        x.stride(0) // 8,
-        *factors.strides_a,
-        z.stride(0) // 8,
-        factors.slices,
-        tiles.tile_rows,
-        tiles.block_r,
-        tiles.block_k,
-        num_warps=tiles.shrink_warps,
-        num_stages=tiles.shrink_stages,
-    )
-    expand_kernel[(count, triton.cdiv(factors.out, tiles.block_n), factors.slices)](
+    expand_kernel[
+        (routing.tile_segment.numel(), triton.cdiv(factors.out, tiles.block_n), factors.slices)
+    ](
         y,
         z,
         factors.lora_b[0],
         factors.lora_b[-1],
         factors.ranks,
         z if topk_weights is None else topk_weights,
-        *plan,
+        *_plan(routing),
         factors.num_experts,
-        segments,
+        factors.num_slots * factors.num_experts,
         factors.max_rank // 8,
         factors.out // 8,
         y.stride(0) // 8,
@@ -128,3 +96,55 @@ def add_lora(
         num_warps=tiles.expand_warps,
         num_stages=1,
     )
+
+
+def shrink(
+    x: torch.Tensor, factors: Factors, routing: Routing, by_pair: bool = False
+) -> torch.Tensor:
+    """A x for every routed pair, its sum over x in one part or several; x is checked already.
+
+    Returns:
+        [parts, pairs, slices, max_rank] fp32, rows in the order of the routing's tiles, or of the
+        pairs. What belongs to no pair or lies past a rank is not written.
+    """
+    pairs = routing.num_pairs
+    parts = config.parts_for(factors.width)
+    split = parts > 1 and config.splits(pairs)
+    z = torch.empty(
+        (parts if split else 1, pairs, factors.slices, factors.max_rank),
+        dtype=torch.float32,
+        device=factors.device,
+    )
+    tiles = config.tiles_for(arch_of(factors.device), factors.dtype, routing.rows, factors.max_rank)
+    steps = triton.cdiv(factors.width, tiles.block_k)
+    ranks = triton.cdiv(factors.max_rank, tiles.block_r)
+    shrink_kernel[(routing.tile_segment.numel(), ranks, z.shape[0])](
+        x,
+        factors.lora_a[0],
+        factors.lora_a[-1],
+        factors.ranks,
+        z,
+        *_plan(routing),
+        factors.num_experts,
+        factors.num_slots * factors.num_experts,
+        1 if x.shape[0] == pairs else routing.top_k,
+        factors.max_rank // 8,
+        factors.width // 8,
+        triton.cdiv(steps, parts),
+        1 if split else parts,
+        x.stride(0) // 8,
+        *factors.strides_a,
+        z.stride(0) // 8,
+        factors.slices,
+        by_pair,
+        tiles.tile_rows,
+        tiles.block_r,
+        tiles.block_k,
+        num_warps=tiles.shrink_warps,
+        num_stages=tiles.shrink_stages,
+    )
+    return z
+
+
+def _plan(routing: Routing) -> tuple[torch.Tensor, ...]:
+    return routing.order, routing.tile_segment, routing.tile_start, routing.tile_rows

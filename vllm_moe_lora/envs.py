@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 
 MODES = ("auto", "0", "1")
+KERNELS = ("auto", "upstream", "ours")
 
 
 def _mode() -> str:
@@ -13,6 +14,13 @@ def _mode() -> str:
     if value not in MODES and not all(part.startswith("-") for part in value.split(",")):
         modes = ", ".join(MODES)
         raise ValueError(f"VLLM_MOE_LORA={value!r}: use one of {modes}, or -FEATURE,-FEATURE")
+    return value
+
+
+def _kernels() -> str:
+    value = os.environ.get("VLLM_MOE_LORA_KERNELS", "auto").strip().lower() or "auto"
+    if value not in KERNELS:
+        raise ValueError(f"VLLM_MOE_LORA_KERNELS={value!r}: use one of {', '.join(KERNELS)}")
     return value
 
 
@@ -31,6 +39,9 @@ VARIABLES: dict[str, Callable[[], str | bool]] = {
     "VLLM_MOE_LORA_ALLOW_UNVERIFIED": lambda: (
         os.environ.get("VLLM_MOE_LORA_ALLOW_UNVERIFIED", "0") == "1"
     ),
+    # Triton kernels for LoRA on routed experts, on a GPU. auto: ours on the parts they were
+    # measured on (none yet), else upstream's. upstream, ours: whatever the part.
+    "VLLM_MOE_LORA_KERNELS": _kernels,
 }
 
 

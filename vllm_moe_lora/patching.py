@@ -63,6 +63,12 @@ class Hook:
 
         return SpecifierSet(self.releases).contains(release, prereleases=True)
 
+    def shares_platform(self, other: Hook) -> bool:
+        """Whether there is a platform that both are for."""
+        return not (self.platforms and other.platforms) or not {*self.platforms}.isdisjoint(
+            other.platforms
+        )
+
 
 @dataclass
 class Status:
@@ -252,7 +258,7 @@ def apply(
     """Check every hook, then apply the features whose hooks all fit.
 
     Args:
-        hooks: the hooks; two for one target are a programming error.
+        hooks: the hooks; two for one target and platform are a programming error.
         version: release of vLLM without local part, "0.32.0".
         platform: vLLM's device type, "cpu", "cuda", ...
         hashes: target -> accepted `digest`s of its source; None skips the check.
@@ -266,7 +272,8 @@ def apply(
         Each feature's state. Applying again changes nothing and answers the same.
 
     Raises:
-        ValueError: two hooks for one target; ``left_out`` names a feature that no hook has.
+        ValueError: two hooks for one target and platform; ``left_out`` names a feature that no
+            hook has.
     """
     hooks, status, without = list(hooks), Status(), frozenset(left_out)
     if unknown := without - {hook.feature for hook in hooks}:
@@ -275,12 +282,13 @@ def apply(
     check = _Checker(
         version, platform, hashes, out_of_tree, allow_unverified, status.unverified, without
     )
-    targets: set[str] = set()
+    targets: dict[str, list[Hook]] = {}
     plans: dict[str, list[tuple[Hook, list[_Spot]]]] = {}
     for hook in hooks:
-        if hook.target in targets:
-            raise ValueError(f"two hooks for {hook.target}")
-        targets.add(hook.target)
+        for other in targets.setdefault(hook.target, []):
+            if other.shares_platform(hook):
+                raise ValueError(f"two hooks for {hook.target}")
+        targets[hook.target].append(hook)
         if status.features.setdefault(hook.feature, "on") != "on":
             continue
         if why := check.not_needed(hook):

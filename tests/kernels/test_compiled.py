@@ -66,9 +66,10 @@ def check(name, arch, dtype, tiles, built):
 
 @pytest.mark.parametrize("arch", config.ARCHES)
 def test_shrink(arch):
-    for dtype, tiles, slices in config.shrink_variants(arch):
+    for dtype, tiles, slices, by_pair in config.shrink_variants(arch):
         constants = {
             "SLICES": slices,
+            "BY_PAIR": by_pair,
             "TILE_ROWS": tiles.tile_rows,
             "BLOCK_R": tiles.block_r,
             "BLOCK_K": tiles.block_k,
@@ -82,11 +83,12 @@ def test_shrink(arch):
 
 @pytest.mark.parametrize("arch", config.ARCHES)
 def test_expand(arch):
-    for dtype, tiles, slices, parts, weighted in config.expand_variants(arch):
+    for dtype, tiles, slices, parts, weighted, added in config.expand_variants(arch):
         constants = {
             "SLICES": slices,
             "PARTS": parts,
             "WEIGHTED": weighted,
+            "ADDED": added,
             "TILE_ROWS": tiles.tile_rows,
             "BLOCK_R": tiles.block_r,
             "BLOCK_N": tiles.block_n,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import sys
 import types
 
@@ -67,6 +68,28 @@ def test_function(hook):
 
     assert f(3) == 6
     assert getattr(f, MARK) == target
+
+
+@pytest.mark.parametrize(("device", "factor"), [("cpu", 2), ("cuda", 3), ("xpu", 1)])
+def test_two_features_on_one_function_are_for_two_platforms(hook, here, device, factor):
+    here(device)
+
+    def thrice(original):
+        @functools.wraps(original)
+        def replacement(x):
+            return 3 * original(x)
+
+        return replacement
+
+    hook(local("f"), twice, feature="first", platforms=("cpu",))
+    hook(local("f"), thrice, feature="second", platforms=("cuda",))
+
+    @seams.seam("first")
+    @seams.seam("second")
+    def f(x):
+        return x
+
+    assert f(5) == 5 * factor
 
 
 def test_async_function(hook):

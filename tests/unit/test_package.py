@@ -38,7 +38,7 @@ ROOMS = [
     "log",
 ]
 
-PAYLOAD = ("seams", "hooks", "layers", "store", "adapters", "kernels", "patching", "log")
+PAYLOAD = ("seams", "hooks", "layers", "store", "adapters", "kernels", "patching", "envs", "log")
 
 
 def _modules():

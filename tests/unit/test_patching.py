@@ -217,6 +217,24 @@ def test_two_hooks_on_one_target_are_a_mistake(victim):
         apply([hook("victim.base:free", louder), hook("victim.base:free", louder, feature="g")])
 
 
+def test_two_hooks_on_one_target_are_for_two_platforms(victim):
+    """Each platform gets its own, and all of each feature."""
+    hooks = [
+        hook("victim.base:free", louder, platforms=("cpu",)),
+        hook("victim.base:Base.still", louder, feature="g", platforms=("cuda",)),
+        hook("victim.base:free", lambda original: lambda x: "g", feature="g", platforms=("cuda",)),
+    ]
+    base = importlib.import_module("victim.base")
+    quiet = base.free(1)
+    status = apply(hooks)
+    assert status.on == ["f"]
+    assert status.not_needed == {"g"}
+    assert base.free(1) not in (quiet, "g")
+    patching.revert()
+    assert apply(hooks, platform="cuda").on == ["g"]
+    assert base.free(1) == "g"
+
+
 def test_out_of_tree_platforms_keep_their_layers_and_kernels(victim):
     """Also one that calls its device as one of vLLM's own platforms does."""
     hooks = [

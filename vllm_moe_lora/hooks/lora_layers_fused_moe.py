@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,29 @@ def _reset_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     def reset_lora(self: Any, index: int) -> None:
         original(self, index)
         _tell(self, "slot_cleared", index)
+
+    return reset_lora
+
+
+def _set_lora_kernels(original: Callable[..., Any]) -> Callable[..., Any]:
+    # In a patched tree _set_lora's seam stands above this one's, and asks for the name.
+    @functools.wraps(original)
+    def set_lora(self: Any, index: int, lora_a: Any, lora_b: Any) -> None:
+        from ..layers.segments import slot_written
+
+        original(self, index, lora_a, lora_b)
+        slot_written(self, index)
+
+    return set_lora
+
+
+def _reset_lora_kernels(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def reset_lora(self: Any, index: int) -> None:
+        from ..layers.segments import slot_cleared
+
+        original(self, index)
+        slot_cleared(self, index)
 
     return reset_lora
 
@@ -200,6 +224,16 @@ _ERA_A: dict[str, Any] = {
     "layers": True,
 }
 
+_KERNELS: dict[str, Any] = {
+    **_COMMON,
+    "feature": "moe-kernels",
+    "releases": ">=0.28,<0.34",
+    "platforms": ("cuda",),  # ROCm calls itself that, too
+    "until": "upstream's kernels are as fast as ours, see lora_punica_gpu.py",
+    "why": "our kernels do no work past a factor's own rank, and must learn of every change of a "
+    "slot",
+}
+
 _PLAIN: dict[str, Any] = {**_COMMON, "releases": ">=0.24,<0.28"}
 _PLAIN["why"] = "it wants a kernel; the CPU's experts of these releases have none and route alone"
 _ASKING: dict[str, Any] = {
@@ -268,6 +302,9 @@ HOOKS = (
     Hook(target=f"{_FILE}:FusedMoEWithLoRA.set_lora", make=_set_lora, **_COMMON),
     Hook(target=f"{_FILE}:FusedMoE3DWithLoRA.set_lora", make=_set_lora, **_COMMON),
     Hook(target=f"{_FILE}:FusedMoEWithLoRA.reset_lora", make=_reset_lora, **_COMMON),
+    Hook(target=f"{_FILE}:FusedMoEWithLoRA.set_lora", make=_set_lora_kernels, **_KERNELS),
+    Hook(target=f"{_FILE}:FusedMoE3DWithLoRA.set_lora", make=_set_lora_kernels, **_KERNELS),
+    Hook(target=f"{_FILE}:FusedMoEWithLoRA.reset_lora", make=_reset_lora_kernels, **_KERNELS),
     Hook(
         target=f"{_FILE}:FusedMoEWithLoRA.__init__",
         make=_init,

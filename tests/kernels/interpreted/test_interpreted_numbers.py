@@ -183,6 +183,51 @@ def test_ids_that_do_not_exist_change_nothing(counted):
     check(case, y)
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_the_delta_alone(many):
+    """y holds what it will where a slice of a pair has a factor, and keeps its bits elsewhere."""
+    case = cases.make(SMALL, torch.float32, 40, 16, 24, slices=2, weighted=True)
+    case.ranks[0, :, ::2] = 0
+    delta = case.delta()
+    written = (delta != 0).unflatten(2, (2, 16)).any(-1, keepdim=True).expand(-1, -1, 2, 16)
+    written = written.flatten(2)
+    factors = factors_of(case, SMALL.experts)
+    y = case.y.clone()
+    y[written] = cases.NAN  # never read
+    with cases.poisoned(), cases.limits(few=0 if many else 10**6):
+        routing = route(
+            case.topk_ids, case.token_slots, SMALL.slots, SMALL.experts, y.dtype,
+            active=active_segments(factors),
+        )  # fmt: skip
+        add_lora(y, case.x, factors, routing, case.weights, add_inputs=False)
+    assert written.any()
+    assert torch.equal(bits(y)[~written], bits(case.y)[~written])
+    alone = cases.Case(
+        torch.zeros_like(case.y), case.x, case.lora_a, case.lora_b, case.ranks, case.token_slots,
+        case.topk_ids, case.weights,
+    )  # fmt: skip
+    assert ((y - delta).abs() <= alone.tolerance(delta))[written].all()
+
+
+def test_ranks_found_in_the_factors():
+    """Up to the last at which neither A nor B is zero; NaN is not zero, and what is past stays."""
+    a = torch.zeros(2, 4, 8, 16, dtype=torch.bfloat16)
+    b = torch.zeros(2, 4, 24, 8, dtype=torch.bfloat16)
+    factors = Factors([a], [b], 4)
+    factors.set_ranks(0, 5)
+    a[1, 0, :3, 7], b[1, 0, 5, :4] = -1, 1  # 3
+    a[1, 1], b[1, 1, 0, 7] = 1e-30, float("nan")  # 8
+    a[1, 2] = 1  # 0: B is zero
+    b[1, 3] = 1  # 0: A is zero
+    factors.find_ranks(1)
+    assert factors.ranks.tolist() == [[[5] * 4, [3, 8, 0, 0]]]
+    shared = Factors([a[:, :1]], [b], 4)
+    shared.find_ranks(1)
+    assert shared.ranks[0, 1].tolist() == [3, 0, 0, 3]
+    with pytest.raises(ValueError, match="slot: 2, there are 2"):
+        factors.find_ranks(2)
+
+
 def test_ranks_on_the_device_cannot_lead_outside():
     """A rank that was written past set_ranks is cut to the buffers."""
     case = cases.make(SMALL, torch.float32, 40, 16, 24, slices=2)

@@ -15,12 +15,15 @@ def fail(error: type[Exception], what: str, why: str) -> NoReturn:
 
 @functools.cache
 def _capability(index: int | None) -> str:
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(index).gcnArchName).partition(":")[0]
     major, minor = torch.cuda.get_device_capability(index)
     return f"sm_{major}{minor}"
 
 
 def arch_of(device: torch.device) -> str:
-    """Name of the part in the tables of config.py; "cpu" under Triton's interpreter.
+    """Name of the part in the tables of config.py, "sm_90" or "gfx942"; "cpu" under Triton's
+    interpreter.
 
     Raises:
         TypeError: the device cannot run the kernels, or is not the current one.

@@ -43,6 +43,33 @@ class Tiles:
     expand_warps: int
 
 
+@dataclass(frozen=True)
+class BaseTiles:
+    """Tile sizes and launch options of the base's product with LoRA as its tail."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    warps: int
+    stages: int
+    block_r: int  # ranks that the tail takes at a time
+
+
+# By bytes of an element; a batch's block_m is that of the base's order.
+_BASE = {
+    2: (
+        BaseTiles(16, 128, 128, 1, 4, 3, 16),
+        BaseTiles(32, 128, 64, 8, 4, 3, 16),
+        BaseTiles(64, 128, 64, 8, 4, 3, 16),
+        BaseTiles(128, 128, 64, 8, 8, 3, 16),
+    ),
+    4: (
+        BaseTiles(16, 64, 32, 1, 4, 3, 16),
+        BaseTiles(32, 64, 32, 8, 4, 3, 16),
+    ),
+}
+
 # By bytes of an element. fp32 runs without tensor cores: 16 rows and 32 ranks fill its registers.
 _DEFAULT = {
     2: (
@@ -60,6 +87,11 @@ _DEFAULT = {
 }
 # A part that was measured gets its own table here; the others run the default's.
 _MEASURED: dict[str, dict[int, tuple[Tiles, ...]]] = {}
+
+
+def measured(arch: str) -> bool:
+    """Whether the kernels were measured on this part, and found to be worth it."""
+    return arch in _MEASURED
 
 
 def table(arch: str, dtype: torch.dtype) -> tuple[Tiles, ...]:
@@ -80,6 +112,12 @@ def tiles_for(arch: str, dtype: torch.dtype, rows: int, max_rank: int) -> Tiles:
     return next((tiles for tiles in fitting if tiles.block_r >= max_rank), fitting[-1])
 
 
+def base_tiles(dtype: torch.dtype, block_m: int) -> BaseTiles | None:
+    """Tiles of the base's product for an order in blocks of ``block_m`` rows, if there are any."""
+    fitting = [tiles for tiles in _BASE[dtype.itemsize] if tiles.block_m == block_m]
+    return fitting[0] if fitting else None
+
+
 def parts_for(width: int) -> int:
     """Parts that a sum over ``width`` elements is cut into."""
     return PARTS if width >= PARTS_FROM_WIDTH else 1
@@ -96,18 +134,38 @@ def max_tiles(num_pairs: int, num_segments: int, rows: int) -> int:
     return min(num_pairs, (num_pairs + segments * (rows - 1)) // rows)
 
 
-def shrink_variants(arch: str) -> Iterator[tuple[torch.dtype, Tiles, int]]:
-    """Every (dtype, tiles, slices) the shrink can be compiled for."""
+def _variants(arch: str) -> Iterator[tuple[torch.dtype, Tiles, int]]:
     for dtype in DTYPES:
         for tiles in table(arch, dtype):
             for slices in (1, 2):
                 yield dtype, tiles, slices
 
 
-def expand_variants(arch: str) -> Iterator[tuple[torch.dtype, Tiles, int, int, bool]]:
-    """Every (dtype, tiles, slices, parts, weighted) the expand can be compiled for."""
-    for dtype, tiles, slices in shrink_variants(arch):
+def shrink_variants(arch: str) -> Iterator[tuple[torch.dtype, Tiles, int, bool]]:
+    """Every (dtype, tiles, slices, by pair) the shrink can be compiled for."""
+    for variant in _variants(arch):
+        for by_pair in (False, True):
+            yield *variant, by_pair
+
+
+def expand_variants(arch: str) -> Iterator[tuple[torch.dtype, Tiles, int, int, bool, bool]]:
+    """Every (dtype, tiles, slices, parts, weighted, added) the expand can be compiled for."""
+    for dtype, tiles, slices in _variants(arch):
         few = tiles.tile_rows == tile_rows(arch, dtype, FEW_PAIRS)
         for parts in (1, PARTS) if few else (1,):
             for weighted in (False, True):
-                yield dtype, tiles, slices, parts, weighted
+                for added in (False, True):
+                    yield dtype, tiles, slices, parts, weighted, added
+
+
+def base_variants() -> Iterator[tuple[torch.dtype, BaseTiles, int, int, bool, bool, bool]]:
+    """(dtype, tiles, slices, parts, lora, weighted, even k) of the base's product.
+
+    As layers have them: w13 in slices and not weighted, w2 the other way round.
+    """
+    for dtype in DTYPES:
+        for tiles in _BASE[dtype.itemsize]:
+            for slices, weighted in ((2, False), (1, False), (1, True)):
+                for lora, parts in ((False, 1), (True, 1), (True, PARTS)):
+                    for even in (True, False):
+                        yield dtype, tiles, slices, parts, lora, weighted, even

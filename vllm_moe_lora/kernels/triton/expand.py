@@ -1,4 +1,4 @@
-"""y += B z for every tile of pairs, in place, times the router weight where asked."""
+"""y += B z for every tile of pairs, in place, times the router weight where asked; or y = B z."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def expand_kernel(
     SLICES: tl.constexpr,
     PARTS: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    ADDED: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -72,7 +73,8 @@ def expand_kernel(
     inside = column < out
     y += pair[:, None] * stride_y8 * 8 + (slice_id * out + column)[None, :]
     touched = live[:, None] & inside[None, :]
-    old = tl.load(y, mask=touched, other=0.0)
+    if ADDED:
+        old = tl.load(y, mask=touched, other=0.0)
 
     slot = (segment // num_experts).to(tl.int64)
     expert = (segment % num_experts).to(tl.int64)
@@ -104,4 +106,6 @@ def expand_kernel(
     if WEIGHTED:
         weight = tl.load(topk_weights + pair, mask=live, other=0.0).to(tl.float32)
         acc = acc * weight[:, None]
-    tl.store(y, (old.to(tl.float32) + acc).to(y.dtype.element_ty), mask=touched)
+    if ADDED:
+        acc = old.to(tl.float32) + acc
+    tl.store(y, acc.to(y.dtype.element_ty), mask=touched)

@@ -106,6 +106,27 @@ class Factors:
             )
         self.ranks[:, slot] = host.to(self.device)
 
+    def find_ranks(self, slot: int) -> None:
+        """Set the ranks of ``slot`` from what its factors hold, without asking the device.
+
+        A rank counts up to the last at which neither A's row nor B's column is all zero, so an
+        expert that an adapter left out, or never trained, has none.
+
+        Raises:
+            ValueError: no such slot.
+        """
+        if not 0 <= slot < self.num_slots:
+            fail(ValueError, "slot", f"{slot}, there are {self.num_slots}")
+        for ranks, a, b in zip(self.ranks, self.lora_a, self.lora_b, strict=True):
+            used = _any(a[slot], 2) & _any(b[slot], 1)  # [experts or 1, max_rank]
+            numbers = torch.arange(1, self.max_rank + 1, dtype=torch.int32, device=self.device)
+            ranks[slot] = (used * numbers).amax(1)
+
+
+def _any(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """Where a row or column has a number other than 0; NaN is one."""
+    return (values.amax(dim) != 0) | (values.amin(dim) != 0)
+
 
 def active_segments(*factors: Factors) -> torch.Tensor:
     """[slots, experts] bool: where any of a layer's projections has a factor. For `route`.

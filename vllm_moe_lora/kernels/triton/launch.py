@@ -23,6 +23,7 @@ def add_lora(
     factors: Factors,
     routing: Routing,
     topk_weights: torch.Tensor | None = None,
+    add_inputs: bool = True,
 ) -> None:
     """y += B (A x) for every routed pair, in place; kernels/reference.py defines the result.
 
@@ -33,6 +34,7 @@ def add_lora(
         factors: of the projection.
         routing: of this batch, made for the dtype of x.
         topk_weights: [tokens, top_k] any float dtype, contiguous, to multiply by; or None.
+        add_inputs: False: y = B (A x) where a slice of a pair has a factor; the rest of y is left.
 
     Raises:
         TypeError: wrong dtypes or devices.
@@ -65,27 +67,66 @@ def add_lora(
     if pairs == 0:
         return
 
+    z = shrink(x, factors, routing)
+    tiles = config.tiles_for(arch, dtype, routing.rows, factors.max_rank)
+    expand_kernel[
+        (routing.tile_segment.numel(), triton.cdiv(factors.out, tiles.block_n), factors.slices)
+    ](
+        y,
+        z,
+        factors.lora_b[0],
+        factors.lora_b[-1],
+        factors.ranks,
+        z if topk_weights is None else topk_weights,
+        *_plan(routing),
+        factors.num_experts,
+        factors.num_slots * factors.num_experts,
+        factors.max_rank // 8,
+        factors.out // 8,
+        y.stride(0) // 8,
+        *factors.strides_b,
+        z.stride(0) // 8,
+        factors.slices,
+        z.shape[0],
+        topk_weights is not None,
+        add_inputs,
+        tiles.tile_rows,
+        tiles.block_r,
+        tiles.block_n,
+        num_warps=tiles.expand_warps,
+        num_stages=1,
+    )
+
+
+def shrink(
+    x: torch.Tensor, factors: Factors, routing: Routing, by_pair: bool = False
+) -> torch.Tensor:
+    """A x for every routed pair, its sum over x in one part or several; x is checked already.
+
+    Returns:
+        [parts, pairs, slices, max_rank] fp32, rows in the order of the routing's tiles, or of the
+        pairs. What belongs to no pair or lies past a rank is not written.
+    """
+    pairs = routing.num_pairs
     parts = config.parts_for(factors.width)
     split = parts > 1 and config.splits(pairs)
     z = torch.empty(
         (parts if split else 1, pairs, factors.slices, factors.max_rank),
         dtype=torch.float32,
-        device=device,
+        device=factors.device,
     )
-    tiles = config.tiles_for(arch, dtype, routing.rows, factors.max_rank)
-    plan = (routing.order, routing.tile_segment, routing.tile_start, routing.tile_rows)
-    count = routing.tile_segment.numel()
+    tiles = config.tiles_for(arch_of(factors.device), factors.dtype, routing.rows, factors.max_rank)
     steps = triton.cdiv(factors.width, tiles.block_k)
-    segments = factors.num_slots * factors.num_experts
-    shrink_kernel[(count, triton.cdiv(factors.max_rank, tiles.block_r), z.shape[0])](
+    ranks = triton.cdiv(factors.max_rank, tiles.block_r)
+    shrink_kernel[(routing.tile_segment.numel(), ranks, z.shape[0])](
         x,
         factors.lora_a[0],
         factors.lora_a[-1],
         factors.ranks,
         z,
-        *plan,
+        *_plan(routing),
         factors.num_experts,
-        segments,
+        factors.num_slots * factors.num_experts,
         1 if x.shape[0] == pairs else routing.top_k,
         factors.max_rank // 8,
         factors.width // 8,
@@ -95,33 +136,15 @@ def add_lora(
         *factors.strides_a,
         z.stride(0) // 8,
         factors.slices,
+        by_pair,
         tiles.tile_rows,
         tiles.block_r,
         tiles.block_k,
         num_warps=tiles.shrink_warps,
         num_stages=tiles.shrink_stages,
     )
-    expand_kernel[(count, triton.cdiv(factors.out, tiles.block_n), factors.slices)](
-        y,
-        z,
-        factors.lora_b[0],
-        factors.lora_b[-1],
-        factors.ranks,
-        z if topk_weights is None else topk_weights,
-        *plan,
-        factors.num_experts,
-        segments,
-        factors.max_rank // 8,
-        factors.out // 8,
-        y.stride(0) // 8,
-        *factors.strides_b,
-        z.stride(0) // 8,
-        factors.slices,
-        z.shape[0],
-        topk_weights is not None,
-        tiles.tile_rows,
-        tiles.block_r,
-        tiles.block_n,
-        num_warps=tiles.expand_warps,
-        num_stages=1,
-    )
+    return z
+
+
+def _plan(routing: Routing) -> tuple[torch.Tensor, ...]:
+    return routing.order, routing.tile_segment, routing.tile_start, routing.tile_rows

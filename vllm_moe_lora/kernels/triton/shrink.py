@@ -63,6 +63,7 @@ def shrink_kernel(
     stride_rank8,
     stride_part8,
     SLICES: tl.constexpr,
+    BY_PAIR: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -70,7 +71,8 @@ def shrink_kernel(
     """One program: one tile, BLOCK_R ranks, ``parts_here`` parts of the sum over x.
 
     Shapes: x [rows, width]; a0, a1 [slots, experts or 1, max_rank, width]; ranks
-    [SLICES, slots, experts] int32; z [parts, pairs, SLICES, max_rank] fp32, rows in tile order.
+    [SLICES, slots, experts] int32; z [parts, pairs, SLICES, max_rank] fp32, rows in tile order,
+    or with BY_PAIR in the pairs' own.
     """
     tile = tl.program_id(0)
     segment = tl.load(tile_segment + tile)
@@ -116,7 +118,10 @@ def shrink_kernel(
         sum0 += acc0
         sum1 += acc1
 
-    z += (start + row)[:, None] * (SLICES * max_rank) + r[None, :]
+    place = start + row
+    if BY_PAIR:
+        place = pair.to(tl.int64)
+    z += place[:, None] * (SLICES * max_rank) + r[None, :]
     tl.store(z, sum0, mask=live[:, None] & (r < rank0)[None, :])
     if SLICES == 2:
         tl.store(z + max_rank, sum1, mask=live[:, None] & (r < rank1)[None, :])

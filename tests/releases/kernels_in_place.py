@@ -1,0 +1,472 @@
+"""Child: our Triton kernels where a release's experts call Punica's; prints JSON.
+
+In Triton's interpreter. The release's own are the layer, its LoRA wrapper with `set_lora`, the
+modular kernel, the experts, their mixin and `PunicaWrapperGPU`. Replaced are the base's operators,
+by loops. For each case:
+"moved", how far adapters move the layer's answer; "off", how far the answer is from fp32 loops',
+both relative to the largest number of theirs; "calls", how often our kernels and upstream's ran.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import sys
+import traceback
+import types
+from pathlib import Path
+from unittest import mock
+
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+os.environ["VLLM_MOE_LORA_KERNELS"] = "ours"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import bf16_exact  # noqa: F401
+import int4
+import quantised_experts as layers
+import stage
+import torch
+
+from vllm_moe_lora import patching, supported
+from vllm_moe_lora.hooks import all_hooks
+
+EXPERTS, HIDDEN, INNER = int4.EXPERTS, int4.HIDDEN, int4.INNER
+SLOTS, RANK, TOKENS, TOP_K = 3, 16, 9, stage.TOP_K
+ABSENT = 2  # experts of another rank, in the cases with a map
+NONE = [-1] * TOKENS
+MIXED = [0, 1, -1, 2, 0, -1, 2, 1, 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One layer, the adapters in its slots and one batch.
+
+    ``slots``: of the tokens. ``ranks``: of the adapters written, slot -> rank, in this order; a
+    slot may come twice. ``twisted``: experts of an adapter have ranks of their own.
+    """
+
+    kind: str = "plain"
+    dtype: torch.dtype = torch.float32
+    ids: torch.dtype = torch.int32
+    fused: bool = False
+    gated: bool = True
+    shared: bool = False
+    mapped: bool = False
+    apart: bool = False  # the delta by itself, as on a second stream
+    slots: tuple = tuple(MIXED)
+    ranks: tuple = ((0, 16), (1, 3), (2, 8))
+    cleared: tuple = ()
+    dispatched: bool = False  # slots of tokens come with the tokens, as after a dispatch
+
+
+CASES = {
+    "plain": Case(),
+    "bf16": Case(dtype=torch.bfloat16),
+    "fp16, int64 ids": Case(dtype=torch.float16, ids=torch.int64),
+    "fused gate_up": Case(fused=True),
+    "not gated": Case(gated=False),
+    "shared factors": Case(shared=True),
+    "experts elsewhere": Case(mapped=True),
+    "experts elsewhere, dispatched": Case(mapped=True, dispatched=True),
+    "second stream": Case(apart=True),
+    "up before gate": Case(),
+    "no adapter in the batch": Case(slots=tuple(NONE)),
+    "one adapter": Case(slots=(1,) * TOKENS),
+    "lower rank after higher": Case(ranks=((0, 16), (1, 16), (2, 16), (1, 2), (0, 8))),
+    "higher rank after lower": Case(ranks=((0, 1), (1, 2), (2, 1), (0, 16))),
+    "a slot cleared": Case(cleared=(1,)),
+    "Marlin": Case("gptq", torch.float16),
+    "INT4 in Triton": Case("moe_wna16", torch.float16),
+}
+# What our kernels do not take: upstream's are called.
+REFUSED = {
+    "sharded in the rank": Case(),
+    "rank 4 at most": Case(ranks=((0, 4), (1, 3), (2, 4))),
+    "weights transposed": Case(),
+    "asked for upstream": Case(),
+    "not measured": Case(),
+}
+
+
+def adapter(case, rank, seed):
+    """{"w1", "w3", "w2" or "w13": (a, b)}, with [experts, rank, in] and [experts, out, rank]."""
+    make = torch.Generator().manual_seed(seed)
+    sizes = {"w1": (HIDDEN, INNER), "w2": (INNER, HIDDEN), "w3": (HIDDEN, INNER)}
+    if case.fused:
+        sizes = {"w13": (HIDDEN, 2 * INNER), "w2": (INNER, HIDDEN)}
+    found = {}
+    for number, (name, (inn, out)) in enumerate(sizes.items()):
+        a = 0.2 * torch.randn(EXPERTS, rank, inn, generator=make)
+        b = 0.2 * torch.randn(EXPERTS, out, rank, generator=make)
+        if case.shared and name == "w2":
+            b = b[:1].expand_as(b).contiguous()
+        elif case.shared:
+            a = a[:1].expand_as(a).contiguous()
+        else:
+            for expert in range(EXPERTS):  # each its own rank; absent, or B never trained
+                own = (rank - (expert + number + seed) % 4) if rank > 4 else rank
+                a[expert, own:], b[expert, :, own:] = 0, 0
+            a[seed % EXPERTS], b[seed % EXPERTS] = 0, 0
+            b[(seed + 1) % EXPERTS] = 0
+            if name == "w2":
+                a[(seed + 2) % EXPERTS] = 0
+        found[name] = a, b
+    return found
+
+
+def config_for(case, base, name):
+    from vllm.config.lora import LoRAConfig
+
+    more = {"enable_moe_shared_loras": True} if case.shared else {}
+    more |= {"fully_sharded_loras": True} if name == "sharded in the rank" else {}
+    made = LoRAConfig(max_lora_rank=RANK, max_loras=SLOTS, lora_dtype=case.dtype, **more)
+    if name == "rank 4 at most":
+        made.max_lora_rank = 4
+    base.lora_config = made
+    return made
+
+
+def layer_of(case, number):
+    """The release's layer, its experts and its weights [experts, out, in] in fp32, by name."""
+    from vllm.model_executor.layers.fused_moe import FusedMoEFactory as factory
+
+    if case.kind != "plain":
+        layer, routed = layers._layer(case.kind, number)
+        weights = int4.Weights(7, zeros=False)
+        int4.fill(routed, case.kind, weights)
+        dense = {"w13": weights.dense("w13"), "w2": weights.dense("w2")}
+    else:
+        names = ("gate_proj", "down_proj", "up_proj" if case.gated else None)
+        with _a_gpu_when_asked(not case.gated):
+            layer = factory(
+                num_experts=EXPERTS,
+                top_k=TOP_K,
+                hidden_size=HIDDEN,
+                intermediate_size=INNER,
+                params_dtype=case.dtype,
+                activation="silu" if case.gated else "relu2_no_mul",
+                prefix=f"model.layers.{number}.mlp.experts",
+                ckpt_names=names,
+            )
+        routed, dense = layer.routed_experts, {}
+        make = torch.Generator().manual_seed(5)
+        for name in ("w13", "w2"):
+            weight = getattr(routed, f"{name}_weight").data
+            weight.copy_(torch.randn(weight.shape, generator=make) / weight.shape[2] ** 0.5)
+            dense[name] = weight.float().clone()
+    routed.quant_method.process_weights_after_loading(routed)
+    return layer, routed, dense
+
+
+def _a_gpu_when_asked(wanted):
+    """Experts that are not gated are refused where there is no GPU."""
+    from vllm.platforms import current_platform
+
+    if not wanted:
+        return contextlib.nullcontext()
+    return mock.patch.object(type(current_platform), "is_cuda_alike", return_value=True)
+
+
+def loop(case, dense, x, weights, ids, adapters, here):
+    """What the layer is to answer, in fp32; ``here`` maps experts to those of this rank."""
+    out = torch.zeros(len(x), HIDDEN)
+    for token, chosen in enumerate(ids.tolist()):
+        for place, expert in enumerate(here[one] for one in chosen):
+            if expert < 0:
+                continue
+            factors = adapters.get(case.slots[token], {})
+
+            def delta(name, value, expert=expert, factors=factors):
+                if name not in factors:
+                    return 0.0
+                a, b = factors[name]
+                return b[expert] @ (a[expert] @ value)
+
+            row = x[token].float()
+            inner = dense["w13"][expert] @ row
+            if case.gated:
+                gate, up = inner.chunk(2)
+                if case.fused:
+                    more = delta("w13", row)
+                    gate, up = (inner + more).chunk(2)
+                else:
+                    gate, up = gate + delta("w1", row), up + delta("w3", row)
+                row = torch.nn.functional.silu(gate) * up
+            else:
+                row = torch.relu(inner + delta("w1", row)) ** 2
+            row = dense["w2"][expert] @ row + delta("w2", row)
+            out[token] += weights[token, place] * row
+    return out
+
+
+class Calls:
+    """Counts the calls of our kernels; upstream's only count, as there is no GPU for them."""
+
+    def __init__(self):
+        self.ours = self.theirs = 0
+
+    def __enter__(self):
+        from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+
+        from vllm_moe_lora.kernels.triton import launch
+
+        real = launch.add_lora
+
+        def add_lora(*args, **more):
+            self.ours += 1
+            return real(*args, **more)
+
+        def theirs(punica, *args, **more):
+            self.theirs += 1
+
+        def align(punica, topk_ids, *args, **more):
+            return None, None, topk_ids.flatten(), None
+
+        self.patches = [
+            mock.patch.object(launch, "add_lora", add_lora),
+            mock.patch.object(PunicaWrapperGPU, "add_lora_fused_moe", theirs),
+            mock.patch.object(PunicaWrapperGPU, "moe_lora_align_block_size", align),
+            mock.patch("vllm.lora.layers.utils.try_get_optimal_moe_lora_config", return_value={}),
+        ]
+        for one in self.patches:
+            one.start()
+        return self
+
+    def __exit__(self, *error):
+        for one in self.patches:
+            one.stop()
+
+
+def punica_for(case, lora_config):
+    """The release's, with the metadata of the batch as its runner gives it."""
+    from vllm.lora.layers import LoRAMapping
+    from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+
+    punica = PunicaWrapperGPU(32, 32, "cpu", lora_config=lora_config)
+    # Dispatched tokens are not the batch's own: there all have the last adapter.
+    slots = [SLOTS - 1] * TOKENS if case.dispatched else case.slots
+    ids = tuple(slot + 1 for slot in slots)
+    names = list(range(1, SLOTS + 1))
+    punica.update_metadata(LoRAMapping(ids, ids, is_prefill=True), names, SLOTS + 1, 64)
+    return punica
+
+
+def run(name, case, number, config):
+    from vllm.forward_context import set_forward_context
+    from vllm.lora.layers.fused_moe import FusedMoE3DWithLoRA, FusedMoEWithLoRA
+
+    lora_config = config_for(case, config, name)
+    layer, routed, dense = layer_of(case, number)
+    wrapper = (FusedMoE3DWithLoRA if case.fused else FusedMoEWithLoRA)(layer)
+    model = types.SimpleNamespace(architectures=["Qwen3_5MoeForConditionalGeneration"])
+    wrapper.create_lora_weights(SLOTS, lora_config, model)
+    punica = punica_for(case, lora_config)
+    wrapper.set_mapping(punica)
+    adapters = {}
+    for seed, (slot, rank) in enumerate(case.ranks):
+        made = {n: tuple(t.to(case.dtype) for t in ab) for n, ab in
+                adapter(case, rank, seed).items()}  # fmt: skip
+        names = ["w13", "w2"] if case.fused else ["w1", "w2", "w3"]
+        wrapper.set_lora(slot, [made[n][0] for n in names], [made[n][1] for n in names])
+        adapters[slot] = {n: (a.float(), b.float()) for n, (a, b) in made.items()}
+    for slot in case.cleared:
+        wrapper.reset_lora(slot)
+        del adapters[slot]
+    make = torch.Generator().manual_seed(number)
+    x = torch.randn(TOKENS, HIDDEN, generator=make).to(case.dtype)
+    ids = torch.rand(TOKENS, EXPERTS, generator=make).topk(TOP_K).indices
+    weights = torch.rand(TOKENS, TOP_K, generator=make) + 0.5
+    if name == "weights transposed":
+        weights = weights.t().contiguous().t()
+    here = list(range(EXPERTS))
+    if case.mapped:  # the last are here, in another order; the model has ABSENT more, not here
+        here = [-1] * ABSENT + here[::-1]
+        ids = torch.rand(TOKENS, len(here), generator=make).topk(TOP_K).indices
+    with Calls() as calls, set_forward_context(None, config), torch.inference_mode():
+        given = (x.clone(), weights, ids.to(case.ids))
+        if case.mapped or case.apart:
+            answer = apply(case, wrapper, routed, *given, here)
+        else:
+            answer = layers._forward(layer, routed, *given)
+        if name == "up before gate":
+            return swapped(wrapper, routed, *given)
+    want = loop(case, dense, x, weights, ids, adapters, here)
+    plain = loop(case, dense, x, weights, ids, {}, here)
+    size = want.abs().max()
+    return {
+        "moved": float((want - plain).abs().max() / size),
+        "off": float((answer.float() - want).abs().max() / size),
+        "calls": [calls.ours, calls.theirs],
+        "experts": type(wrapper._moe_kernel.fused_experts).__name__,
+        "ranks": ranks_are_right(wrapper, case, adapters),
+    }
+
+
+def ranks_are_right(wrapper, case, adapters):
+    """Whether the kernels are told each factor's own rank, and which pairs have none at all."""
+    kept = wrapper.__dict__.get("_moe_lora_segments")
+    if kept is None:
+        return None
+    names = [["w13"] if case.fused else ["w1", "w3"] if case.gated else ["w1"], ["w2"]]
+    active = torch.zeros(SLOTS, EXPERTS, dtype=torch.bool)
+    for factors, projections in zip((kept.w13, kept.w2), names, strict=True):
+        want = torch.zeros(len(projections), SLOTS, EXPERTS, dtype=torch.int32)
+        for slot, found in adapters.items():
+            for index, projection in enumerate(projections):
+                a, b = found[projection]
+                for expert in range(EXPERTS):
+                    for rank in range(a.shape[1]):
+                        if a[expert, rank].any() and b[expert, :, rank].any():
+                            want[index, slot, expert] = rank + 1
+        active |= want.gt(0).any(0)
+        if not torch.equal(want, factors.ranks):
+            return False
+    return torch.equal(active, kept.active)
+
+
+def swapped(wrapper, routed, x, weights, ids):
+    """As TRT-LLM's experts ask for gate's and up's share: alone, up first."""
+    experts, found = wrapper._moe_kernel.fused_experts, []
+    for swap in (False, True):
+        y = torch.zeros(TOKENS, TOP_K, 2 * INNER, dtype=x.dtype)
+        with Calls() as calls:
+            experts.apply_w13_lora(
+                experts._lora_context,
+                y=y,
+                x=x,
+                topk_ids=ids,
+                topk_weights=weights,
+                expert_map=None,
+                w1=routed.w13_weight,
+                w2=routed.w2_weight,
+                num_tokens=TOKENS,
+                top_k_num=TOP_K,
+                add_inputs=False,
+                swap_w13_slices=swap,
+            )
+        found.append(y.float())
+    want = torch.cat(found[0].chunk(2, dim=-1)[::-1], dim=-1)
+    size = want.abs().max()
+    return {
+        "moved": float((want - found[0]).abs().max() / size),
+        "off": float((want - found[1]).abs().max() / size),
+        "calls": [2 * calls.ours, calls.theirs],
+        "experts": type(experts).__name__,
+        "ranks": True,
+    }
+
+
+def apply(case, wrapper, routed, x, weights, ids, here):
+    """The experts by themselves: what the modular kernel hands them on a GPU among several."""
+    from vllm.model_executor.layers.fused_moe.experts import triton_moe
+
+    experts = wrapper._moe_kernel.fused_experts
+    context = experts._lora_context
+    if case.dispatched:
+        context.local_token_lora_mapping = torch.tensor(case.slots, dtype=torch.int32)
+    if case.apart:
+        context.aux_stream, context.events = object(), (None,) * 4
+    activation = wrapper.moe_config.activation
+    first, second, _ = experts.workspace_shapes(
+        TOKENS, 2 * INNER, HIDDEN, TOP_K, len(here), EXPERTS, None, activation
+    )
+    out = torch.empty_like(x)
+    together = mock.patch.object(
+        triton_moe, "maybe_execute_in_parallel", lambda one, other, *rest: (one(), other())
+    )
+    with together:
+        experts.apply(
+            output=out,
+            hidden_states=x,
+            w1=routed.w13_weight,
+            w2=routed.w2_weight,
+            topk_weights=weights,
+            topk_ids=ids,
+            activation=activation,
+            global_num_experts=len(here),
+            expert_map=torch.tensor(here, dtype=torch.int32) if case.mapped else None,
+            a1q_scale=None,
+            a2_scale=None,
+            workspace13=torch.full(first, float("nan"), dtype=x.dtype),
+            workspace2=torch.full(second, float("nan"), dtype=x.dtype),
+            expert_tokens_meta=None,
+            apply_router_weight_on_input=False,
+        )
+    return out
+
+
+def _align(given):
+    """`_prepare_expert_assignment`, with blocks of one; absent experts are -1, as upstream's."""
+    order, expert_ids, count = stage.align(given)
+    if given.expert_map is not None:
+        expert_ids = given.expert_map[expert_ids.long()]
+    return order, expert_ids, count
+
+
+def _product(given):
+    """`invoke_fused_moe_triton_kernel`, unquantised; rows of absent experts are zero."""
+    given.mul, result = given.mul_routed_weight, given.C.view(-1, given.C.shape[-1])
+    here = given.expert_ids >= 0
+    result[given.sorted_token_ids[~here].long()] = 0
+    given.sorted_token_ids = given.sorted_token_ids[here]
+    given.expert_ids = given.expert_ids[here]
+    stage.product(given, given.A, given.B.float(), given.C, given.C.shape[-1])
+
+
+def _sum(input, output, topk_ids=None, expert_map=None):
+    output.copy_(input.float().sum(1))
+
+
+def stand_in():
+    from vllm import _custom_ops as ops
+
+    where = "vllm.model_executor.layers.fused_moe"
+    fused_moe = importlib.import_module(f"{where}.fused_moe")
+    importlib.import_module(f"{where}.experts.triton_moe")
+    int4.stand_in()
+    ops.moe_sum = _sum
+    for name, function in (
+        ("invoke_fused_moe_triton_kernel", _product),
+        ("_prepare_expert_assignment", _align),
+    ):
+        real = getattr(fused_moe, name)
+        stage.everywhere(name, stage.bound(real, function), real)
+
+
+def hook(release):
+    features = ("moe-kernels", "quantised-experts")
+    hooks = [h for h in supported.made_for(release, all_hooks()) if h.feature in features]
+    known = supported.hashes(release)
+    return patching.apply(hooks, version=release, platform="cuda", hashes=known).features
+
+
+def main():
+    config, release = stage.begin(torch.float32)
+    import vllm.lora.layers.fused_moe  # noqa: F401
+
+    for kind in ("gptq", "moe_wna16"):
+        layers._method(kind)
+    stand_in()
+    results = {"release": release, "status": hook(release), "cases": {}}
+    chosen = {**CASES, **REFUSED}
+    for number, (name, case) in enumerate(chosen.items()):
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
+        if case.kind != "plain":
+            layers._choose(case.kind)
+        settings = {"asked for upstream": "upstream", "not measured": "auto"}
+        os.environ["VLLM_MOE_LORA_KERNELS"] = settings.get(name, "ours")
+        try:
+            results["cases"][name] = run(name, case, number, config)
+        except Exception as error:
+            results["cases"][name] = {"error": f"{type(error).__name__}: {error}"}
+            print(name, file=sys.stderr)
+            traceback.print_exc()
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Our Triton kernels under each release's own layers, experts and `PunicaWrapperGPU`.
+
+In Triton's interpreter, on CPU tensors: kernels_in_place.py, which these tests run once a release.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import unpacked
+from packaging.specifiers import SpecifierSet
+
+from vllm_moe_lora import supported
+
+pytest.importorskip("triton")
+RELEASES = [r for r in supported.releases() if r in SpecifierSet(">=0.28,<0.34")]
+# How far answers are from loops in fp32, by what the layer computes in.
+LIMIT, LIMIT_FP16, LIMIT_BF16 = 1e-5, 0.004, 0.03
+OTHER = {
+    "bf16": LIMIT_BF16,
+    "fp16, int64 ids": LIMIT_FP16,
+    "Marlin": LIMIT_FP16,
+    "INT4 in Triton": LIMIT_FP16,
+}
+EXPERTS = {"Marlin": "MarlinExperts", "INT4 in Triton": "TritonWNA16Experts"}
+
+
+def _names(table):
+    """Keys of a table in the child, which only a release's process can import."""
+    tree = ast.parse((Path(__file__).parent / "kernels_in_place.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == table:
+            return [key.value for key in node.value.keys]
+    raise LookupError(table)
+
+
+def result(release, name):
+    found = unpacked.results(release, "kernels_in_place.py")
+    assert found["status"]["moe-kernels"] == "on", found["status"]
+    assert "error" not in found["cases"][name], found["cases"][name]
+    return found["cases"][name]
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("name", _names("CASES"))
+def test_ours_is_the_loops(release, name):
+    found = result(release, name)
+    assert found["experts"] == EXPERTS.get(name, "TritonExperts")
+    limit = OTHER.get(name, LIMIT)
+    assert found["off"] <= limit
+    assert found["ranks"] is True
+    if name == "no adapter in the batch":
+        assert found["calls"] == [0, 0], "nothing is launched for base tokens alone"
+        return
+    assert found["calls"] == [2, 0], "two calls of ours, none of upstream's"
+    assert found["moved"] > 20 * limit
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("name", _names("REFUSED"))
+def test_upstream_runs_where_ours_cannot_or_is_not_wanted(release, name):
+    assert result(release, name)["calls"] == [0, 2]

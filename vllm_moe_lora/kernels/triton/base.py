@@ -1,0 +1,210 @@
+"""The base's grouped product with LoRA as its tail: y = W x + B z, rounded once.
+
+Rows come in the base's own order, sorted by expert alone, as vLLM's `moe_align_block_size` makes
+it. After the sum over x a block walks the adapter slots among its rows and adds each one's B z to
+the rows that have it, in the accumulator. So y is written once and read never, and no order of the
+pairs by adapter is wanted for it. Without LORA it is the same kernel less the tail: rows without
+an adapter have the same bits either way.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Strides and widths count groups of 8 elements (see shrink.py).
+_COUNTS = [
+    "row_blocks",
+    "num_pairs",
+    "top_k",
+    "pairs_per_row",
+    "num_slots",
+    "num_experts",
+    "width8",
+    "out8",
+    "max_rank8",
+    "stride_x8",
+    "stride_w_expert8",
+    "stride_w_row8",
+    "stride_y8",
+    "stride_slot8",
+    "stride_expert8",
+    "stride_out8",
+    "stride_part8",
+]
+_TABLES = ["ranks", "token_slots", "topk_weights", "sorted_ids", "expert_ids", "num_padded"]
+
+
+@triton.jit
+def _tail(
+    acc,
+    z,
+    b,
+    ranks,
+    slots,
+    pair,
+    column,
+    num_slots,
+    num_experts,
+    max_rank,
+    z_row,
+    stride_slot,
+    stride_out,
+    stride_part,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """acc + B z; ``slots`` [BLOCK_M] are num_slots in rows without an adapter."""
+    z += pair[:, None] * z_row
+    b += column.to(tl.int64)[None, :] * stride_out
+    slot = tl.min(slots, 0)
+    while slot < num_slots:
+        mine = slots == slot
+        rank = tl.minimum(tl.load(ranks + slot * num_experts), max_rank)
+        up_start = b + slot.to(tl.int64) * stride_slot
+        groups = (rank + 7) // 8 * 8
+        for first in range(0, rank, BLOCK_R):
+            r = first + tl.arange(0, BLOCK_R)
+            up = tl.load(up_start + r[:, None], mask=(r < groups)[:, None], other=0.0)
+            up = tl.where((r < rank)[:, None], up, 0.0)
+            down = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+            for part in tl.static_range(PARTS):
+                offset = tl.cast(part, tl.int64) * stride_part
+                inside = mine[:, None] & (r < groups)[None, :]
+                down += tl.load(z + offset + r[None, :], mask=inside, other=0.0)
+            down = tl.where(mine[:, None] & (r < rank)[None, :], down, 0.0)
+            if up.dtype == tl.float16:
+                # z may pass the range of fp16; tf32 holds fp16 factors exactly.
+                acc = tl.dot(down, up.to(tl.float32), acc, input_precision="tf32")
+            else:
+                acc = tl.dot(down.to(up.dtype), up, acc, input_precision="ieee")
+        slots = tl.where(mine, num_slots, slots)
+        slot = tl.min(slots, 0)
+    return acc
+
+
+@triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_TABLES)
+def base_kernel(
+    x,
+    weight,
+    y,
+    z,
+    b0,
+    b1,
+    ranks,
+    token_slots,
+    topk_weights,
+    sorted_ids,
+    expert_ids,
+    num_padded,
+    row_blocks,
+    num_pairs,
+    top_k,
+    pairs_per_row,
+    num_slots,
+    num_experts,
+    width8,
+    out8,
+    max_rank8,
+    stride_x8,
+    stride_w_expert8,
+    stride_w_row8,
+    stride_y8,
+    stride_slot8,
+    stride_expert8,
+    stride_out8,
+    stride_part8,
+    SLICES: tl.constexpr,
+    PARTS: tl.constexpr,
+    LORA: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One program: BLOCK_M rows of one expert, BLOCK_N columns of one slice.
+
+    Shapes: x [rows, width]; weight [experts, SLICES * out, width]; y [pairs, SLICES * out]; z
+    [PARTS, pairs, SLICES, max_rank] fp32, rows in the pairs' order; b0, b1 [slots, experts or 1,
+    out, max_rank]; ranks [SLICES, slots, experts] int32; token_slots [tokens]; topk_weights
+    [pairs]; sorted_ids [row_blocks * BLOCK_M] pairs, num_pairs and more where there is none;
+    expert_ids [row_blocks], -1 for an expert of another rank, whose rows are zero; num_padded [1].
+    """
+    out = out8 * 8
+    width = width8 * 8
+    slice_blocks = (out + BLOCK_N - 1) // BLOCK_N
+    # Programs of GROUP_M row blocks share the columns of a weight while those are in the cache.
+    program = tl.program_id(0)
+    per_group = GROUP_M * slice_blocks * SLICES
+    first_block = program // per_group * GROUP_M
+    in_group = tl.minimum(row_blocks - first_block, GROUP_M)
+    block = first_block + program % per_group % in_group
+    column_block = program % per_group // in_group
+    if block * BLOCK_M >= tl.load(num_padded):
+        return
+    slice_id = column_block // slice_blocks
+
+    pair = tl.load(sorted_ids + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    live = (pair >= 0) & (pair < num_pairs)
+    # Rows and columns that are not there read the first instead: a mask would narrow the loads.
+    pair = tl.where(live, pair, 0)
+    column = column_block % slice_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = column < out
+    column = tl.where(inside, column, 0)
+    touched = live[:, None] & inside[None, :]
+    y += pair.to(tl.int64)[:, None] * stride_y8 * 8 + (slice_id * out + column)[None, :]
+    expert = tl.load(expert_ids + block).to(tl.int64)
+    if expert < 0:
+        tl.store(y, tl.zeros([BLOCK_M, BLOCK_N], y.dtype.element_ty), mask=touched)
+        return
+
+    k = tl.arange(0, BLOCK_K)
+    x += (pair // pairs_per_row).to(tl.int64)[:, None] * stride_x8 * 8 + k[None, :]
+    weight += expert * stride_w_expert8 * 8
+    weight += (slice_id * out + column).to(tl.int64)[None, :] * stride_w_row8 * 8 + k[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(0, (width + BLOCK_K - 1) // BLOCK_K):
+        if EVEN_K:
+            left = tl.load(x)
+            right = tl.load(weight)
+        else:
+            there = k < width - step * BLOCK_K
+            left = tl.load(x, mask=there[None, :], other=0.0)
+            right = tl.load(weight, mask=there[:, None], other=0.0)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
+        x += BLOCK_K
+        weight += BLOCK_K
+
+    if LORA:
+        slots = tl.load(token_slots + pair // top_k).to(tl.int32)
+        slots = tl.where(live & (slots >= 0) & (slots < num_slots), slots, num_slots)
+        max_rank = max_rank8 * 8
+        b = b0
+        if SLICES == 2 and slice_id == 1:
+            b = b1
+        acc = _tail(
+            acc,
+            z + slice_id * max_rank,
+            b + expert * stride_expert8 * 8,
+            ranks + slice_id * num_slots * num_experts + expert,
+            slots,
+            pair.to(tl.int64),
+            column,
+            num_slots,
+            num_experts,
+            max_rank,
+            SLICES * max_rank,
+            stride_slot8 * 8,
+            stride_out8 * 8,
+            stride_part8 * 8,
+            PARTS,
+            BLOCK_M,
+            BLOCK_R,
+        )
+    if WEIGHTED:
+        acc = acc * tl.load(topk_weights + pair).to(tl.float32)[:, None]
+    tl.store(y, acc.to(y.dtype.element_ty), mask=touched)

@@ -57,8 +57,8 @@ def _jobs(made, release):
         jobs["flag"] = {**both, **lean}
     if Version(release) >= Version("0.20"):  # before, the flag takes no whole names
         jobs["one layer"] = {**both, "options": {"lora_target_modules": [*FLAG, LAYERS[1]]}}
-    # What takes no LoRA: from 0.30 on the CPU's experts, made so; from 0.24 on monolithic kernels.
-    for without, since in (("twins", "0.30"), ("modular", "0.24")):
+    # What takes no LoRA: from 0.30 on the CPU's experts, made so; from 0.28 on monolithic kernels.
+    for without, since in (("twins", "0.30"), ("modular", "0.28")):
         if Version(release) >= Version(since):
             jobs[without] = {"model": model, "adapters": {}, "without": without}
             jobs[f"lean {without}"] = {**jobs[without], **lean}

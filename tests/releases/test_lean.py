@@ -55,8 +55,10 @@ def _jobs(made, release):
     if Version(release) >= WITH_FLAG:
         lean = {"options": {"lora_target_modules": FLAG}}
         jobs["flag"] = {**both, **lean}
-    # What takes no LoRA: from 0.30 on the CPU's experts, made so; from 0.24 on monolithic kernels.
-    for without, since in (("twins", "0.30"), ("modular", "0.24")):
+    if Version(release) >= Version("0.20"):  # before, the flag takes no whole names
+        jobs["one layer"] = {**both, "options": {"lora_target_modules": [*FLAG, LAYERS[1]]}}
+    # What takes no LoRA: from 0.30 on the CPU's experts, made so; from 0.28 on monolithic kernels.
+    for without, since in (("twins", "0.30"), ("modular", "0.28")):
         if Version(release) >= Version(since):
             jobs[without] = {"model": model, "adapters": {}, "without": without}
             jobs[f"lean {without}"] = {**jobs[without], **lean}
@@ -83,6 +85,10 @@ def test_experts_that_no_adapter_may_target(release, made, tmp_path):
     for way in ("whole", "declared-all"):
         assert [one[:2] for one in found[way]["experts"].values()] == [(True, True)] * 2
     assert isinstance(found["declared-all"]["adapters"]["all"], dict)
+    if "one layer" in jobs:
+        first, second = found["one layer"]["experts"].values()
+        assert (first, second[:2]) == (plain[LAYERS[0]], (True, True))
+        assert LAYERS[0] in found["one layer"]["adapters"]["all"]
     for without in set(jobs) & set(REFUSED):
         assert re.fullmatch(REFUSED[without], found[without]["error"])
         assert found[f"lean {without}"]["experts"] == plain

@@ -78,8 +78,8 @@ def stage(experts: Experts, slots: Slots) -> tuple[list[torch.Tensor], list[torc
         a, b = _filled(name, *pieces[name], slots)
         if slots.shared:
             every = replace(slots, local=range(slots.dims.experts))
-            whole = _filled(name, *pieces[name], every)
-            _demand_shared(name, whole[name == "w2"], pieces[name][0])
+            factors = _filled(name, *pieces[name], every)
+            _demand_shared(name, factors[name == "w2"], pieces[name][0])
         elif len(slots.local) < slots.dims.experts:
             _demand_finite_elsewhere(*pieces[name], slots)
         out_a.append(a)

@@ -63,9 +63,8 @@ def test_tokens_are_weighted_first(on_input, context, weights, moves):
 
     (hook,) = fused_moe_modular_method.HOOKS
     apply = hook.make(upstream)
-    x, found, shared = apply(
-        method, layer=layer, x=TOKENS, topk_weights=weights, topk_ids=None, shared_experts_input=None
-    )
+    given = {"x": TOKENS, "topk_weights": weights, "topk_ids": None, "shared_experts_input": None}
+    x, found, shared = apply(method, layer=layer, **given)
     assert torch.equal(x, TOKENS * WEIGHTS if moves else TOKENS)
     assert torch.equal(found, torch.ones_like(weights) if moves else weights)
     assert shared is (TOKENS if moves else None)

@@ -297,6 +297,7 @@ CASES = [
     GptOss("fs2-interleaved", size=2, **SHARDED, **OSS),
     Case("fs4-rank", size=4, **SHARDED, rank=6),
     Case("fs4-some", size=4, **SHARDED, adapter={"some": True}),
+    Case("fs3-max-rank", size=3, inner=36, hidden=36, **SHARDED),
     Case("ep2", size=2, **EP),
     Case("ep3-uneven", **UNEVEN),
     Case("ep8-uneven", **{**UNEVEN, "size": 8, "experts": 60}),

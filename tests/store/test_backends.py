@@ -56,10 +56,29 @@ def test_the_list_is_complete():
     assert {name for name in concrete if not looks(name)} == set(backends.IGNORING)
 
 
+def _wrapper(experts, eplb=False):
+    config = types.SimpleNamespace(
+        moe_parallel_config=types.SimpleNamespace(**({"enable_eplb": True} if eplb else {}))
+    )
+    return types.SimpleNamespace(
+        base_layer=types.SimpleNamespace(moe_config=config, layer_name="layers.0.mlp.experts"),
+        _moe_kernel=types.SimpleNamespace(fused_experts=experts),
+    )
+
+
+def test_experts_that_move_are_refused_at_start_and_at_load():
+    cure = r"^layers\.0\.mlp\.experts: --enable-eplb moves .* Start without --enable-eplb"
+    with pytest.raises(NotImplementedError, match=cure):
+        backends.refuse_moving(_wrapper(None, eplb=True))
+    with pytest.raises(AdapterError, match=cure):
+        backends.demand("layers.0.mlp.experts", _wrapper(None, eplb=True))
+    backends.refuse_moving(_wrapper(None))
+    backends.demand("layers.0.mlp.experts", _wrapper(None))
+
+
 def test_an_adapter_that_would_be_ignored_is_refused():
     def wrapper(name):
-        experts = type(name, (), {})()
-        return types.SimpleNamespace(_moe_kernel=types.SimpleNamespace(fused_experts=experts))
+        return _wrapper(type(name, (), {})())
 
     backends.demand("layers.0.mlp.experts", wrapper("MarlinExperts"))
     with pytest.raises(AdapterError, match=r"layers\.0.*TritonWNA16Experts.*--tensor-parallel"):
@@ -71,8 +90,7 @@ def test_experts_that_a_hook_has_taught_are_like_any_other():
         return None
 
     kind = type("TritonWNA16Experts", (), {"apply": apply, "supports_lora": lambda: True})
-    kernel = types.SimpleNamespace(fused_experts=kind())
-    wrapper = types.SimpleNamespace(_moe_kernel=kernel)
+    wrapper = _wrapper(kind())
     assert not backends.takes_lora(kind)
     setattr(apply, MARK, "a hook")
     assert backends.takes_lora(kind)

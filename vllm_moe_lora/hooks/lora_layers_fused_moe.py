@@ -151,10 +151,10 @@ def _inject_weighted(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _ep_check(original: Callable[..., Any]) -> Callable[..., Any]:
     def _ep_check(self: Any) -> None:
-        from ..layers import moving_experts
+        from ..store import backends
 
         original(self)
-        moving_experts.refuse(self)
+        backends.refuse_moving(self)
 
     return _ep_check
 

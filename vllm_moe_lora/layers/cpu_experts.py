@@ -38,6 +38,23 @@ def combine(pairs: torch.Tensor, topk_weights: torch.Tensor | None, plan: PairPl
     return torch.bmm(weights.unsqueeze(1), y.to(torch.float32)).squeeze(1)
 
 
+def refuse_expert_parallel(config: Any) -> None:
+    """
+    Args:
+        config: a layer's `FusedMoEConfig`.
+
+    Raises:
+        NotImplementedError: experts are spread over ranks. Upstream's CPU operators take the
+            router's numbers for places among a rank's experts and write past them.
+    """
+    if config.moe_parallel_config.use_ep:
+        raise NotImplementedError(
+            "vLLM's CPU experts do not know which experts are on other ranks, with or without "
+            "LoRA, and --enable-lora is not to hide it: start without --enable-expert-parallel, "
+            "which shares each expert among the ranks instead."
+        )
+
+
 class CPULoRAExperts:
     """Mixin over an upstream CPU experts class; the subclass implements `apply_lora`."""
 
@@ -48,7 +65,10 @@ class CPULoRAExperts:
     def supports_lora() -> bool:
         return True
 
+    moe_config: Any  # upstream's, of the layer
+
     def set_lora_context(self, context: MoELoRAContext) -> None:
+        refuse_expert_parallel(self.moe_config)
         self._lora_context = context
 
     def slot_written(self, wrapper: Any, slot: int, rank: int) -> None:

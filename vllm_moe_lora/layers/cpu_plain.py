@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .cpu_experts import refuse_expert_parallel
+
 
 class CPUFusedMoEWithLoRA:
     """Stands where the layer has its ``cpu_fused_moe``.
@@ -186,8 +188,9 @@ def prepare(wrapper: Any, runner: Any) -> None:
         runner: the `MoERunner` that it wraps.
 
     Raises:
-        NotImplementedError: see `install`.
+        NotImplementedError: see `install` and `refuse_expert_parallel`.
     """
+    refuse_expert_parallel(runner.moe_config)
     torch.nn.Module.__init__(wrapper)
     config = runner.moe_config
     wrapper.base_layer = runner

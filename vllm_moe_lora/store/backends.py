@@ -1,5 +1,6 @@
-"""Experts classes that say they take LoRA, and whose `apply` never looks at it (0.20 to 0.33).
+"""Experts for which an adapter would be ignored, or applied to others.
 
+Some classes say they take LoRA, and their `apply` never looks at it (0.20 to 0.33).
 They inherit `supports_lora` from `TritonExperts` and replace `apply`: factors on routed experts are
 ignored without a word. An adapter with such factors is refused; others are served. Where a hook
 has put LoRA into that `apply` (quantised-experts: INT4, INT8, Triton's MXFP8), it is like any
@@ -36,11 +37,41 @@ def takes_lora(experts: type[Any]) -> bool:
     return bool(experts.supports_lora()) and not ignores(experts)
 
 
+def _moving(name: str) -> str:
+    return (
+        f"{name}: --enable-eplb moves experts between devices while the engine runs, and "
+        "--enable-lora's factors stay where they are, so that adapters would be applied to the "
+        "wrong experts. Start without --enable-eplb, without --enable-lora, or with "
+        "--lora-target-modules that leave out the routed experts."
+    )
+
+
+def _moves(wrapper: Any) -> bool:
+    """Whether vLLM may give a rank other experts as the load asks (EPLB)."""
+    return bool(getattr(wrapper.base_layer.moe_config.moe_parallel_config, "enable_eplb", False))
+
+
+def refuse_moving(wrapper: Any) -> None:
+    """
+    Args:
+        wrapper: a `FusedMoEWithLoRA` that is being made.
+
+    Raises:
+        NotImplementedError: its experts may move, without their factors.
+    """
+    if _moves(wrapper):
+        routed = getattr(wrapper.base_layer, "routed_experts", wrapper.base_layer)
+        raise NotImplementedError(_moving(getattr(routed, "layer_name", type(routed).__name__)))
+
+
 def demand(name: str, wrapper: Any) -> None:
     """
     Raises:
-        AdapterError: the experts behind ``wrapper`` (layer ``name``) would ignore an adapter.
+        AdapterError: the experts behind ``wrapper`` (layer ``name``) would ignore an adapter, or
+            may move without its factors.
     """
+    if _moves(wrapper):  # also where `refuse_moving` is off
+        raise AdapterError(_moving(name))
     kernel = getattr(wrapper, "_moe_kernel", None)
     kind = type(getattr(kernel, "fused_experts", None))
     if ignores(kind):

@@ -7,7 +7,7 @@ the experts, in the slots' dtype, scaled.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -77,7 +77,11 @@ def stage(experts: Experts, slots: Slots) -> tuple[list[torch.Tensor], list[torc
     for name in names:
         a, b = _filled(name, *pieces[name], slots)
         if slots.shared:
-            _demand_shared(name, a if name != "w2" else b, pieces[name][0])
+            every = replace(slots, local=range(slots.dims.experts))
+            factors = _filled(name, *pieces[name], every)
+            _demand_shared(name, factors[name == "w2"], pieces[name][0])
+        elif len(slots.local) < slots.dims.experts:
+            _demand_finite_elsewhere(*pieces[name], slots)
         out_a.append(a)
         out_b.append(b)
     if not slots.fused and not slots.dims.gated:
@@ -218,6 +222,18 @@ def _demand_finite(values: torch.Tensor, piece: _Piece, numbers: Sequence[int]) 
         f"{piece.part.label}: NaN or infinite numbers (expert {numbers[bad]}, as {values.dtype}). "
         "The training run diverged or the file is damaged."
     )
+
+
+def _demand_finite_elsewhere(a: list[_Piece], b: list[_Piece], slots: Slots) -> None:
+    """Refuse what another rank will refuse, or ranks would go on with different adapters."""
+    here, step = set(slots.local), max(1, len(slots.local))
+    for piece, scale in [(p, 1.0) for p in a] + [(p, p.part.scale) for p in b]:
+        others = [number for number in piece.part.experts if number not in here]
+        if len(piece.stack) == 1:
+            others = others[:1]
+        for start in range(0, len(others), step):
+            numbers = others[start : start + step]
+            _demand_finite(_scaled(_select(piece, numbers), scale, slots.dtype), piece, numbers)
 
 
 def _demand_shared(name: str, values: torch.Tensor, pieces: list[_Piece]) -> None:

@@ -8,9 +8,11 @@
 
 A case is all that LoRA adds to one MoE layer: routing, w13 and w2. Each side is captured in a CUDA
 graph and replayed; the figure is the median of replays that events time, the L2 cache being
-overwritten before each. Upstream is `PunicaWrapperGPU.add_lora_w13` and `add_lora_w2` of the vLLM
-found, as its experts classes call them. A case is timed only after both sides agreed on its
-numbers. The floor is the time to move each byte once: the factors in use, and those with x and y.
+overwritten before each. Both sides are `PunicaWrapperGPU.add_lora_w13` and `add_lora_w2` of the
+vLLM found, as its experts classes call them: upstream's as they are, ours behind our hooks, as
+VLLM_MOE_LORA_KERNELS=ours has them. A case is timed only after both sides agreed on its numbers,
+which also shows the hooks at work. The floor is the time to move each byte once: the factors in
+use, and those with x and y.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from statistics import geometric_mean, median
+from types import SimpleNamespace
 from typing import Any
 
 # name: experts, top_k, hidden, intermediate
@@ -133,30 +136,85 @@ def inputs(case: Case, device: str, dtype: Any = None) -> Inputs:
     )
 
 
-def ours(case: Case, given: Inputs) -> Callable[[], None]:
-    from vllm_moe_lora.kernels.triton.factors import Factors, active_segments
-    from vllm_moe_lora.kernels.triton.launch import add_lora
-    from vllm_moe_lora.kernels.triton.route import route
+def layer_of(case: Case, given: Inputs) -> Any:
+    """What the hooks see of vLLM's LoRA layer, its slots written."""
+    import torch
 
-    experts = MODELS[case.model][0]
-    w13 = Factors(given.a13, given.b13, experts)
-    w2 = Factors(given.a2, given.b2, experts)
+    from vllm_moe_lora.layers import segments
+
+    os.environ["VLLM_MOE_LORA_KERNELS"] = "ours"
+    layer = SimpleNamespace(
+        w13_lora_a_stacked=given.a13,
+        w13_lora_b_stacked=given.b13,
+        w2_lora_a_stacked=given.a2,
+        w2_lora_b_stacked=given.b2,
+        local_num_experts=MODELS[case.model][0],
+        fully_sharded=False,
+        adapter_enabled=torch.ones(case.adapters + 1, dtype=torch.int32, device=given.x.device),
+    )
     for slot in range(case.adapters):
-        w13.set_ranks(slot, case.rank)
-        w2.set_ranks(slot, case.rank)
-    active = active_segments(w13, w2)
+        segments.slot_written(layer, slot)
+    return layer
+
+
+def ours(case: Case, given: Inputs) -> Callable[[], None]:
+    """Upstream's two calls behind our hooks."""
+    from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+
+    from vllm_moe_lora.hooks import lora_punica_gpu
+
+    class Hooked:
+        """The two methods as the hooks make them; what they do not do themselves must not run."""
+
+        def __init__(self, real: Any) -> None:
+            self.token_mapping_meta, self.lora_config = real.token_mapping_meta, real.lora_config
+
+    for hook in lora_punica_gpu.HOOKS:
+        name = hook.target.rpartition(".")[2]
+        assert hasattr(PunicaWrapperGPU, name), "another vLLM"
+        setattr(Hooked, name, hook.make(_not_upstream))
+    layer = layer_of(case, given)
+    call = upstream(case, given, Hooked)
+
+    def keeping() -> None:
+        call()
+        assert layer is not None  # its factors are found by address while it lives
+
+    return keeping
+
+
+def _not_upstream(*args: Any, **more: Any) -> None:
+    raise AssertionError("upstream's kernels were called on our side")
+
+
+def bare(case: Case, given: Inputs) -> Callable[[], None]:
+    """Our kernels without vLLM around them."""
+    layer = layer_of(case, given)
+    from vllm_moe_lora.layers import segments
+
+    class Meta:
+        def meta_args(self, *args: Any) -> tuple[Any, ...]:
+            import torch
+
+            return given.slots, None, None, None, None, torch.tensor([False]), None
+
+    punica = SimpleNamespace(
+        token_mapping_meta=Meta(), lora_config=SimpleNamespace(specialize_active_lora=False)
+    )
 
     def call() -> None:
-        routing = route(
-            given.ids, given.slots, case.adapters, experts, given.x.dtype, active=active
-        )
-        add_lora(given.y13, given.x, w13, routing)
-        add_lora(given.y2, given.act, w2, routing, given.weights)
+        found = segments.add_w13(
+            punica, given.y13, given.x, layer.w13_lora_a_stacked, given.b13, given.ids,
+            given.weights, None, case.tokens, True, None,
+        )  # fmt: skip
+        assert found is not None
+        segments.add_w2(found[0], given.y2, given.act, given.weights, True)
 
     return call
 
 
-def upstream(case: Case, given: Inputs) -> Callable[[], None]:
+def upstream(case: Case, given: Inputs, around: Any = None) -> Callable[[], None]:
+    """Upstream's two calls, of what ``around`` makes of its wrapper."""
     import torch
     from vllm.config.lora import LoRAConfig
     from vllm.lora.layers import LoRAMapping
@@ -168,6 +226,7 @@ def upstream(case: Case, given: Inputs) -> Callable[[], None]:
     names = [int(slot) + 1 for slot in given.slots.tolist()]
     mapping = LoRAMapping(tuple(names), tuple(names), is_prefill=case.tokens > 512)
     wrapper.update_metadata(mapping, list(range(1, case.adapters + 1)), case.adapters, 1024)
+    wrapper = wrapper if around is None else around(wrapper)
     enabled = torch.ones(case.adapters + 1, dtype=torch.int32, device=given.x.device)
     # Only their shapes are asked for, to find the tuned configuration.
     w1 = torch.empty(experts, 2 * inner, hidden, dtype=torch.bfloat16, device="meta")
@@ -286,7 +345,7 @@ def dry_run(args: argparse.Namespace) -> None:
             given.weights,
         )  # fmt: skip
 
-    apart = disagreement(given, ours(case, given), plain)
+    apart = disagreement(given, bare(case, given), plain)
     print(f"{count} cases; the tiny one is {apart:.1e} from kernels/reference.py")
     if not apart < 1e-5:
         sys.exit(1)

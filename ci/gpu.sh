@@ -1,11 +1,19 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA GPU: kernel tests, once under compute-sanitizer, then the benchmark.
-# In the active environment or .venv, whose torch must see the GPU. Arguments go to the benchmark.
+# Everything that needs a CUDA GPU: kernel tests, once under compute-sanitizer, then the benchmarks.
+# In the active environment or .venv, whose torch must see the GPU. Arguments go to the first
+# benchmark, which runs our kernels behind the hooks into vLLM's own calls.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-${VIRTUAL_ENV:-$PWD/.venv}/bin/python}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 unset TRITON_INTERPRET
+vllm=()
+for ((i = 1; i < $#; i++)); do
+  if [[ "${!i}" == --vllm ]]; then
+    next=$((i + 1))
+    vllm=(--vllm "${!next}")
+  fi
+done
 
 "$python" - <<'PY'
 import sys
@@ -30,6 +38,7 @@ fi
 
 if [[ " $* " == *" --vllm"* ]] || "$python" -c 'import vllm, sys; sys.exit("cpu" in vllm.__version__)' 2>/dev/null; then
   "$python" benchmarks/moe_lora_kernels.py "$@"
+  "$python" benchmarks/moe_lora_tail.py "${vllm[@]}"
 else
   echo "no vLLM with CUDA is installed and --vllm is not given: benchmark NOT RUN"
 fi

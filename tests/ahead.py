@@ -18,10 +18,17 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 @dataclass(frozen=True)
 class Compiled:
-    ptx: str
-    registers: int  # of a thread
-    stack: int  # bytes of a thread that did not fit into registers
+    text: str  # PTX, or AMD's assembly
+    registers: int  # of a thread; on AMD those of vectors, accumulators included
+    spilled: int  # bytes of a thread that did not fit into registers
     shared: int  # bytes of a block
+
+
+def target(arch: str) -> GPUTarget:
+    """Of sm_90, or of gfx942."""
+    if arch.startswith("sm_"):
+        return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    return GPUTarget("hip", arch, 64)
 
 
 def build(kernel, arch: str, pointers: dict, constants: dict, warps: int, stages: int) -> Compiled:
@@ -29,7 +36,7 @@ def build(kernel, arch: str, pointers: dict, constants: dict, warps: int, stages
 
     Args:
         kernel: a `triton.jit` function.
-        arch: such as sm_90.
+        arch: such as sm_90, gfx942.
         pointers: element type of each tensor argument; all others are int32 or ``constants``.
     """
     names = [one.name for one in kernel.params]
@@ -44,11 +51,17 @@ def build(kernel, arch: str, pointers: dict, constants: dict, warps: int, stages
         if one.name in pointers and not one.do_not_specialize_on_alignment
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # 3.9 on the default of fp fusion in 3.10
         compiled = triton.compile(
-            source, target=target, options={"num_warps": warps, "num_stages": stages}
+            source, target=target(arch), options={"num_warps": warps, "num_stages": stages}
+        )
+    shared = compiled.metadata.shared
+    if not arch.startswith("sm_"):
+        text = compiled.asm["amdgcn"]
+        # Spills of scalar registers go to lanes of vector registers, which are counted.
+        return Compiled(
+            text, _said(text, "vgpr_count"), 4 * _said(text, "vgpr_spill_count"), shared
         )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -60,4 +73,9 @@ def build(kernel, arch: str, pointers: dict, constants: dict, warps: int, stages
             check=True,
         ).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return Compiled(compiled.asm["ptx"], int(registers), int(stack), compiled.metadata.shared)
+    return Compiled(compiled.asm["ptx"], int(registers), int(stack), shared)
+
+
+def _said(assembly: str, name: str) -> int:
+    """A number of the kernel's metadata in AMD's assembly."""
+    return int(re.search(rf"\.{name}:\s+(\d+)", assembly).group(1))

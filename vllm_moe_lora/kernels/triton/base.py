@@ -64,7 +64,8 @@ def _tail(
         rank = tl.minimum(tl.load(ranks + slot * num_experts), max_rank)
         up_start = b + slot.to(tl.int64) * stride_slot
         groups = (rank + 7) // 8 * 8
-        for first in range(0, rank, BLOCK_R):
+        # Mostly one step: nothing to fetch ahead, and no shared memory for it.
+        for first in tl.range(0, rank, BLOCK_R, num_stages=1):
             r = first + tl.arange(0, BLOCK_R)
             up = tl.load(up_start + r[:, None], mask=(r < groups)[:, None], other=0.0)
             up = tl.where((r < rank)[:, None], up, 0.0)
@@ -73,7 +74,7 @@ def _tail(
                 offset = tl.cast(part, tl.int64) * stride_part
                 inside = mine[:, None] & (r < groups)[None, :]
                 down += tl.load(z + offset + r[None, :], mask=inside, other=0.0)
-            down = tl.where(mine[:, None] & (r < rank)[None, :], down, 0.0)
+            down = tl.where((r < rank)[None, :], down, 0.0)
             if up.dtype == tl.float16:
                 # z may pass the range of fp16; tf32 holds fp16 factors exactly.
                 acc = tl.dot(down, up.to(tl.float32), acc, input_precision="tf32")
@@ -155,11 +156,11 @@ def base_kernel(
     column = column_block % slice_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < out
     column = tl.where(inside, column, 0)
-    touched = live[:, None] & inside[None, :]
-    y += pair.to(tl.int64)[:, None] * stride_y8 * 8 + (slice_id * out + column)[None, :]
     expert = tl.load(expert_ids + block).to(tl.int64)
     if expert < 0:
-        tl.store(y, tl.zeros([BLOCK_M, BLOCK_N], y.dtype.element_ty), mask=touched)
+        empty = y + pair.to(tl.int64)[:, None] * stride_y8 * 8 + (slice_id * out + column)[None, :]
+        nothing = tl.zeros([BLOCK_M, BLOCK_N], y.dtype.element_ty)
+        tl.store(empty, nothing, mask=live[:, None] & inside[None, :])
         return
 
     k = tl.arange(0, BLOCK_K)
@@ -207,4 +208,6 @@ def base_kernel(
         )
     if WEIGHTED:
         acc = acc * tl.load(topk_weights + pair).to(tl.float32)[:, None]
-    tl.store(y, acc.to(y.dtype.element_ty), mask=touched)
+    # Not before the sum: as many addresses as sums would take its registers.
+    y += pair.to(tl.int64)[:, None] * stride_y8 * 8 + (slice_id * out + column)[None, :]
+    tl.store(y, acc.to(y.dtype.element_ty), mask=live[:, None] & inside[None, :])

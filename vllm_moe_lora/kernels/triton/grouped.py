@@ -105,11 +105,11 @@ def grouped_product(
         fail(ValueError, "weight", f"{rows} rows are not {slices} slices of a multiple of 8")
     if lora is not None:
         _check_lora(lora, device, dtype, (experts, slices, rows // slices, width), (tokens, top_k))
-    arch_of(device)
+    arch = arch_of(device)
     if pairs == 0 or blocks == 0:
         return
     max_rank = 0 if lora is None else lora.factors.max_rank
-    tiles = config.base_tiles(dtype, order.block_m)
+    tiles = config.base_tiles(arch, dtype, order.block_m)
     if tiles is None:
         fail(ValueError, "order", f"no tiles of {order.block_m} rows for {dtype}")
 

@@ -284,7 +284,10 @@ def main():
     import vllm.lora.punica_wrapper.punica_gpu  # noqa: F401
 
     import vllm_moe_lora
+    from vllm_moe_lora import supported
+    from vllm_moe_lora.layers import era_a
 
+    release = supported.release_of(release)
     parallel_cases.stand_in()
     lora_operators.stand_in()
     ranks.connect()
@@ -296,6 +299,7 @@ def main():
             os.environ["VLLM_MOE_LORA"] = "1"
             with as_cuda():
                 vllm_moe_lora.register()
+            era_a.on_cpu = lambda wrapper: False
         for case in cases:
             with tempfile.TemporaryDirectory() as folder:
                 try:

@@ -118,13 +118,14 @@ def _with_marlin(original: Any) -> Any:
 
 def _inject(original: Callable[..., Any]) -> Callable[..., Any]:
     def _inject_lora_into_fused_moe(self: Any) -> None:
-        from ..layers import cpu_plain, era_a
+        from ..layers import cpu_plain, era_a, input_weights
 
         if era_a.on_cpu(self):
             return cpu_plain.install(self, self.base_layer, self.base_layer)
         with era_a.chosen(self.base_layer):
             original(self)
         era_a.in_one_piece(self.base_layer)
+        input_weights.install(self.base_layer)
         return None
 
     return _inject_lora_into_fused_moe

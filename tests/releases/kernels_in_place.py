@@ -134,8 +134,8 @@ def layer_of(case, number):
     from vllm.model_executor.layers.fused_moe import FusedMoEFactory as factory
 
     if case.kind != "plain":
-        layer, routed = layers._layer(case.kind, number)
         weights = int4.Weights(7, zeros=False)
+        layer, routed = layers._layer(case.kind, number, weights)
         int4.fill(routed, case.kind, weights)
         dense = {"w13": weights.dense("w13"), "w2": weights.dense("w2")}
     else:

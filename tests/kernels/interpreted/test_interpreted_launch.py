@@ -253,7 +253,11 @@ def test_tables_hold_every_choice():
                     tiles = config.tiles_for(arch, dtype, rows, rank)
                     assert tiles.tile_rows == rows
                     assert tiles in config.table(arch, dtype)
-                    assert (dtype, tiles, 2) in set(config.shrink_variants(arch))
-                    for parts in {config.PARTS if config.splits(pairs) else 1, 1}:
-                        wanted = (dtype, tiles, 2, parts, True)
-                        assert wanted in set(config.expand_variants(arch))
+                    shrinks, expands = config.shrink_variants(arch), config.expand_variants(arch)
+                    assert {(dtype, tiles, 2, by_pair) for by_pair in (False, True)} <= set(shrinks)
+                    wanted = {
+                        (dtype, tiles, 2, parts, True, added)
+                        for parts in {config.PARTS if config.splits(pairs) else 1, 1}
+                        for added in (False, True)
+                    }
+                    assert wanted <= set(expands)

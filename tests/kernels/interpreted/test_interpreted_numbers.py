@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_moe_lora.kernels.triton import config
+from vllm_moe_lora.kernels.triton import config, launch
 from vllm_moe_lora.kernels.triton.factors import Factors, active_segments
 from vllm_moe_lora.kernels.triton.launch import add_lora
 from vllm_moe_lora.kernels.triton.route import route
@@ -240,3 +240,20 @@ def test_ranks_on_the_device_cannot_lead_outside():
     y = case.y.clone()
     add_lora(y, case.x, factors, route(case.topk_ids, case.token_slots, 3, 5, torch.float32))
     assert torch.equal(bits(y), bits(want))
+
+
+@pytest.mark.parametrize("by_pair", [False, True])
+@pytest.mark.parametrize("slice_id", [0, 1])
+def test_such_ranks_are_not_written_past_the_buffers_either(slice_id, by_pair):
+    """What follows a slice's ranks in z is the other slice, here one without any."""
+    case = cases.make(SMALL, torch.float32, 40, 16, 24, slices=2)
+    for t in (*case.lora_a, case.x):
+        t.copy_(torch.randn(t.shape, generator=torch.Generator().manual_seed(3)))
+    factors = factors_of(case, SMALL.experts)
+    factors.ranks[slice_id], factors.ranks[1 - slice_id] = 10**6, 0
+    with cases.poisoned():
+        routing = route(case.topk_ids, case.token_slots, 3, 5, torch.float32)
+        z = launch.shrink(case.x, factors, routing, by_pair)
+    assert z[:, :, 1 - slice_id].isnan().all()
+    live = (case.token_slots >= 0).repeat_interleave(SMALL.top_k)
+    assert int((~z[0, :, slice_id].isnan()).all(-1).sum()) == int(live.sum())

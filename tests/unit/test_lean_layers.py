@@ -1,4 +1,4 @@
-"""How one layer's experts are made; the real layers: tests/releases/test_lean.py."""
+"""How one layer's experts are made; the real layers: tests/releases/test_lean_experts.py."""
 
 from __future__ import annotations
 

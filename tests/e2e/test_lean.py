@@ -97,7 +97,7 @@ def test_what_the_flag_leaves_is_served_and_the_rest_refused(engines, case):
     (outcome,) = lean.outcomes
     assert re.search(
         r"it has LoRA on \S+experts\.0\.\S+lora_A\S+ \(routed experts of "
-        r"model\.layers\.0\.mlp\.experts and of 1 more layers\), .*mlp\.gate.*, which "
+        r"model\.layers\.0\.mlp\.experts and 1 more\), .*mlp\.gate.*, which "
         r"--lora-target-modules q_proj leaves out: .* --lora-target-modules .* experts .*q_proj",
         outcome,
     )

@@ -219,7 +219,7 @@ class Int4(Case):
     kind = "gptq"
 
     def choose(self):
-        quantised_experts._choose(self.kind)
+        quantised_experts.choose(self.kind)
 
     def whole(self):
         layer = Layer(self.experts, self.hidden, self.inner)
@@ -229,7 +229,7 @@ class Int4(Case):
         return layer
 
     def quant_config(self):
-        return one_method.config(self.kind, quantised_experts._method(self.kind))
+        return one_method.config(self.kind, quantised_experts.method_of(self.kind))
 
     def fill(self, routed, whole, rank):
         int4.fill(routed, self.kind, whole.int4.part(self.owned(rank), self.cut(rank)))
@@ -254,7 +254,7 @@ def stand_in():
     """Replace the operators that the cases need beside LoRA's."""
     for kind in (Int4.kind, Wna16.kind):
         with contextlib.suppress(LookupError):  # imports what is to be replaced
-            quantised_experts._method(kind)
+            quantised_experts.method_of(kind)
     int4.stand_in()
     _unquantised_as_on_a_gpu()
 

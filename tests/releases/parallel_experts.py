@@ -195,7 +195,7 @@ class Rank:
         manager._last_mapping = None
         manager.set_adapter_mapping(mapping)
         given = (weights.clone(), self.case.routed(ids).to(torch.int32))
-        return quantised_experts._forward(self.layer, self.routed, x.clone(), *given).float()
+        return quantised_experts.forward(self.layer, self.routed, x.clone(), *given).float()
 
 
 def slots(case, world, adapter, slot):

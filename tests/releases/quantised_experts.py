@@ -31,7 +31,7 @@ OTHERS = {"fp8": fp8, "mxfp8": mxfp8}  # kinds that are not INT4
 REFUSED = ["moe_wna16-other", "moe_wna16-strange"]
 
 
-def _method(kind):
+def method_of(kind):
     """Makes the quantisation method of ``kind`` for a layer."""
     if kind in OTHERS:
         return OTHERS[kind].method()
@@ -102,10 +102,10 @@ def _strange(method, prepare_finalize, layer):
     return type("StrangeExperts", (base,), body)(quant_config=method.moe_quant_config, **more)
 
 
-def _layer(kind, number, weights):
+def layer_of(kind, number, weights):
     from vllm.model_executor.layers import fused_moe
 
-    make = _method(kind)
+    make = method_of(kind)
 
     factory = getattr(fused_moe, "FusedMoEFactory", None) or fused_moe.FusedMoE
     torch.set_default_dtype(DTYPE)
@@ -131,7 +131,7 @@ def _wanted(method):
     return inspect.signature(method.apply).parameters
 
 
-def _forward(layer, routed, x, weights, ids):
+def forward(layer, routed, x, weights, ids):
     """The layer's method on given routes, as the layer calls it."""
     method = routed.quant_method
     if hasattr(layer, "_quant_method"):
@@ -200,11 +200,11 @@ def _run(kind, number, config):
     seed = sum(map(ord, kind))
     if kind in OTHERS:
         weights = OTHERS[kind].Weights(seed)
-        layer, routed = _layer(kind, number, weights)
+        layer, routed = layer_of(kind, number, weights)
         OTHERS[kind].fill(routed, weights)
     else:
         weights = int4.Weights(seed, zeros=kind.endswith("awq"))
-        layer, routed = _layer(kind, number, weights)
+        layer, routed = layer_of(kind, number, weights)
         int4.fill(routed, kind, weights)
     routed.quant_method.process_weights_after_loading(routed)
     make = torch.Generator().manual_seed(1)
@@ -217,10 +217,10 @@ def _run(kind, number, config):
     wrapper.set_mapping(stage.Punica([-1] * TOKENS))
     given = (topk_weights, ids.to(torch.int32))
     with set_forward_context(None, config), torch.inference_mode():
-        base = _forward(layer, routed, x.clone(), *given).float()
+        base = forward(layer, routed, x.clone(), *given).float()
         lora = _adapters(wrapper)
         wrapper.set_mapping(stage.Punica(slots))
-        answer = _forward(layer, routed, x.clone(), *given).float()
+        answer = forward(layer, routed, x.clone(), *given).float()
     want = _loop(weights, x, topk_weights, ids, slots, lora)
     plain = _loop(weights, x, topk_weights, ids, slots, None)
     size = want.abs().max()
@@ -239,7 +239,7 @@ def _experts(routed, layer):
     return getattr(kernel, "impl", kernel).fused_experts
 
 
-def _choose(kind):
+def choose(kind):
     """From 0.20 on methods ask an oracle, which looks at the GPU."""
 
     def first(*names):
@@ -275,7 +275,7 @@ def main():
         kinds += REFUSED if minor < 20 else REFUSED[:1] if minor < 27 else []
     for kind in kinds:
         with contextlib.suppress(LookupError):  # imports what is to be replaced
-            _method(kind)
+            method_of(kind)
     int4.stand_in()
     for kind in set(kinds) & set(OTHERS):
         OTHERS[kind].stand_in()
@@ -286,7 +286,7 @@ def main():
             os.environ["VLLM_MOE_LORA"] = "1"
             vllm_moe_lora.register()
         for kind in kinds:
-            _choose(kind)
+            choose(kind)
             number += 1
             try:
                 found[kind] = _run(kind, number, config)

@@ -5,11 +5,9 @@ In Triton's interpreter, on CPU tensors: kernels_in_place.py, which these tests 
 
 from __future__ import annotations
 
-import ast
-from pathlib import Path
-
 import pytest
 import unpacked
+from kernel_cases import CASES, REFUSED
 from packaging.specifiers import SpecifierSet
 
 from vllm_moe_lora import supported
@@ -27,15 +25,6 @@ OTHER = {
 EXPERTS = {"Marlin": "MarlinExperts", "INT4 in Triton": "TritonWNA16Experts"}
 
 
-def _names(table):
-    """Keys of a table in the child, which only a release's process can import."""
-    tree = ast.parse((Path(__file__).parent / "kernels_in_place.py").read_text())
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == table:
-            return [key.value for key in node.value.keys]
-    raise LookupError(table)
-
-
 def result(release, name):
     found = unpacked.results(release, "kernels_in_place.py")
     assert found["status"]["moe-kernels"] == "on", found["status"]
@@ -44,7 +33,7 @@ def result(release, name):
 
 
 @pytest.mark.parametrize("release", RELEASES)
-@pytest.mark.parametrize("name", _names("CASES"))
+@pytest.mark.parametrize("name", CASES)
 def test_ours_is_the_loops(release, name):
     found = result(release, name)
     assert found["experts"] == EXPERTS.get(name, "TritonExperts")
@@ -59,6 +48,6 @@ def test_ours_is_the_loops(release, name):
 
 
 @pytest.mark.parametrize("release", RELEASES)
-@pytest.mark.parametrize("name", _names("REFUSED"))
+@pytest.mark.parametrize("name", REFUSED)
 def test_upstream_runs_where_ours_cannot_or_is_not_wanted(release, name):
     assert result(release, name)["calls"] == [0, 2]

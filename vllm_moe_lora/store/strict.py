@@ -63,7 +63,7 @@ def _refuse_left_out(manager: Any, lora: Any, unknown: list[str]) -> None:
         prefix, layer = min(lost.items())
         parts = pending.layers[prefix].values()
         first = min(name for sides in parts for name, _ in sides.values())
-        more = f" and of {len(lost) - 1} more layers" if len(lost) > 1 else ""
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         where.insert(0, f"{first} (routed experts of {layer}{more})")
         words |= {str(one).rpartition(".")[2] for one in lost.values()}
     if where:

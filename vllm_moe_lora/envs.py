@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 MODES = ("auto", "0", "1")
-KERNELS = ("auto", "upstream", "ours")
+KERNELS = ("auto", "upstream", "ours", "tail")
 
 
 def _mode() -> str:
@@ -40,7 +40,8 @@ VARIABLES: dict[str, Callable[[], str | bool]] = {
         os.environ.get("VLLM_MOE_LORA_ALLOW_UNVERIFIED", "0") == "1"
     ),
     # Triton kernels for LoRA on routed experts, on a GPU. auto: ours on the parts they were
-    # measured on (none yet), else upstream's. upstream, ours: whatever the part.
+    # measured on (none yet), else upstream's. upstream, ours: whatever the part. tail: ours, and
+    # unquantised experts in Triton multiply by our kernel, whose tail LoRA is.
     "VLLM_MOE_LORA_KERNELS": _kernels,
 }
 

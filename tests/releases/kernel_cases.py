@@ -56,6 +56,25 @@ CASES = {
     "Marlin": Case("gptq", torch.float16),
     "INT4 in Triton": Case("moe_wna16", torch.float16),
 }
+# With VLLM_MOE_LORA_KERNELS=tail: what is the tail of the base's product.
+TAIL = {
+    f"tail, {name}": CASES[name]
+    for name in (
+        "plain",
+        "bf16",
+        "fp16, int64 ids",
+        "fused gate_up",
+        "not gated",
+        "shared factors",
+        "experts elsewhere",
+        "experts elsewhere, dispatched",
+        "no adapter in the batch",
+        "lower rank after higher",
+        "a slot cleared",
+    )
+}
+# And what is not, there: another order of slices, a second stream, quantised weights.
+TAILLESS = {f"tail, {name}": CASES[name] for name in ("second stream", "INT4 in Triton")}
 # What our kernels do not take: upstream's are called.
 REFUSED = {
     "sharded in the rank": Case(),
@@ -63,6 +82,7 @@ REFUSED = {
     "weights transposed": Case(),
     "asked for upstream": Case(),
     "not measured": Case(),
+    "tail, weights transposed": Case(),
 }
 
 

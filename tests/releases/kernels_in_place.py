@@ -37,6 +37,8 @@ from kernel_cases import (
     RANK,
     REFUSED,
     SLOTS,
+    TAIL,
+    TAILLESS,
     TOKENS,
     TOP_K,
     adapter,
@@ -104,18 +106,22 @@ class Calls:
     """Counts the calls of our kernels; upstream's only count, as there is no GPU for them."""
 
     def __init__(self):
-        self.ours = self.theirs = 0
+        self.ours = self.theirs = self.tails = 0
 
     def __enter__(self):
         from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
-        from vllm_moe_lora.kernels.triton import launch
+        from vllm_moe_lora.kernels.triton import grouped, launch
 
-        real = launch.add_lora
+        real, product = launch.add_lora, grouped.grouped_product
 
         def add_lora(*args, **more):
             self.ours += 1
             return real(*args, **more)
+
+        def grouped_product(*args, **more):
+            self.tails += 1
+            return product(*args, **more)
 
         def theirs(punica, *args, **more):
             self.theirs += 1
@@ -125,6 +131,7 @@ class Calls:
 
         self.patches = [
             mock.patch.object(launch, "add_lora", add_lora),
+            mock.patch.object(grouped, "grouped_product", grouped_product),
             mock.patch.object(PunicaWrapperGPU, "add_lora_fused_moe", theirs),
             mock.patch.object(PunicaWrapperGPU, "moe_lora_align_block_size", align),
             mock.patch("vllm.lora.layers.utils.try_get_optimal_moe_lora_config", return_value={}),
@@ -177,7 +184,7 @@ def run(name, case, number, config):
     x = torch.randn(TOKENS, HIDDEN, generator=make).to(case.dtype)
     ids = torch.rand(TOKENS, EXPERTS, generator=make).topk(TOP_K).indices
     weights = torch.rand(TOKENS, TOP_K, generator=make) + 0.5
-    if name == "weights transposed":
+    if name.endswith("weights transposed"):
         weights = weights.t().contiguous().t()
     here = list(range(EXPERTS))
     if case.mapped:  # the last are here, in another order; the model has ABSENT more, not here
@@ -198,6 +205,8 @@ def run(name, case, number, config):
         "moved": float((want - plain).abs().max() / size),
         "off": float((answer.float() - want).abs().max() / size),
         "calls": [calls.ours, calls.theirs],
+        "tails": calls.tails,
+        "base": len(_launched),
         "experts": type(wrapper._moe_kernel.fused_experts).__name__,
         "ranks": ranks_are_right(wrapper, case, adapters),
     }
@@ -296,9 +305,26 @@ def apply(case, wrapper, routed, x, weights, ids, here):
     return out
 
 
+_launched = []  # by upstream's `apply`, in one case
+
+
 def _align(given):
-    """`_prepare_expert_assignment`, with blocks of one; absent experts are -1, as upstream's."""
+    """`_prepare_expert_assignment`; absent experts are -1, as upstream's.
+
+    In blocks of one, for the tail in those of the kernels, with a block behind them not in use.
+    """
     order, expert_ids, count = stage.align(given)
+    if os.environ["VLLM_MOE_LORA_KERNELS"] == "tail":
+        size, pairs = given.config["BLOCK_SIZE_M"], order.numel()
+        blocks, experts = [], []
+        for expert in expert_ids.unique().tolist():
+            rows = order[expert_ids == expert]
+            whole = -(-len(rows) // size) * size
+            blocks.append(torch.nn.functional.pad(rows, (0, whole - len(rows)), value=pairs))
+            experts += [expert] * (whole // size)
+        count = torch.tensor([sum(map(len, blocks))], dtype=torch.int32)
+        order = torch.cat([*blocks, torch.full((size,), 7, dtype=torch.int32)])
+        expert_ids = torch.tensor([*experts, 0], dtype=torch.int32)
     if given.expert_map is not None:
         expert_ids = given.expert_map[expert_ids.long()]
     return order, expert_ids, count
@@ -306,11 +332,16 @@ def _align(given):
 
 def _product(given):
     """`invoke_fused_moe_triton_kernel`, unquantised; rows of absent experts are zero."""
+    _launched.append(given.mul_routed_weight)
     given.mul, result = given.mul_routed_weight, given.C.view(-1, given.C.shape[-1])
-    here = given.expert_ids >= 0
-    result[given.sorted_token_ids[~here].long()] = 0
-    given.sorted_token_ids = given.sorted_token_ids[here]
-    given.expert_ids = given.expert_ids[here]
+    used = int(given.num_tokens_post_padded)
+    size = given.sorted_token_ids.numel() // given.expert_ids.numel()
+    ids = given.sorted_token_ids[:used]
+    experts = given.expert_ids.repeat_interleave(size)[:used]
+    ids, experts = ids[ids < len(result)], experts[ids < len(result)]
+    here = experts >= 0
+    result[ids[~here].long()] = 0
+    given.sorted_token_ids, given.expert_ids = ids[here], experts[here]
     stage.product(given, given.A, given.B.float(), given.C, given.C.shape[-1])
 
 
@@ -331,7 +362,9 @@ def stand_in():
         ("_prepare_expert_assignment", _align),
     ):
         real = getattr(fused_moe, name)
-        stage.everywhere(name, stage.bound(real, function), real)
+        made = stage.bound(real, function)
+        made.__wrapped__ = real  # whose source is what our hook is made for
+        stage.everywhere(name, made, real)
 
 
 def hook(release):
@@ -349,14 +382,17 @@ def main():
         layers.method_of(kind)
     stand_in()
     results = {"release": release, "status": hook(release), "cases": {}}
-    chosen = {**CASES, **REFUSED}
+    chosen = {**CASES, **REFUSED, **TAIL, **TAILLESS}
     for number, (name, case) in enumerate(chosen.items()):
         if sys.argv[1:] and name not in sys.argv[1:]:
             continue
         if case.kind != "plain":
             layers.choose(case.kind)
         settings = {"asked for upstream": "upstream", "not measured": "auto"}
-        os.environ["VLLM_MOE_LORA_KERNELS"] = settings.get(name, "ours")
+        os.environ["VLLM_MOE_LORA_KERNELS"] = settings.get(
+            name, "tail" if name.startswith("tail, ") else "ours"
+        )
+        _launched.clear()
         try:
             results["cases"][name] = run(name, case, number, config)
         except Exception as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import unpacked
-from kernel_cases import CASES, REFUSED
+from kernel_cases import CASES, REFUSED, TAIL, TAILLESS
 from packaging.specifiers import SpecifierSet
 
 from vllm_moe_lora import supported
@@ -32,14 +32,20 @@ def result(release, name):
     return found["cases"][name]
 
 
+def _right(found, name):
+    """Demand the loops' numbers; returns their limit."""
+    limit = OTHER.get(name.removeprefix("tail, "), LIMIT)
+    assert found["off"] <= limit
+    assert found["ranks"] is True
+    return limit
+
+
 @pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("name", CASES)
 def test_ours_is_the_loops(release, name):
     found = result(release, name)
     assert found["experts"] == EXPERTS.get(name, "TritonExperts")
-    limit = OTHER.get(name, LIMIT)
-    assert found["off"] <= limit
-    assert found["ranks"] is True
+    limit = _right(found, name)
     if name == "no adapter in the batch":
         assert found["calls"] == [0, 0], "nothing is launched for base tokens alone"
         return
@@ -50,4 +56,28 @@ def test_ours_is_the_loops(release, name):
 @pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("name", REFUSED)
 def test_upstream_runs_where_ours_cannot_or_is_not_wanted(release, name):
-    assert result(release, name)["calls"] == [0, 2]
+    found = result(release, name)
+    assert (found["calls"], found["tails"]) == ([0, 2], 0)
+    # Upstream's are counted, not run: what is left is the base's answer.
+    assert abs(found["off"] - found["moved"]) < LIMIT
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("name", TAIL)
+def test_lora_is_the_tail_of_the_base(release, name):
+    found = result(release, name)
+    limit = _right(found, name)
+    assert found["calls"] == [0, 0]
+    assert (found["tails"], found["base"]) == (2, 0), (
+        "both products are ours, also where no token has an adapter"
+    )
+    if "no adapter" not in name:
+        assert found["moved"] > 20 * limit
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("name", TAILLESS)
+def test_where_there_is_no_tail_ours_comes_after(release, name):
+    found = result(release, name)
+    _right(found, name)
+    assert (found["calls"], found["tails"]) == ([2, 0], 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,33 @@ def _after(prepare: Callable[..., Any], original: Callable[..., Any]) -> Callabl
     return apply
 
 
+def _tailed(original: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(self: Any, *args: Any, **more: Any) -> Any:
+        if self._lora_context is None:
+            return original(self, *args, **more)
+        from ..layers import segments
+
+        with segments.applying(self):
+            return original(self, *args, **more)
+
+    return apply
+
+
+def _putting_off(original: Callable[..., Any]) -> Callable[..., Any]:
+    names = tuple(inspect.signature(original).parameters)
+
+    def invoke_fused_moe_triton_kernel(*args: Any, **more: Any) -> None:
+        from ..layers import tail
+
+        if tail.wanted():
+            given = {"B_bias": None, **dict(zip(names, args, strict=False)), **more}
+            if tail.put_off(lambda: original(*args, **more), given):
+                return
+        original(*args, **more)
+
+    return invoke_fused_moe_triton_kernel
+
+
 def _hooks(file: str, consuming: str, quantising: str) -> list[Hook]:
     return [
         Hook(
@@ -87,7 +115,25 @@ def _hooks(file: str, consuming: str, quantising: str) -> list[Hook]:
     ]
 
 
+_TAIL: dict[str, Any] = {
+    "feature": "moe-kernels",
+    "releases": ">=0.28,<0.34",
+    "platforms": ("cuda",),  # as in hooks/lora_punica_gpu.py
+    "layers": True,
+    "why": "LoRA reads and writes all that the base's product wrote once more; with "
+    "VLLM_MOE_LORA_KERNELS=tail it is a part of that product",
+    "upstream": "",
+    "until": "upstream's kernels are as fast",
+}
+
 HOOKS = (
+    Hook(target=f"{_FILE}.experts.triton_moe:TritonExperts.apply", make=_tailed, **_TAIL),
+    Hook(
+        target=f"{_FILE}.fused_moe:invoke_fused_moe_triton_kernel",
+        also=(f"{_FILE}.experts.triton_moe:invoke_fused_moe_triton_kernel",),
+        make=_putting_off,
+        **_TAIL,
+    ),
     *_hooks(f"{_FILE}.fused_moe", ">=0.20,<0.21", ">=0.20,<0.21"),
     *_hooks(f"{_FILE}.experts.triton_moe", ">=0.21,<0.34", ">=0.21,<0.24"),
 )

@@ -29,6 +29,7 @@ def _add_lora_w13(original: Callable[..., Any]) -> Callable[..., Any]:
         token_lora_mapping: Any = None,
         **more: Any,
     ) -> Any:
+        from ..layers import tail
         from ..layers.segments import add_w13
 
         factors, routes = (lora_a_stacked, lora_b_stacked), (topk_ids, topk_weights, expert_map)
@@ -36,6 +37,7 @@ def _add_lora_w13(original: Callable[..., Any]) -> Callable[..., Any]:
         handed = add_w13(*given, num_tokens, add_inputs, token_lora_mapping)
         if handed is not None:
             return handed
+        tail.flush()
         more |= {"add_inputs": add_inputs, "token_lora_mapping": token_lora_mapping}
         return original(*given, w1, w2, num_tokens, *rest, **more)
 
@@ -55,10 +57,12 @@ def _add_lora_w2(original: Callable[..., Any]) -> Callable[..., Any]:
         add_inputs: bool = True,
         **more: Any,
     ) -> None:
+        from ..layers import tail
         from ..layers.segments import Handed, add_w2
 
         if isinstance(sorted_token_ids_lora, Handed):
             return add_w2(sorted_token_ids_lora, y, x, topk_weights, add_inputs)
+        tail.flush()
         given = (self, y, x, lora_a_stacked, lora_b_stacked, topk_weights, sorted_token_ids_lora)
         return original(*given, *rest, add_inputs=add_inputs, **more)
 

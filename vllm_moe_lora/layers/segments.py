@@ -20,6 +20,7 @@ import torch
 
 from .. import envs
 from ..log import get_logger, warning_once
+from . import tail
 
 if TYPE_CHECKING:
     from ..kernels.triton.route import Routing
@@ -37,9 +38,10 @@ class Segments:
         swapped: w13 with its slices in the other order, as TRT-LLM's experts want them.
         w2: down.
         active: [slots, experts] bool, where an adapter in use has any factor.
+        tail: LoRA is the tail of the base's product where that is Triton's.
     """
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, tail: bool = False) -> None:
         """
         Args:
             layer: vLLM's FusedMoEWithLoRA, or what it is wrapped by.
@@ -49,7 +51,7 @@ class Segments:
         """
         from ..kernels.triton.factors import Factors
 
-        experts = layer.local_num_experts
+        self.tail, experts = tail, layer.local_num_experts
         a, b = tuple(layer.w13_lora_a_stacked), tuple(layer.w13_lora_b_stacked)
         self.w13 = Factors(a, b, experts)
         self.swapped = Factors(a[::-1], b[::-1], experts) if len(a) == 2 else self.w13
@@ -86,10 +88,12 @@ class Handed:
 
     Attributes:
         routing: None where no token of the batch has an adapter.
+        token_slots: [tokens] int32.
     """
 
     segments: Segments
     routing: Routing | None
+    token_slots: torch.Tensor
 
 
 # Address of the first A and of the first B -> whose they are. The layer keeps it alive.
@@ -143,7 +147,7 @@ def _made(layer: Any) -> Segments | None:
             return None
         if layer.fully_sharded:
             raise ValueError("factors are sharded in their rank (--fully-sharded-loras)")
-        made = Segments(layer)
+        made = Segments(layer, choice == "tail")
     except (TypeError, ValueError, ImportError) as error:
         warning_once(f"MoE LoRA kernels cannot serve this model: {error}. {_INSTEAD}")
         return None
@@ -153,6 +157,16 @@ def _made(layer: Any) -> Segments | None:
 
 def _address(lora_a: Sequence[torch.Tensor], lora_b: Sequence[torch.Tensor]) -> tuple[int, int]:
     return lora_a[0].data_ptr(), lora_b[0].data_ptr()
+
+
+def applying(experts: Any) -> Any:
+    """For one call of `TritonExperts.apply`: whether its products wait for LoRA."""
+    context, wanted = experts._lora_context, False
+    if context is not None and context.aux_stream is None:
+        stacks = context.w13_lora_a_stacked, context.w13_lora_b_stacked
+        segments = _segments.get(_address(*stacks))
+        wanted = segments is not None and segments.tail
+    return tail.applying(wanted)
 
 
 def add_w13(
@@ -185,14 +199,19 @@ def add_w13(
         num_tokens, punica.lora_config.specialize_active_lora
     )
     token_slots = mapping if token_slots is None else token_slots
-    if no_lora.item():  # on the CPU
-        return Handed(segments, None), None, None, token_slots
     from ..kernels.triton import checks, launch, route
+    from ..kernels.triton.grouped import Lora
 
+    product = tail.waiting(y, x)
     factors = segments.w13
     if factors.lora_a[0].data_ptr() != lora_a[0].data_ptr():
         factors = segments.swapped
     try:
+        if no_lora.item():  # on the CPU
+            if product is not None:  # the kernel that runs beside adapters, too
+                product.run(topk_ids.shape[1], None, factors.slices)
+                tail.done()
+            return Handed(segments, None, token_slots), None, None, token_slots
         # What only w2 would find out, when there is no way back any more.
         floats = (torch.float32, torch.bfloat16, torch.float16)
         shape = tuple(topk_ids.shape)
@@ -206,11 +225,16 @@ def add_w13(
             expert_map,
             segments.active,
         )
-        launch.add_lora(y, x, factors, routing, add_inputs=add_inputs)
+        if product is None:
+            launch.add_lora(y, x, factors, routing, add_inputs=add_inputs)
+        else:
+            lora = Lora(factors, routing, token_slots)
+            product.run(routing.top_k, lora, factors.slices)
+            tail.done()
     except (TypeError, ValueError) as error:  # y is as it was
         warning_once(f"{error}. {_INSTEAD}")
         return None
-    return Handed(segments, routing), None, None, token_slots
+    return Handed(segments, routing, token_slots), None, None, token_slots
 
 
 def add_w2(
@@ -225,12 +249,26 @@ def add_w2(
     Raises:
         TypeError, ValueError: the kernels do not take them, and the routing is ours already.
     """
-    if handed.routing is None:
-        return
+    routing, factors = handed.routing, handed.segments.w2
+    product = tail.waiting(y, x)
+    if product is not None and product.topk_weights is not None:
+        from ..kernels.triton.grouped import Lora
+
+        slots = handed.token_slots
+        lora = None if routing is None else Lora(factors, routing, slots)
+        try:
+            product.run(topk_weights.shape[1], lora, factors.slices)
+            return tail.done()
+        except (TypeError, ValueError) as error:  # y is as it was
+            warning_once(f"{error}. {_INSTEAD}")
+    tail.flush()
+    if routing is None:
+        return None
     from ..kernels.triton.launch import add_lora
 
     try:
-        add_lora(y, x, handed.segments.w2, handed.routing, topk_weights, add_inputs)
+        add_lora(y, x, factors, routing, topk_weights, add_inputs)
     except (TypeError, ValueError) as error:
         text = f"{error}. Cure: VLLM_MOE_LORA_KERNELS=upstream."
         raise type(error)(text) from error
+    return None

@@ -180,7 +180,9 @@ def experts(model):
     for name, module in model.named_modules():
         if {kind.__name__ for kind in type(module).__mro__}.isdisjoint(("FusedMoE", "MoERunner")):
             continue
-        method = getattr(module, "routed_experts", module).quant_method
+        method = getattr(getattr(module, "routed_experts", module), "quant_method", None)
+        if method is None:  # 0.21 to 0.23 have a runner inside the layer
+            continue
         kind = getattr(method, "experts_cls", None) or type(method)
         inside = name.endswith(".base_layer")
         found[name.removesuffix(".base_layer")] = (

@@ -44,7 +44,9 @@ def worst(slots, truth, fused, interleaved, local=range(8)):
     return error
 
 
-@pytest.mark.parametrize("local", [range(8), [2, 3, 4], [7, 0]], ids=["all", "middle", "any"])
+@pytest.mark.parametrize(
+    "local", [range(8), [2, 3, 4], [7, 0], [5]], ids=["all", "middle", "any", "one"]
+)
 @pytest.mark.parametrize("interleaved", [False, True], ids=["", "interleaved"])
 @pytest.mark.parametrize("fused", [False, True], ids=["2-D", "3-D"])
 @pytest.mark.parametrize("name", sorted(layouts.every()))

@@ -20,9 +20,8 @@ pytestmark = pytest.mark.skipif(
     reason=f"wants a vLLM of supported.toml, here is {HERE}: run ci/install.sh",
 )
 # Those that a CPU has a use for; two hooks have one target where their platforms differ.
-TARGETS = sorted(
-    {hook.target for hook in trees.seamed(HERE) if not hook.platforms or "cpu" in hook.platforms}
-)
+NEEDED = [h for h in trees.seamed(HERE) if not h.platforms or "cpu" in h.platforms]
+TARGETS = sorted({hook.target for hook in NEEDED})
 
 SHOW = """
 import importlib, inspect, json, sys
@@ -91,7 +90,7 @@ def test_with_the_plugin_nothing_is_applied_twice(before, env):
     facts, out = _ask(trees.patched(), before, **env)
     assert facts["marked"] == TARGETS
     assert facts["home"] == ["vllm.lora.moe_lora"], "what is patched in is what runs"
-    used = {hook.feature for hook in hooks_of(HERE) if hook.target in TARGETS}
+    used = {hook.feature for hook in NEEDED}
     features = supported.releases()[HERE]
     assert facts["status"] == {f: "on" if f in used else "not needed on cpu" for f in features}
     assert facts["applied"] == []

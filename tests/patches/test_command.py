@@ -238,7 +238,7 @@ def test_half_a_series(say, refused, tree, count):
         (f"{HOME}/store/fit.py", None, f"not patched are {HOME}/store/fit.py"),
         (f"{HOME}/store/new.py", lambda text: "", "is none of this version's"),
         (
-            "vllm/lora/utils.py",
+            "vllm/lora/request.py",
             lambda text: "from vllm.lora import moe_lora\n" + text,
             "is none of",
         ),

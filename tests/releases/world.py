@@ -149,12 +149,13 @@ def error_of(worker, number, path):
     return ""
 
 
-def load_failing(worker, number, path):
+def load_failing(worker, adapters):
     """The errors of two requests with an adapter whose experts cannot be written, if they could."""
     modules = worker._adapter_manager.modules
     module = next((module for name, module in modules.items() if name.endswith("experts")), None)
-    if module is None:
+    if module is None or not adapters:
         return []
+    number, path = len(adapters) + 1, next(iter(adapters.values()))
     with mock.patch.object(module, "set_lora", side_effect=RuntimeError("no memory left")):
         return [error_of(worker, number, path) for _ in range(2)]
 
@@ -209,7 +210,7 @@ def ask(model, adapters, options=None, cli=None, without=""):
         "experts": experts(network),
         "raw": raw_references(network, worker._adapter_manager.modules),
         "adapters": {name: load(worker, number, path) for number, (name, path) in paths},
-        "failing": load_failing(worker, len(adapters) + 1, next(iter(adapters.values()))),
+        "failing": load_failing(worker, adapters),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,8 @@ def _init_whole(original: Callable[..., Any]) -> Callable[..., Any]:
 
         lean.make(more.get("prefix", ""), lambda: original(self, *args, **more))
 
+    # Who looks for the arguments of this release finds them.
+    __init__.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     return __init__
 
 

@@ -195,7 +195,9 @@ def _select(piece: _Piece, numbers: Sequence[int]) -> torch.Tensor:
     """A new tensor with the matrices of ``numbers``, in their order."""
     stack = piece.stack
     if len(stack) == 1:
-        return first(stack)[None].expand(len(numbers), *first(stack).shape).contiguous()
+        # A clone: of one number, what is contiguous would be the adapter's own tensor.
+        whole = first(stack)[None].expand(len(numbers), *first(stack).shape)
+        return whole.clone(memory_format=torch.contiguous_format)
     position = {number: i for i, number in enumerate(piece.part.experts)}
     index = [position[number] for number in numbers]
     out = empty((len(index), *first(stack).shape), first(stack).dtype)

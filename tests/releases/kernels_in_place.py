@@ -362,9 +362,7 @@ def stand_in():
         ("_prepare_expert_assignment", _align),
     ):
         real = getattr(fused_moe, name)
-        made = stage.bound(real, function)
-        made.__wrapped__ = real  # whose source is what our hook is made for
-        stage.everywhere(name, made, real)
+        stage.everywhere(name, stage.bound(real, function), real)
 
 
 def hook(release):

@@ -67,7 +67,8 @@ def bound(function, stand_in):
         found.apply_defaults()
         return stand_in(types.SimpleNamespace(**found.arguments))
 
-    call.__signature__ = signature  # for a stand-in of this one
+    # For a stand-in of this one; and its source is what our hooks are made for.
+    call.__signature__, call.__wrapped__ = signature, function
     return call
 
 

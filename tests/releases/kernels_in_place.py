@@ -10,7 +10,6 @@ both relative to the largest number of theirs; "calls", how often our kernels an
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import sys
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import bf16_exact  # noqa: F401
 import int4
+import kernel_operators
 import quantised_experts as layers
 import stage
 import torch
@@ -206,7 +206,7 @@ def run(name, case, number, config):
         "off": float((answer.float() - want).abs().max() / size),
         "calls": [calls.ours, calls.theirs],
         "tails": calls.tails,
-        "base": len(_launched),
+        "base": len(kernel_operators.launched),
         "experts": type(wrapper._moe_kernel.fused_experts).__name__,
         "ranks": ranks_are_right(wrapper, case, adapters),
     }
@@ -305,66 +305,6 @@ def apply(case, wrapper, routed, x, weights, ids, here):
     return out
 
 
-_launched = []  # by upstream's `apply`, in one case
-
-
-def _align(given):
-    """`_prepare_expert_assignment`; absent experts are -1, as upstream's.
-
-    In blocks of one, for the tail in those of the kernels, with a block behind them not in use.
-    """
-    order, expert_ids, count = stage.align(given)
-    if os.environ["VLLM_MOE_LORA_KERNELS"] == "tail":
-        size, pairs = given.config["BLOCK_SIZE_M"], order.numel()
-        blocks, experts = [], []
-        for expert in expert_ids.unique().tolist():
-            rows = order[expert_ids == expert]
-            whole = -(-len(rows) // size) * size
-            blocks.append(torch.nn.functional.pad(rows, (0, whole - len(rows)), value=pairs))
-            experts += [expert] * (whole // size)
-        count = torch.tensor([sum(map(len, blocks))], dtype=torch.int32)
-        order = torch.cat([*blocks, torch.full((size,), 7, dtype=torch.int32)])
-        expert_ids = torch.tensor([*experts, 0], dtype=torch.int32)
-    if given.expert_map is not None:
-        expert_ids = given.expert_map[expert_ids.long()]
-    return order, expert_ids, count
-
-
-def _product(given):
-    """`invoke_fused_moe_triton_kernel`, unquantised; rows of absent experts are zero."""
-    _launched.append(given.mul_routed_weight)
-    given.mul, result = given.mul_routed_weight, given.C.view(-1, given.C.shape[-1])
-    used = int(given.num_tokens_post_padded)
-    size = given.sorted_token_ids.numel() // given.expert_ids.numel()
-    ids = given.sorted_token_ids[:used]
-    experts = given.expert_ids.repeat_interleave(size)[:used]
-    ids, experts = ids[ids < len(result)], experts[ids < len(result)]
-    here = experts >= 0
-    result[ids[~here].long()] = 0
-    given.sorted_token_ids, given.expert_ids = ids[here], experts[here]
-    stage.product(given, given.A, given.B.float(), given.C, given.C.shape[-1])
-
-
-def _sum(input, output, topk_ids=None, expert_map=None):
-    output.copy_(input.float().sum(1))
-
-
-def stand_in():
-    from vllm import _custom_ops as ops
-
-    where = "vllm.model_executor.layers.fused_moe"
-    fused_moe = importlib.import_module(f"{where}.fused_moe")
-    importlib.import_module(f"{where}.experts.triton_moe")
-    int4.stand_in()
-    ops.moe_sum = _sum
-    for name, function in (
-        ("invoke_fused_moe_triton_kernel", _product),
-        ("_prepare_expert_assignment", _align),
-    ):
-        real = getattr(fused_moe, name)
-        stage.everywhere(name, stage.bound(real, function), real)
-
-
 def hook(release):
     features = ("moe-kernels", "quantised-experts")
     hooks = [h for h in supported.made_for(release, all_hooks()) if h.feature in features]
@@ -378,7 +318,7 @@ def main():
 
     for kind in ("gptq", "moe_wna16"):
         layers.method_of(kind)
-    stand_in()
+    kernel_operators.stand_in()
     results = {"release": release, "status": hook(release), "cases": {}}
     chosen = {**CASES, **REFUSED, **TAIL, **TAILLESS}
     for number, (name, case) in enumerate(chosen.items()):
@@ -390,7 +330,7 @@ def main():
         os.environ["VLLM_MOE_LORA_KERNELS"] = settings.get(
             name, "tail" if name.startswith("tail, ") else "ours"
         )
-        _launched.clear()
+        kernel_operators.launched.clear()
         try:
             results["cases"][name] = run(name, case, number, config)
         except Exception as error:

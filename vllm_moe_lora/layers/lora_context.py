@@ -35,8 +35,7 @@ def consuming(
     if context is None:
         return experts
     tokens, top_k = topk_ids.shape
-    common = {"num_tokens": tokens, "top_k_num": top_k, "topk_weights": topk_weights}
-    common |= {"w1": w1, "w2": w2}
+    common = of_batch(w1, w2, topk_weights)
     kept: dict[str, Any] = {}
 
     def activation(kind: Any, output: torch.Tensor, input: torch.Tensor, **options: Any) -> None:
@@ -68,3 +67,10 @@ PLACES = (
     "num_tokens_post_padded_lora",
     "token_lora_mapping",
 )
+
+
+def of_batch(w1: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor) -> dict[str, Any]:
+    """What `apply_w13_lora` and `apply_w2_lora` both take; ``topk_weights`` [tokens, top_k]."""
+    tokens, top_k = topk_weights.shape
+    sizes = {"num_tokens": tokens, "top_k_num": top_k}
+    return {**sizes, "topk_weights": topk_weights, "w1": w1, "w2": w2}

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .lora_context import PLACES
+from .lora_context import PLACES, of_batch
 
 
 @dataclass
@@ -53,9 +53,7 @@ def lora(
     """
     call = None
     if experts._lora_context is not None:
-        tokens, top_k = topk_ids.shape
-        common = {"num_tokens": tokens, "top_k_num": top_k, "topk_weights": topk_weights}
-        common |= {"w1": w1, "w2": w2}
+        common = of_batch(w1, w2, topk_weights)
         call = _Call(experts, hidden_states, topk_ids, expert_map, common)
     token = _calls.set(call)
     try:

@@ -29,6 +29,12 @@ def ordered(topk_ids, experts, block_m):
     return Order(*(torch.tensor(one, dtype=torch.int32) for one in (ids, blocks, [used])), block_m)
 
 
+def few(case, block_m):
+    """`Order` as vLLM makes it of few pairs: not at all."""
+    used = torch.tensor([case.topk_ids.numel() * block_m], dtype=torch.int32)
+    return Order(None, case.topk_ids.flatten(), used, block_m)
+
+
 @dataclass
 class Base:
     """A case of lora_cases with a base: weight [experts, slices * out, in]."""
@@ -55,7 +61,7 @@ class Base:
                 off[token, k] = by * (weight[expert].abs() @ row.abs()) * row.numel() * 2.0**-24
         return out, off
 
-    def run(self, block_m, lora=True, token_slots=None, device="cpu"):
+    def run(self, block_m, lora=True, token_slots=None, device="cpu", is_sorted=True):
         """y [tokens, top_k, out] after the kernel, NaN where it wrote nothing."""
         case, tokens, top_k = self.case, *self.case.topk_ids.shape
         y = torch.full((tokens * top_k, self.weight.shape[1] + 8), cases.NAN, dtype=case.y.dtype)
@@ -72,13 +78,13 @@ class Base:
                 active=active_segments(factors),
             )  # fmt: skip
             given = Lora(factors, routing, slots)
-        order = ordered(case.topk_ids, self.experts, block_m)
+        order = ordered(case.topk_ids, self.experts, block_m) if is_sorted else few(case, block_m)
         moved = (order.sorted_ids, order.expert_ids, order.num_padded)
         grouped_product(
             y,
             case.x.to(device),
             self.weight.to(device),
-            Order(*(one.to(device) for one in moved), block_m),
+            Order(*(one if one is None else one.to(device) for one in moved), block_m),
             top_k,
             None if case.weights is None else case.weights.to(device),
             given,

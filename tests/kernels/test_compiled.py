@@ -169,10 +169,11 @@ def test_expand(arch):
 
 @pytest.mark.parametrize("arch", config.ARCHES)
 def test_base(arch):
-    for dtype, tiles, slices, parts, lora, weighted, even in config.base_variants(arch):
+    for dtype, tiles, slices, parts, ids, lora, weighted, even in config.base_variants(arch):
         constants = {
             "SLICES": slices,
             "PARTS": parts,
+            "SORTED": ids,
             "LORA": lora,
             "WEIGHTED": weighted,
             "EVEN_K": even,

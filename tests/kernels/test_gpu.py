@@ -145,6 +145,8 @@ def test_the_base_with_lora_as_its_tail(block, slices, per_pair, weighted, dtype
     assert torch.equal(bits(y[base_rows]), bits(without[base_rows]))
     again = base.run(block, device=DEVICE).cpu()
     assert torch.equal(bits(y), bits(again))
+    few = base.run(block, device=DEVICE, is_sorted=False).cpu()
+    assert torch.equal(bits(y), bits(few))
 
 
 @pytest.mark.parametrize("tokens", [7, 600])

@@ -30,11 +30,16 @@ class Case:
     gated: bool = True
     shared: bool = False
     mapped: bool = False
+    experts: int = EXPERTS
     apart: bool = False  # the delta by itself, as on a second stream
     slots: tuple = tuple(MIXED)
     ranks: tuple = ((0, 16), (1, 3), (2, 8))
     cleared: tuple = ()
     dispatched: bool = False  # slots of tokens come with the tokens, as after a dispatch
+
+    @property
+    def tokens(self):
+        return len(self.slots)
 
 
 CASES = {
@@ -46,6 +51,9 @@ CASES = {
     "shared factors": Case(shared=True),
     "experts elsewhere": Case(mapped=True),
     "experts elsewhere, dispatched": Case(mapped=True, dispatched=True),
+    # Which upstream does not sort.
+    "few pairs": Case(experts=32, slots=(0, -1, 2, 1)),
+    "few pairs, int64 ids": Case(experts=32, slots=(0, -1, 2, 1), ids=torch.int64),
     "second stream": Case(apart=True),
     "up before gate": Case(),
     "no adapter in the batch": Case(slots=tuple(NONE)),
@@ -68,6 +76,8 @@ TAIL = {
         "shared factors",
         "experts elsewhere",
         "experts elsewhere, dispatched",
+        "few pairs",
+        "few pairs, int64 ids",
         "no adapter in the batch",
         "lower rank after higher",
         "a slot cleared",
@@ -94,20 +104,20 @@ def adapter(case, rank, seed):
         sizes = {"w13": (HIDDEN, 2 * INNER), "w2": (INNER, HIDDEN)}
     found = {}
     for number, (name, (inn, out)) in enumerate(sizes.items()):
-        a = 0.2 * torch.randn(EXPERTS, rank, inn, generator=make)
-        b = 0.2 * torch.randn(EXPERTS, out, rank, generator=make)
+        a = 0.2 * torch.randn(case.experts, rank, inn, generator=make)
+        b = 0.2 * torch.randn(case.experts, out, rank, generator=make)
         if case.shared and name == "w2":
             b = b[:1].expand_as(b).contiguous()
         elif case.shared:
             a = a[:1].expand_as(a).contiguous()
         else:
-            for expert in range(EXPERTS):  # each its own rank; absent, or B never trained
+            for expert in range(case.experts):  # each its own rank; absent, or B never trained
                 own = (rank - (expert + number + seed) % 4) if rank > 4 else rank
                 a[expert, own:], b[expert, :, own:] = 0, 0
-            a[seed % EXPERTS], b[seed % EXPERTS] = 0, 0
-            b[(seed + 1) % EXPERTS] = 0
+            a[seed % case.experts], b[seed % case.experts] = 0, 0
+            b[(seed + 1) % case.experts] = 0
             if name == "w2":
-                a[(seed + 2) % EXPERTS] = 0
+                a[(seed + 2) % case.experts] = 0
         found[name] = a, b
     return found
 

@@ -31,7 +31,6 @@ import torch
 from kernel_cases import (
     ABSENT,
     CASES,
-    EXPERTS,
     HIDDEN,
     INNER,
     RANK,
@@ -39,7 +38,6 @@ from kernel_cases import (
     SLOTS,
     TAIL,
     TAILLESS,
-    TOKENS,
     TOP_K,
     adapter,
     loop,
@@ -74,7 +72,7 @@ def layer_of(case, number):
         names = ("gate_proj", "down_proj", "up_proj" if case.gated else None)
         with _a_gpu_when_asked(not case.gated):
             layer = factory(
-                num_experts=EXPERTS,
+                num_experts=case.experts,
                 top_k=TOP_K,
                 hidden_size=HIDDEN,
                 intermediate_size=INNER,
@@ -152,7 +150,7 @@ def punica_for(case, lora_config):
 
     punica = PunicaWrapperGPU(32, 32, "cpu", lora_config=lora_config)
     # Dispatched tokens are not the batch's own: there all have the last adapter.
-    slots = [SLOTS - 1] * TOKENS if case.dispatched else case.slots
+    slots = [SLOTS - 1] * case.tokens if case.dispatched else case.slots
     ids = tuple(slot + 1 for slot in slots)
     names = list(range(1, SLOTS + 1))
     punica.update_metadata(LoRAMapping(ids, ids, is_prefill=True), names, SLOTS + 1, 64)
@@ -181,15 +179,15 @@ def run(name, case, number, config):
         wrapper.reset_lora(slot)
         del adapters[slot]
     make = torch.Generator().manual_seed(number)
-    x = torch.randn(TOKENS, HIDDEN, generator=make).to(case.dtype)
-    ids = torch.rand(TOKENS, EXPERTS, generator=make).topk(TOP_K).indices
-    weights = torch.rand(TOKENS, TOP_K, generator=make) + 0.5
+    x = torch.randn(case.tokens, HIDDEN, generator=make).to(case.dtype)
+    ids = torch.rand(case.tokens, case.experts, generator=make).topk(TOP_K).indices
+    weights = torch.rand(case.tokens, TOP_K, generator=make) + 0.5
     if name.endswith("weights transposed"):
         weights = weights.t().contiguous().t()
-    here = list(range(EXPERTS))
+    here = list(range(case.experts))
     if case.mapped:  # the last are here, in another order; the model has ABSENT more, not here
         here = [-1] * ABSENT + here[::-1]
-        ids = torch.rand(TOKENS, len(here), generator=make).topk(TOP_K).indices
+        ids = torch.rand(case.tokens, len(here), generator=make).topk(TOP_K).indices
     with Calls() as calls, set_forward_context(None, config), torch.inference_mode():
         given = (x.clone(), weights, ids.to(case.ids))
         if case.mapped or case.apart:
@@ -197,7 +195,7 @@ def run(name, case, number, config):
         else:
             answer = layers.forward(layer, routed, *given)
         if name == "up before gate":
-            return swapped(wrapper, routed, *given)
+            return swapped(case, wrapper, routed, *given)
     want = loop(case, dense, x, weights, ids, adapters, here)
     plain = loop(case, dense, x, weights, ids, {}, here)
     size = want.abs().max()
@@ -218,13 +216,13 @@ def ranks_are_right(wrapper, case, adapters):
     if kept is None:
         return None
     names = [["w13"] if case.fused else ["w1", "w3"] if case.gated else ["w1"], ["w2"]]
-    active = torch.zeros(SLOTS, EXPERTS, dtype=torch.bool)
+    active = torch.zeros(SLOTS, case.experts, dtype=torch.bool)
     for factors, projections in zip((kept.w13, kept.w2), names, strict=True):
-        want = torch.zeros(len(projections), SLOTS, EXPERTS, dtype=torch.int32)
+        want = torch.zeros(len(projections), SLOTS, case.experts, dtype=torch.int32)
         for slot, found in adapters.items():
             for index, projection in enumerate(projections):
                 a, b = found[projection]
-                for expert in range(EXPERTS):
+                for expert in range(case.experts):
                     for rank in range(a.shape[1]):
                         if a[expert, rank].any() and b[expert, :, rank].any():
                             want[index, slot, expert] = rank + 1
@@ -234,11 +232,11 @@ def ranks_are_right(wrapper, case, adapters):
     return torch.equal(active, kept.active)
 
 
-def swapped(wrapper, routed, x, weights, ids):
+def swapped(case, wrapper, routed, x, weights, ids):
     """As TRT-LLM's experts ask for gate's and up's share: alone, up first."""
     experts, found = wrapper._moe_kernel.fused_experts, []
     for swap in (False, True):
-        y = torch.zeros(TOKENS, TOP_K, 2 * INNER, dtype=x.dtype)
+        y = torch.zeros(case.tokens, TOP_K, 2 * INNER, dtype=x.dtype)
         with Calls() as calls:
             experts.apply_w13_lora(
                 experts._lora_context,
@@ -249,7 +247,7 @@ def swapped(wrapper, routed, x, weights, ids):
                 expert_map=None,
                 w1=routed.w13_weight,
                 w2=routed.w2_weight,
-                num_tokens=TOKENS,
+                num_tokens=case.tokens,
                 top_k_num=TOP_K,
                 add_inputs=False,
                 swap_w13_slices=swap,
@@ -278,7 +276,7 @@ def apply(case, wrapper, routed, x, weights, ids, here):
         context.aux_stream, context.events = object(), (None,) * 4
     activation = wrapper.moe_config.activation
     first, second, _ = experts.workspace_shapes(
-        TOKENS, 2 * INNER, HIDDEN, TOP_K, len(here), EXPERTS, None, activation
+        case.tokens, 2 * INNER, HIDDEN, TOP_K, len(here), case.experts, None, activation
     )
     out = torch.empty_like(x)
     together = mock.patch.object(

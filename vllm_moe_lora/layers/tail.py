@@ -96,12 +96,12 @@ def put_off(launch: Callable[[], None], given: dict[str, Any]) -> bool:
     flush()
     x, weight, ids = given["A"], given["B"], given["sorted_token_ids"]
     quantised = any(given[name] is not None for name in ("A_scale", "B_scale"))
-    if ids is None or quantised or given["B_bias"] is not None or x.dtype != weight.dtype:
+    if quantised or given["B_bias"] is not None or x.dtype != weight.dtype:
         return False
     from ..kernels.triton.grouped import Order
 
     block_m = given["config"]["BLOCK_SIZE_M"]
-    if x.shape[0] < block_m:  # as upstream: no more blocks than pairs
+    if ids is not None and x.shape[0] < block_m:  # as upstream: no more blocks than pairs
         ids = ids[: x.shape[0] * given["top_k"] * block_m]
     order = Order(ids, given["expert_ids"], given["num_tokens_post_padded"], block_m)
     weights = given["topk_weights"] if given["mul_routed_weight"] else None

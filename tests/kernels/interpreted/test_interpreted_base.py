@@ -68,15 +68,16 @@ def check(base, y):
     max_rank=st.integers(1, 6).map(lambda n: 8 * n),
     block=st.integers(0, 3),
     counted=st.booleans(),
+    is_sorted=st.booleans(),
 )
-def test_grid(shape, dtype, kind, shared, width, out, max_rank, block, counted):
+def test_grid(shape, dtype, kind, shared, width, out, max_rank, block, counted, is_sorted):
     slices, per_pair, weighted = KINDS[kind]
     base = base_cases.make(
         shape, dtype, width, out, max_rank, slices, per_pair, weighted, shared
     )  # fmt: skip
     blocks = BLOCKS[dtype.itemsize]
     with cases.poisoned(), cases.limits(ranked=0 if counted else 10**6):
-        y = base.run(blocks[block % len(blocks)])
+        y = base.run(blocks[block % len(blocks)], is_sorted=is_sorted)
     check(base, y)
 
 
@@ -88,6 +89,16 @@ def test_a_wide_sum_in_parts(kind, dtype):
     base = base_cases.make(SMALL, dtype, width, 24, 16, slices, per_pair, weighted)
     with cases.poisoned():
         check(base, base.run(16))
+
+
+@pytest.mark.parametrize("dtype", config.DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_that_are_not_sorted_have_the_same_bits(kind, dtype):
+    slices, per_pair, weighted = KINDS[kind]
+    base = base_cases.make(SMALL, dtype, 72, 40, 24, slices, per_pair, weighted)
+    with cases.poisoned():
+        few, many = base.run(16, is_sorted=False), base.run(16)
+    assert torch.equal(bits(few), bits(many))
 
 
 @pytest.mark.parametrize("dtype", config.DTYPES, ids=str)

@@ -1,7 +1,7 @@
 """The base's grouped product with LoRA as its tail: y = W x + B z, rounded once.
 
 Rows come in the base's own order, sorted by expert alone, as vLLM's `moe_align_block_size` makes
-it. After the sum over x a block walks the adapter slots among its rows and adds each one's B z to
+it, or one pair a block, as vLLM has few of them. After the sum over x a block walks the adapter slots among its rows and adds each one's B z to
 the rows that have it, in the accumulator. So y is written once and read never, and no order of the
 pairs by adapter is wanted for it. Without LORA it is the same kernel less the tail: rows without
 an adapter have the same bits either way.
@@ -118,6 +118,7 @@ def base_kernel(
     stride_part8,
     SLICES: tl.constexpr,
     PARTS: tl.constexpr,
+    SORTED: tl.constexpr,
     LORA: tl.constexpr,
     WEIGHTED: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -134,6 +135,7 @@ def base_kernel(
     out, max_rank]; ranks [SLICES, slots, experts] int32; token_slots [tokens]; topk_weights
     [pairs]; sorted_ids [row_blocks * BLOCK_M] pairs, num_pairs and more where there is none;
     expert_ids [row_blocks], -1 for an expert of another rank, whose rows are zero; num_padded [1].
+    Unless SORTED, sorted_ids is not read and a block's first row is the pair of its own number.
     """
     out = out8 * 8
     width = width8 * 8
@@ -149,7 +151,11 @@ def base_kernel(
         return
     slice_id = column_block // slice_blocks
 
-    pair = tl.load(sorted_ids + block * BLOCK_M + tl.arange(0, BLOCK_M))
+    rows = tl.arange(0, BLOCK_M)
+    if SORTED:
+        pair = tl.load(sorted_ids + block * BLOCK_M + rows)
+    else:
+        pair = tl.where(rows == 0, block, num_pairs)
     live = (pair >= 0) & (pair < num_pairs)
     # Rows and columns that are not there read the first instead: a mask would narrow the loads.
     pair = tl.where(live, pair, 0)

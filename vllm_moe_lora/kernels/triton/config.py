@@ -173,13 +173,16 @@ def expand_variants(arch: str) -> Iterator[tuple[torch.dtype, Tiles, int, int, b
 
 def base_variants(
     arch: str,
-) -> Iterator[tuple[torch.dtype, BaseTiles, int, int, bool, bool, bool]]:
-    """Some (dtype, tiles, slices, parts, lora, weighted, even k) of the base's product.
+) -> Iterator[tuple[torch.dtype, BaseTiles, int, int, bool, bool, bool, bool]]:
+    """Some (dtype, tiles, slices, parts, sorted, lora, weighted, even k) of the base's product.
 
-    Not all it can be compiled for: for all tiles each switch once, as layers have them.
+    Not all it can be compiled for: for all tiles each switch once, as layers have them; few pairs,
+    which are not sorted, come in the smallest blocks.
     """
     for dtype in DTYPES:
         for tiles in base_table(arch, dtype):
-            yield dtype, tiles, 1, 1, False, True, True
-            yield dtype, tiles, 2, PARTS, True, False, True
-            yield dtype, tiles, 1, 1, True, True, False
+            yield dtype, tiles, 1, 1, True, False, True, True
+            yield dtype, tiles, 2, PARTS, True, True, False, True
+            yield dtype, tiles, 1, 1, True, True, True, False
+            if tiles.block_m == 16:
+                yield dtype, tiles, 2, PARTS, False, True, False, True

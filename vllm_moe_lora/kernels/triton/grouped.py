@@ -25,13 +25,14 @@ class Order:
 
     Attributes:
         sorted_ids: [blocks * block_m] int32: pair of each row, the number of pairs or more where
-            there is none.
-        expert_ids: [blocks] int32, local expert of each block, -1 for one of another rank.
+            there is none. None: not sorted, each pair in the first row of its own block.
+        expert_ids: [blocks] int32, local expert of each block, -1 for one of another rank; [pairs]
+            int32 or int64 without ``sorted_ids``.
         num_padded: [1] int32, rows in use.
         block_m: rows of a block.
     """
 
-    sorted_ids: torch.Tensor
+    sorted_ids: torch.Tensor | None
     expert_ids: torch.Tensor
     num_padded: torch.Tensor
     block_m: int
@@ -90,14 +91,7 @@ def grouped_product(
     check_aligned("weight", weight)
     check_rows("y", y, device, dtype, (pairs,), rows)
     check_rows("x", x, device, dtype, (tokens, pairs), width)
-    blocks = order.expert_ids.numel()
-    check_ids("expert_ids", order.expert_ids, device, (torch.int32,), (blocks,))
-    check_ids("num_padded", order.num_padded, device, (torch.int32,), (1,))
-    ids = order.sorted_ids
-    check_ids("sorted_ids", ids, device, (torch.int32,), (ids.numel(),))
-    if ids.numel() > blocks * order.block_m:
-        fail(ValueError, "sorted_ids", f"{ids.numel()} rows in {blocks} blocks of {order.block_m}")
-    blocks = ids.numel() // order.block_m  # a block cut short has no row in use
+    blocks = _check_order(order, device, pairs)
     if topk_weights is not None:
         floats = (torch.float32, torch.bfloat16, torch.float16)
         check_ids("topk_weights", topk_weights, device, floats, (tokens, top_k))
@@ -113,6 +107,8 @@ def grouped_product(
     if tiles is None:
         fail(ValueError, "order", f"no tiles of {order.block_m} rows for {dtype}")
 
+    # What is not read still needs an address.
+    ids = order.num_padded if order.sorted_ids is None else order.sorted_ids
     strides, ranks, slots, z = (0, 0, 0), ids, ids, y
     b, num_slots = (weight, weight), 0
     if lora is not None:
@@ -150,6 +146,7 @@ def grouped_product(
         z.stride(0) // 8,
         slices,
         1 if lora is None else z.shape[0],
+        order.sorted_ids is not None,
         lora is not None,
         topk_weights is not None,
         width % tiles.block_k == 0,
@@ -161,6 +158,21 @@ def grouped_product(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
+
+
+def _check_order(order: Order, device: torch.device, pairs: int) -> int:
+    """Blocks to launch."""
+    ids, blocks, kinds = order.sorted_ids, order.expert_ids.numel(), (torch.int32,)
+    check_ids("num_padded", order.num_padded, device, kinds, (1,))
+    if ids is None:
+        kinds, shape = (torch.int32, torch.int64), (pairs,)
+        check_ids("expert_ids", order.expert_ids, device, kinds, shape)
+        return pairs
+    check_ids("expert_ids", order.expert_ids, device, kinds, (blocks,))
+    check_ids("sorted_ids", ids, device, kinds, (ids.numel(),))
+    if ids.numel() > blocks * order.block_m:
+        fail(ValueError, "sorted_ids", f"{ids.numel()} rows in {blocks} blocks of {order.block_m}")
+    return ids.numel() // order.block_m  # a block cut short has no row in use
 
 
 def _check_lora(

@@ -1,10 +1,10 @@
 """The base's grouped product with LoRA as its tail: y = W x + B z, rounded once.
 
 Rows come in the base's own order, sorted by expert alone, as vLLM's `moe_align_block_size` makes
-it, or one pair a block, as vLLM has few of them. After the sum over x a block walks the adapter slots among its rows and adds each one's B z to
-the rows that have it, in the accumulator. So y is written once and read never, and no order of the
-pairs by adapter is wanted for it. Without LORA it is the same kernel less the tail: rows without
-an adapter have the same bits either way.
+it, or one pair a block, as vLLM has few of them. After the sum over x a block walks the adapter
+slots among its rows and adds each one's B z to the rows that have it, in the accumulator. So y is
+written once and read never, and no order of the pairs by adapter is wanted for it. Without LORA it
+is the same kernel less the tail: rows without an adapter have the same bits either way.
 """
 
 from __future__ import annotations

@@ -164,9 +164,8 @@ def _check_order(order: Order, device: torch.device, pairs: int) -> int:
     """Blocks to launch."""
     ids, blocks, kinds = order.sorted_ids, order.expert_ids.numel(), (torch.int32,)
     check_ids("num_padded", order.num_padded, device, kinds, (1,))
-    if ids is None:
-        kinds, shape = (torch.int32, torch.int64), (pairs,)
-        check_ids("expert_ids", order.expert_ids, device, kinds, shape)
+    if ids is None:  # the router's own, in its dtype
+        check_ids("expert_ids", order.expert_ids, device, (*kinds, torch.int64), (pairs,))
         return pairs
     check_ids("expert_ids", order.expert_ids, device, kinds, (blocks,))
     check_ids("sorted_ids", ids, device, kinds, (ids.numel(),))

@@ -41,17 +41,18 @@ def vllm_base(
 ) -> tuple[Callable[[], None], Any]:
     """vLLM's own products, and the order that it made for them, as ours takes it."""
     from vllm.model_executor.layers.fused_moe.fused_moe import (
+        _prepare_expert_assignment,
         invoke_fused_moe_triton_kernel,
         try_get_optimal_moe_config,
     )
-    from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
     from vllm.triton_utils import tl
 
     from vllm_moe_lora.kernels.triton.grouped import Order
 
     experts, top_k, _, _ = grid.MODELS[case.model]
     tiles = try_get_optimal_moe_config(w13.shape, w2.shape, top_k, None, case.tokens)
-    order = moe_align_block_size(given.ids, tiles["BLOCK_SIZE_M"], experts)
+    # Few pairs are not sorted.
+    order = _prepare_expert_assignment(given.ids, tiles, case.tokens, top_k, experts, None)
 
     def product(x: Any, w: Any, y: Any, weighted: bool, per_row: int) -> None:
         invoke_fused_moe_triton_kernel(

@@ -54,6 +54,7 @@ class Case:
     more: dict = dataclasses.field(default_factory=dict)
     activation = None
     dtype = torch.float32
+    lora_dtype = torch.float32
 
     def choose(self):
         """Whatever has to be chosen for the process before the layer is made."""

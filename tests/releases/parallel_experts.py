@@ -95,7 +95,7 @@ class Rank:
         from vllm.config.lora import LoRAConfig
 
         lora = {"max_lora_rank": case.max_rank, "max_loras": stage.SLOTS, **case.lora}
-        lora = LoRAConfig(max_cpu_loras=stage.SLOTS, lora_dtype=torch.float32, **lora)
+        lora = LoRAConfig(max_cpu_loras=stage.SLOTS, lora_dtype=case.lora_dtype, **lora)
         self.config = ranks.config_of(
             base,
             case.size,

@@ -12,7 +12,10 @@ NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 class Layer:
-    """Weights of all experts: ``w1``, ``w3`` [experts, inner, hidden], ``w2`` the other way."""
+    """Weights of all experts: ``w1``, ``w3`` [experts, inner, hidden], ``w2`` the other way.
+
+    ``biases``: by the weight's name, [experts, out]; none by themselves.
+    """
 
     def __init__(self, experts, hidden, inner, seed=3):
         g = torch.Generator().manual_seed(seed)
@@ -21,6 +24,7 @@ class Layer:
             torch.randn(experts, inner, hidden, generator=g) / hidden**0.5 for _ in range(2)
         )
         self.w2 = torch.randn(experts, hidden, inner, generator=g) / inner**0.5
+        self.biases = {}
 
 
 class Adapter:
@@ -121,11 +125,14 @@ def answer(layer, x, ids, weights, adapters, on_input=False, activation=None):
         for place, expert in enumerate(ids[token].tolist()):
             weight = weights[token, place]
 
-            def merged(name, expert=expert, adapter=adapter):
-                base = getattr(layer, name)[expert]
-                return base if adapter is None else base + adapter.delta(name, expert)
+            def times(name, value, expert=expert, adapter=adapter):
+                merged = getattr(layer, name)[expert]
+                if adapter is not None:
+                    merged = merged + adapter.delta(name, expert)
+                bias = layer.biases.get(name)
+                return merged @ value if bias is None else merged @ value + bias[expert]
 
             row = x[token].float() * (weight if on_input else 1)
-            row = merged("w2") @ activation(merged("w1") @ row, merged("w3") @ row)
+            row = times("w2", activation(times("w1", row), times("w3", row)))
             out[token] += row if on_input else weight * row
     return out

@@ -32,6 +32,16 @@ def _select_plain(original: Callable[..., Any]) -> Callable[..., Any]:
     return select_unquantized_moe_backend
 
 
+def _trtllm_supported(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _trtllm_bf16_lora_supported(moe_config: Any) -> Any:
+        from vllm.model_executor.layers.fused_moe.experts import trtllm_lora_moe
+
+        experts = trtllm_lora_moe.TrtLlmBf16LoRAExperts
+        return experts._supports_activation(moe_config.activation) and original(moe_config)
+
+    return _trtllm_bf16_lora_supported
+
+
 _COMMON: dict[str, Any] = {
     "feature": "cpu-experts",
     "target": f"{_ORACLE}:select_unquantized_moe_backend",
@@ -50,4 +60,16 @@ HOOKS = (
     # Up to 0.29 the CPU's experts route for themselves (monolithic), which LoRA layers refuse.
     Hook(make=_select, releases=">=0.30,<0.34", **_COMMON),
     Hook(make=_select_plain, releases=">=0.24,<0.28", **_COMMON),
+    Hook(
+        feature="lora-numbers",
+        target=f"{_ORACLE}:_trtllm_bf16_lora_supported",
+        make=_trtllm_supported,
+        releases=">=0.26,<0.28",
+        why="with LoRA all bf16 experts on Blackwell are computed as SwiGLU without a bias, "
+        "gpt-oss's too, also for base requests",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.28.0/vllm/model_executor/layers/"
+        "fused_moe/oracle/unquantized.py",
+        until="0.28, which asks the experts for what they support",
+        layers=True,
+    ),
 )

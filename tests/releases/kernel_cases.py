@@ -36,6 +36,7 @@ class Case:
     ranks: tuple = ((0, 16), (1, 3), (2, 8))
     cleared: tuple = ()
     dispatched: bool = False  # slots of tokens come with the tokens, as after a dispatch
+    local: int = SLOTS - 1  # slot of all tokens of the batch, where others were dispatched
 
     @property
     def tokens(self):
@@ -51,6 +52,7 @@ CASES = {
     "shared factors": Case(shared=True),
     "experts elsewhere": Case(mapped=True),
     "experts elsewhere, dispatched": Case(mapped=True, dispatched=True),
+    "dispatched to a batch of the base": Case(mapped=True, dispatched=True, local=-1),
     # Which upstream does not sort.
     "few pairs": Case(experts=32, slots=(0, -1, 2, 1)),
     "few pairs, int64 ids": Case(experts=32, slots=(0, -1, 2, 1), ids=torch.int64),
@@ -76,6 +78,7 @@ TAIL = {
         "shared factors",
         "experts elsewhere",
         "experts elsewhere, dispatched",
+        "dispatched to a batch of the base",
         "few pairs",
         "few pairs, int64 ids",
         "no adapter in the batch",

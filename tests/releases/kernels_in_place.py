@@ -149,8 +149,8 @@ def punica_for(case, lora_config):
     from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
     punica = PunicaWrapperGPU(32, 32, "cpu", lora_config=lora_config)
-    # Dispatched tokens are not the batch's own: there all have the last adapter.
-    slots = [SLOTS - 1] * case.tokens if case.dispatched else case.slots
+    # Dispatched tokens are not the batch's own, which all have the last adapter, or none.
+    slots = [case.local] * case.tokens if case.dispatched else case.slots
     ids = tuple(slot + 1 for slot in slots)
     names = list(range(1, SLOTS + 1))
     punica.update_metadata(LoRAMapping(ids, ids, is_prefill=True), names, SLOTS + 1, 64)

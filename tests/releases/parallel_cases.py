@@ -22,6 +22,7 @@ class Case:
     """A world of ``size`` ranks, a layer of routed experts on it, and adapters.
 
     Attributes:
+        data_parallel: how many batches there are, each of size // data_parallel ranks.
         expert_parallel: whole experts on each rank, else a part of each.
         eplb: vLLM moves experts as the load asks; redundant: copies beyond their number.
         fused, interleaved: as the model has gate and up.
@@ -35,6 +36,8 @@ class Case:
     name: str
     since: str = "0.11"
     size: int = 1
+    data_parallel: int = 1
+    all2all: str = "allgather_reducescatter"
     expert_parallel: bool = False
     placement: str = "linear"
     experts: int = 8

@@ -90,20 +90,13 @@ class Rank:
 
     def __init__(self, case, rank, base, whole):
         self.case, self.rank = case, rank
-        ranks.become(rank, case.size)
         from vllm.config import set_current_vllm_config
         from vllm.config.lora import LoRAConfig
 
         lora = {"max_lora_rank": case.max_rank, "max_loras": stage.SLOTS, **case.lora}
         lora = LoRAConfig(max_cpu_loras=stage.SLOTS, lora_dtype=case.lora_dtype, **lora)
-        self.config = ranks.config_of(
-            base,
-            case.size,
-            lora,
-            expert_parallel=case.expert_parallel,
-            placement=case.placement,
-            eplb=case.eplb,
-        )
+        self.config = ranks.config_of(base, case, lora, rank)
+        ranks.become(rank, case.size, self.config if case.data_parallel > 1 else None)
         self.config.model_config = _model_config()
         with set_current_vllm_config(self.config):
             self.layer = self._made()

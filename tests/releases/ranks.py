@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import types
 
 import stage
 import torch
 
 
-def become(rank, size):
-    """Make vLLM's groups those of ``rank`` of ``size``; with one rank, of the whole."""
+def become(rank, size, config=None):
+    """Make vLLM's groups those of ``rank`` of ``size``; with one rank, of the whole.
+
+    Args:
+        config: a `VllmConfig` that says how many of the ranks are data parallel, else none are.
+    """
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
+    from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
 
     with contextlib.suppress(AssertionError):
@@ -28,7 +34,40 @@ def become(rank, size):
     parallel_state.init_distributed_environment(
         world_size=size, rank=rank, local_rank=0, distributed_init_method="env://", backend="gloo"
     )
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
+    if config is None:
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
+        return
+    with set_current_vllm_config(config):  # it would begin a world of its own above
+        parallel_state.initialize_model_parallel(config.parallel_config.tensor_parallel_size)
+    parallel_state.get_ep_group().device_communicator = _Communicator(rank, size)
+
+
+class _Communicator:
+    """What takes tokens to the ranks that have their experts, and answers back."""
+
+    def __init__(self, rank, size):
+        self.all2all_manager = types.SimpleNamespace(rank=rank, world_size=size, dp_world_size=size)
+
+    def destroy(self):
+        pass
+
+    def dispatch(self, *given, **more):
+        tensors = [one for one in given if isinstance(one, torch.Tensor)]
+        extra = next((x for x in (*given, *more.values()) if isinstance(x, list)), None)
+        found = exchange.dispatch(*tensors, *(extra or ()))
+        rest = () if extra is None else (found[len(tensors) :],)
+        return *found[: len(tensors)], *rest
+
+    dispatch_router_logits = dispatch
+
+    def combine(self, x, *args, **more):
+        return exchange.combine(x)
+
+    def allocate_combine_input(self, *args, **more):
+        return None
+
+    def combine_into_output(self, x, output, *args, **more):
+        return output.copy_(exchange.combine(x))
 
 
 def _fake(parallel_state):
@@ -51,21 +90,22 @@ def _fake(parallel_state):
     parallel_state.GroupCoordinator.__init__ = silent
 
 
-def config_of(base, size, lora, *, expert_parallel, placement, eplb):
-    """A `VllmConfig` of a world of ``size`` ranks with the LoRA config ``lora``."""
+def config_of(base, case, lora, rank):
+    """A `VllmConfig` of one rank of a case's world with the LoRA config ``lora``."""
     config = copy.copy(base)
     config.lora_config = lora
     config.compilation_config = copy.copy(base.compilation_config)
     config.compilation_config.static_forward_context = {}
     # Copies are changed, since vLLM compares what it is given with the devices of this machine.
     parallel = config.parallel_config = copy.copy(base.parallel_config)
-    parallel.tensor_parallel_size = parallel.world_size = size
-    parallel.enable_expert_parallel = expert_parallel
-    parallel.enable_eplb = eplb
-    for name in ("expert_placement_strategy", "all2all_backend"):
-        if hasattr(parallel, name):
-            value = {"expert_placement_strategy": placement}.get(name, "allgather_reducescatter")
-            setattr(parallel, name, value)
+    parallel.tensor_parallel_size = parallel.world_size = case.size // case.data_parallel
+    parallel.data_parallel_size = case.data_parallel
+    parallel.data_parallel_rank = rank // parallel.world_size
+    parallel.enable_expert_parallel = case.expert_parallel
+    parallel.enable_eplb = case.eplb
+    parallel.all2all_backend = case.all2all
+    if hasattr(parallel, "expert_placement_strategy"):
+        parallel.expert_placement_strategy = case.placement
     return config
 
 
@@ -77,13 +117,23 @@ class Exchange:
     """Collectives of ranks that run one after another, again until all have been heard."""
 
     def __init__(self):
-        self._heard, self._now, self._rank, self._count = [], {}, 0, 0
+        self._heard, self._now, self._rank, self._count, self._rows = [], {}, 0, 0, []
 
     def all_reduce(self, value):
         return torch.stack(self._meet(value)).sum(0)
 
     def all_gather(self, value, dim=-1):
         return torch.cat(self._meet(value), dim)
+
+    def dispatch(self, *tensors):
+        """Each of ``tensors`` of all ranks, one rank's rows behind another's."""
+        found = [self._meet(tensor) for tensor in tensors]
+        self._rows = [len(one) for one in found[0]]
+        return [torch.cat(one) for one in found]
+
+    def combine(self, value):
+        """This rank's rows of the sum, as they were given to `dispatch`."""
+        return self.all_reduce(value).split(self._rows)[self._rank]
 
     def _meet(self, value):
         self._count += 1
@@ -111,8 +161,14 @@ exchange = Exchange()
 
 def connect():
     """Let vLLM's collectives go by way of `exchange`."""
-    stage.everywhere("tensor_model_parallel_all_reduce", lambda x: exchange.all_reduce(x))
+    stage.everywhere("tensor_model_parallel_all_reduce", _all_reduce)
     stage.everywhere("tensor_model_parallel_all_gather", lambda x, dim=-1: exchange.all_gather(x))
+
+
+def _all_reduce(x):
+    from vllm.distributed import get_tensor_model_parallel_world_size
+
+    return x if get_tensor_model_parallel_world_size() == 1 else exchange.all_reduce(x)
 
 
 def together(ranks):

@@ -56,10 +56,8 @@ def test_the_list_is_complete():
     assert {name for name in concrete if not looks(name)} == set(backends.IGNORING)
 
 
-def _wrapper(experts, eplb=False):
-    config = types.SimpleNamespace(
-        moe_parallel_config=types.SimpleNamespace(**({"enable_eplb": True} if eplb else {}))
-    )
+def _wrapper(experts, **parallel):
+    config = types.SimpleNamespace(moe_parallel_config=types.SimpleNamespace(**parallel))
     return types.SimpleNamespace(
         base_layer=types.SimpleNamespace(moe_config=config, layer_name="layers.0.mlp.experts"),
         _moe_kernel=types.SimpleNamespace(fused_experts=experts),
@@ -69,11 +67,24 @@ def _wrapper(experts, eplb=False):
 def test_experts_that_move_are_refused_at_start_and_at_load():
     cure = r"^layers\.0\.mlp\.experts: --enable-eplb moves .* Start without --enable-eplb"
     with pytest.raises(NotImplementedError, match=cure):
-        backends.refuse_moving(_wrapper(None, eplb=True))
+        backends.refuse(_wrapper(None, enable_eplb=True))
     with pytest.raises(AdapterError, match=cure):
-        backends.demand("layers.0.mlp.experts", _wrapper(None, eplb=True))
-    backends.refuse_moving(_wrapper(None))
+        backends.demand("layers.0.mlp.experts", _wrapper(None, enable_eplb=True))
+    backends.refuse(_wrapper(None))
     backends.demand("layers.0.mlp.experts", _wrapper(None))
+
+
+def test_experts_of_several_batches_are_refused_at_start_and_at_load():
+    cure = (
+        r"^layers\.0\.mlp\.experts: with --data-parallel-size 4 .* Start 4 servers without data "
+        r"parallelism, .* or without --enable-lora\."
+    )
+    with pytest.raises(NotImplementedError, match=rf"{cure} If no adapter .*--lora-target-modules"):
+        backends.refuse(_wrapper(None, dp_size=4))
+    with pytest.raises(AdapterError, match=rf"{cure}$"):
+        backends.demand("layers.0.mlp.experts", _wrapper(None, dp_size=4))
+    backends.refuse(_wrapper(None, dp_size=1))
+    backends.demand("layers.0.mlp.experts", _wrapper(None, dp_size=1))
 
 
 def test_an_adapter_that_would_be_ignored_is_refused():

@@ -59,6 +59,16 @@ def test_a_product_waits_for_its_own_tensors():
     assert base.launches == 0
 
 
+def test_few_pairs_wait_unsorted():
+    base = Base(sorted_token_ids=None)
+    with tail.applying(True):
+        assert base.put_off()
+        product = tail.waiting(base.given["C"], base.given["A"])
+        assert product.order.sorted_ids is None
+        assert product.order.expert_ids is base.given["expert_ids"]
+        tail.done()
+
+
 @pytest.mark.parametrize("other", ["C", "A"])
 def test_for_others_it_is_run_as_upstream_does(other):
     base = Base()
@@ -89,7 +99,6 @@ def test_the_next_product_runs_the_one_before():
         {"A_scale": torch.ones(1)},
         {"B_scale": torch.ones(1)},
         {"B_bias": torch.ones(4, 16)},
-        {"sorted_token_ids": None},
         {"B": torch.ones(4, 16, 8, dtype=torch.int8)},
     ],
     ids=lambda more: next(iter(more)),

@@ -154,10 +154,20 @@ def _ep_check(original: Callable[..., Any]) -> Callable[..., Any]:
     def _ep_check(self: Any) -> None:
         from ..store import backends
 
+        backends.refuse(self)
         original(self)
-        backends.refuse_moving(self)
 
     return _ep_check
+
+
+def _create_refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_lora_weights(self: Any, max_loras: int, *args: Any, **more: Any) -> None:
+        from ..store import backends
+
+        backends.refuse(self)
+        original(self, max_loras, *args, **more)
+
+    return create_lora_weights
 
 
 def _create(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -245,6 +255,14 @@ _ASKING: dict[str, Any] = {
 }
 
 _PARALLEL: dict[str, Any] = {"feature": "parallel-experts", "layers": True}
+_RANKS: dict[str, Any] = {
+    **_PARALLEL,
+    "make": _create_refusing,
+    "why": "with --data-parallel-size experts are spread over ranks of which each takes its own "
+    "tokens for all, with or without adapters (up to 0.19), or the factors do not fit",
+    "upstream": "",
+    "until": "0.21, see _ep_check",
+}
 _PADDED: dict[str, Any] = {
     **_PARALLEL,
     "releases": ">=0.12,<0.34",
@@ -259,10 +277,22 @@ HOOKS = (
         target=f"{_FILE}:FusedMoEWithLoRA._ep_check",
         make=_ep_check,
         releases=">=0.21,<0.34",
-        why="experts that EPLB moves leave their factors behind, without a word",
+        why="experts that EPLB moves leave their factors behind, and data parallel ranks take "
+        "each other's slots for their own, both without a word",
         upstream="",
-        until="EPLB moves LoRA's stacks with the experts, or upstream refuses the two together",
+        until="EPLB moves LoRA's stacks with the experts and ranks agree on slots, or upstream "
+        "refuses them",
         **_PARALLEL,
+    ),
+    Hook(
+        target=f"{_FILE}:FusedMoEWithLoRA.create_lora_weights",
+        releases=">=0.11.1,<0.21",
+        **_RANKS,
+    ),
+    Hook(
+        target=f"{_FILE}:FusedMoE3DWithLoRA.create_lora_weights",
+        releases=">=0.12,<0.21",
+        **_RANKS,
     ),
     Hook(
         target=f"{_FILE}:FusedMoEWithLoRA.create_lora_weights",

@@ -195,10 +195,13 @@ def add_w13(
     segments = _segments.get(_address(lora_a, lora_b))
     if segments is None:
         return None
-    mapping, *_, no_lora, _ = punica.token_mapping_meta.meta_args(
-        num_tokens, punica.lora_config.specialize_active_lora
-    )
-    token_slots = mapping if token_slots is None else token_slots
+    # Known on the CPU for the batch's own tokens alone; of others' it says nothing.
+    base_only = False
+    if token_slots is None:
+        token_slots, *_, no_lora, _ = punica.token_mapping_meta.meta_args(
+            num_tokens, punica.lora_config.specialize_active_lora
+        )
+        base_only = bool(no_lora.item())
     from ..kernels.triton import checks, launch, route
     from ..kernels.triton.grouped import Lora
 
@@ -207,7 +210,7 @@ def add_w13(
     if factors.lora_a[0].data_ptr() != lora_a[0].data_ptr():
         factors = segments.swapped
     try:
-        if no_lora.item():  # on the CPU
+        if base_only:
             if product is not None:  # the kernel that runs beside adapters, too
                 product.run(topk_ids.shape[1], None, factors.slices)
                 tail.done()

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..adapters.errors import AdapterError
 from ..patching import MARK
+from . import targets
 
 # class -> where it is met and what takes LoRA instead
 IGNORING = {
@@ -51,26 +52,49 @@ def _moves(wrapper: Any) -> bool:
     return bool(getattr(wrapper.base_layer.moe_config.moe_parallel_config, "enable_eplb", False))
 
 
-def refuse_moving(wrapper: Any) -> None:
+def _meeting(name: str, ranks: int) -> str:
+    return (
+        f"{name}: with --data-parallel-size {ranks} its experts compute the tokens of all {ranks} "
+        "ranks, and --enable-lora gives each rank slots of its own, so that tokens would get "
+        f"another rank's adapter, or none. Start {ranks} servers without data parallelism, one "
+        "with --tensor-parallel-size, or without --enable-lora. "
+    )
+
+
+def _meet(wrapper: Any) -> int:
+    """How many ranks' tokens meet in the experts, which have an engine and slots of each its own.
+
+    With and without expert parallelism: vLLM spreads the experts over all ranks, or each expert.
+    """
+    return int(getattr(wrapper.base_layer.moe_config.moe_parallel_config, "dp_size", 1))
+
+
+def refuse(wrapper: Any) -> None:
     """
     Args:
         wrapper: a `FusedMoEWithLoRA` that is being made.
 
     Raises:
-        NotImplementedError: its experts may move, without their factors.
+        NotImplementedError: its experts may move without their factors, or get tokens whose slots
+            are another engine's.
     """
+    routed = getattr(wrapper.base_layer, "routed_experts", wrapper.base_layer)
+    name = getattr(routed, "layer_name", type(routed).__name__)
+    if _meet(wrapper) > 1:
+        raise NotImplementedError(_meeting(name, _meet(wrapper)) + targets.cure(None))
     if _moves(wrapper):
-        routed = getattr(wrapper.base_layer, "routed_experts", wrapper.base_layer)
-        raise NotImplementedError(_moving(getattr(routed, "layer_name", type(routed).__name__)))
+        raise NotImplementedError(_moving(name))
 
 
 def demand(name: str, wrapper: Any) -> None:
     """
     Raises:
-        AdapterError: the experts behind ``wrapper`` (layer ``name``) would ignore an adapter, or
-            may move without its factors.
+        AdapterError: the experts behind ``wrapper`` (layer ``name``) would ignore an adapter, may
+            move without its factors, or take its slot for another adapter's.
     """
-    if _moves(wrapper):  # also where `refuse_moving` is off
+    if _meet(wrapper) > 1:  # also where `refuse` is off
+        raise AdapterError(_meeting(name, _meet(wrapper)).rstrip())
+    if _moves(wrapper):
         raise AdapterError(_moving(name))
     kernel = getattr(wrapper, "_moe_kernel", None)
     kind = type(getattr(kernel, "fused_experts", None))

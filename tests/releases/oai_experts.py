@@ -1,8 +1,8 @@
 """Child: gpt-oss' MXFP4 experts of one release on the package `triton_kernels`; prints JSON.
 
-``argv[1]`` is the package's generation, see `oai.py`. For each of "bare" and "ours" and each
-wrapper ("fused", gate and up in one factor, and "slices", one for each, where the release can have
-that): "error", or the numbers that `quantised_experts.py` has.
+``argv[1]`` is the package's generation, see `oai.py`. For each of "bare" and "ours" and each case
+("fused": gate and up in one factor; "slices": one for each; "ranks": fused, and some experts are
+another rank's): "error", or the numbers that `quantised_experts.py` has.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from quantised_experts import forward
 
 DTYPE, TOKENS = torch.bfloat16, 9
 SLOT_OF = [0, 1, -1, 1, 0, -1, 0, 1, 1]
+# Of three experts more in the model, which are another rank's.
+LOCAL = torch.tensor([0, -1, 1, 2, -1, *range(3, EXPERTS), -1], dtype=torch.int32)
 
 
 def _layer(number, weights):
@@ -48,8 +50,8 @@ def _wrapper(kind, layer, config):
     from transformers import PretrainedConfig
     from vllm.lora.layers import fused_moe
 
-    names = {"fused": "FusedMoE3DWithLoRA", "slices": "FusedMoEWithLoRA"}
-    made = getattr(fused_moe, names[kind])(layer)
+    name = "FusedMoEWithLoRA" if kind == "slices" else "FusedMoE3DWithLoRA"
+    made = getattr(fused_moe, name)(layer)
     model = PretrainedConfig(architectures=["GptOssForCausalLM"])
     made.create_lora_weights(stage.SLOTS, config.lora_config, model)
     return made
@@ -76,12 +78,14 @@ def _change(factors, slot, expert, value):
 
 
 def _truth(weights, x, topk_weights, ids, slots, lora):
-    """What the layer is to answer, in fp32."""
+    """What the layer is to answer, in fp32. ``ids``: of this rank's experts, -1 for another's."""
     out = torch.zeros(len(x), weights.hidden)
     w13, w2 = weights.dense("w13"), weights.dense("w2")
     for token, expert_ids in enumerate(ids.tolist()):
         slot = slots[token]
         for place, expert in enumerate(expert_ids):
+            if expert < 0:
+                continue
             row = x[token].float()
             both = w13[expert] @ row + weights.bias["w13"][expert].float()
             if slot >= 0:
@@ -104,12 +108,15 @@ def _run(kind, number, config):
     routed.quant_method.process_weights_after_loading(routed)
     make = torch.Generator().manual_seed(1)
     x = torch.randn(TOKENS, weights.hidden, generator=make).to(DTYPE)
-    ids = torch.rand(TOKENS, EXPERTS, generator=make).topk(stage.TOP_K).indices
+    experts = len(LOCAL) if kind == "ranks" else EXPERTS
+    ids = torch.rand(TOKENS, experts, generator=make).topk(stage.TOP_K).indices
     # In bf16 they are the same.
     topk_weights = torch.rand(TOKENS, stage.TOP_K, generator=make).to(DTYPE).float()
     wrapper = _wrapper(kind, layer, config)
     wrapper.set_mapping(stage.Punica([-1] * TOKENS))
     given = (topk_weights, ids.to(torch.int32))
+    if kind == "ranks":
+        routed._expert_map, ids = LOCAL, LOCAL[ids]
     with set_forward_context(None, config), torch.inference_mode():
         base = forward(layer, routed, x.clone(), *given).float()
         lora = _adapters(wrapper)
@@ -134,7 +141,7 @@ def main():
 
     oai.stand_in()
     minor = int(release.split(".")[1])
-    kinds = ["fused"] + ["slices"] * (minor >= 22)
+    kinds = ["fused"] + ["slices"] * (minor >= 22) + ["ranks"] * (minor >= 21)
     results = {"release": release, "bare": {}, "ours": {}}
     number = 0
     for who, found in (("bare", results["bare"]), ("ours", results["ours"])):

@@ -33,7 +33,7 @@ def tree(release: str) -> Path:
 
 
 @functools.cache
-def results(release: str, script: str) -> dict[str, object]:
+def results(release: str, script: str, *arguments: str) -> dict[str, object]:
     """What ``script`` of this folder prints as its last line, a JSON object, on ``release``."""
     path = os.pathsep.join(map(str, (tree(release), ROOT, HERE)))
     env = {**os.environ, "PYTHONPATH": path, "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -42,7 +42,7 @@ def results(release: str, script: str) -> dict[str, object]:
     env.setdefault("PYTHONPYCACHEPREFIX", str(FOLDER / ".pyc"))
     env |= {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(HERE / script)],
+        [sys.executable, str(HERE / script), *arguments],
         env=env,
         capture_output=True,
         text=True,

@@ -27,9 +27,7 @@ def _apply_w13_by_expert(original: Callable[..., Any]) -> Callable[..., Any]:
     def apply_w13_lora(self: Any, lora_context: Any, *, y: Any, **more: Any) -> Any:
         from ..layers import by_expert
 
-        return by_expert.add_w13(
-            lambda rows: original(self, lora_context, y=rows, **more), y, more
-        )
+        return by_expert.add_w13(lambda rows: original(self, lora_context, y=rows, **more), y, more)
 
     return apply_w13_lora
 

@@ -312,9 +312,12 @@ HOOKS = (
     Hook(make=_inject_weighted, **_WEIGHTED, releases=">=0.14,<0.20"),
     Hook(
         make=_inject_in_order,
-        **{**_WEIGHTED, "why": f"{_WEIGHTED['why']}; and rows of gpt-oss' MXFP4 experts in "
-        "Triton lie by expert and get the changes of other tokens "
-        "(https://github.com/vllm-project/vllm/pull/30585)"},
+        **{
+            **_WEIGHTED,
+            "why": f"{_WEIGHTED['why']}; and rows of gpt-oss' MXFP4 experts in "
+            "Triton lie by expert and get the changes of other tokens "
+            "(https://github.com/vllm-project/vllm/pull/30585)",
+        },
         releases=">=0.12,<0.14",
     ),
     Hook(target=f"{_FILE}:FusedMoEWithLoRA.set_mapping", make=_set_mapping, **_PLAIN),

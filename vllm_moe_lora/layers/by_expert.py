@@ -75,6 +75,39 @@ def add_w2(add: Callable[[torch.Tensor], Any], x: torch.Tensor) -> Any:
     return add(in_order)
 
 
+# [tokens, top_k] bool: whose experts are another rank's.
+_elsewhere: ContextVar[torch.Tensor | None] = ContextVar("moe_lora_elsewhere", default=None)
+
+
+@contextmanager
+def on_rank(
+    experts: Any, topk_ids: torch.Tensor, expert_map: torch.Tensor | None
+) -> Iterator[None]:
+    """One call of `UnfusedOAITritonExperts.apply` of ``experts`` with LoRA (0.21 to 0.24).
+
+    Args:
+        topk_ids: [tokens, top_k] of the model's experts.
+        expert_map: [experts of the model], -1 for another rank's; None without ranks.
+    """
+    mask = None
+    if expert_map is not None and experts._lora_context is not None:
+        mask = expert_map[topk_ids] < 0
+    token = _elsewhere.set(mask)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
+
+
+def cleared(rows: torch.Tensor) -> torch.Tensor:
+    """``rows`` [tokens, top_k, hidden], zero where the product of another rank's expert would be.
+
+    The package leaves them as they were, and upstream sums them.
+    """
+    mask = _elsewhere.get()
+    return rows if mask is None else rows.masked_fill_(mask[..., None], 0)
+
+
 def install(layer: Any) -> None:
     """Have a wrapped ``layer``'s experts activate rows in the order of pairs (0.12 and 0.13).
 

@@ -3,7 +3,7 @@
 LoRA is added to rows in the order of their (token, place among the token's experts) pairs. In 0.12
 and 0.13, and from 0.31 on with the package's `matmul` (its 3.8), upstream hands it the rows as the
 package leaves them: those of the first expert, then those of the second. Every adapter's change
-then lands on other tokens.
+then lands on other tokens. And from 0.21 to 0.24 it sums rows that the package never wrote.
 """
 
 from __future__ import annotations

@@ -172,7 +172,8 @@ class Punica:
         top_k = self.topk_ids.shape[1]
         for pair, expert in enumerate(self.topk_ids.flatten().tolist()):
             slot = self.slots[pair // top_k]
-            if slot < 0 or not given.adapter_enabled[slot]:
+            # An expert below zero is another rank's.
+            if min(slot, expert) < 0 or not given.adapter_enabled[slot]:
                 continue
             x = given.x[pair if given.x.shape[0] == given_y.shape[0] else pair // top_k].float()
             parts = [
@@ -187,6 +188,8 @@ class Punica:
     def _add_lora_w13(self, given):
         assert given.num_tokens == given.topk_ids.shape[0]
         self.topk_ids = given.topk_ids
+        if given.expert_map is not None:
+            self.topk_ids = given.expert_map[given.topk_ids.long()]
         self._add(given, weighted=False)
         return None, None, None, None
 

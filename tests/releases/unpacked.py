@@ -32,16 +32,16 @@ def tree(release: str) -> Path:
     return found
 
 
-def results(release: str, script: str) -> dict[str, object]:
-    """What ``script`` of this folder prints as its last line, a JSON object, on ``release``."""
-    found = _asked(str(tree(release)), script)
+def results(release: str, script: str, *arguments: str) -> dict[str, object]:
+    """What a script of this folder prints as its last line, a JSON object, on ``release``."""
+    found = _asked(str(tree(release)), script, *arguments)
     assert isinstance(found, dict), f"{release}: {found}"
     assert found["release"] == release, "another vLLM was imported"
     return found
 
 
 @functools.cache  # a failure, too: each of its tests would wait for it again
-def _asked(folder: str, script: str) -> dict[str, object] | str:
+def _asked(folder: str, script: str, *arguments: str) -> dict[str, object] | str:
     """The answer, or what is wrong."""
     path = os.pathsep.join((folder, str(ROOT), str(HERE)))
     env = {**os.environ, "PYTHONPATH": path, "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -51,7 +51,7 @@ def _asked(folder: str, script: str) -> dict[str, object] | str:
     env |= {"OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
-            [sys.executable, str(HERE / script)],
+            [sys.executable, str(HERE / script), *arguments],
             env=env,
             capture_output=True,
             text=True,

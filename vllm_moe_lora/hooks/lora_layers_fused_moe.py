@@ -150,6 +150,17 @@ def _inject_weighted(original: Callable[..., Any]) -> Callable[..., Any]:
     return _inject_lora_into_fused_moe
 
 
+def _inject_in_order(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _inject_lora_into_fused_moe(self: Any) -> None:
+        from ..layers import by_expert, input_weights
+
+        original(self)
+        input_weights.install(self.base_layer)
+        by_expert.install(self.base_layer)
+
+    return _inject_lora_into_fused_moe
+
+
 def _ep_check(original: Callable[..., Any]) -> Callable[..., Any]:
     def _ep_check(self: Any) -> None:
         from ..store import backends
@@ -254,6 +265,16 @@ _ASKING: dict[str, Any] = {
     "layers": True,
 }
 
+_WEIGHTED: dict[str, Any] = {
+    "feature": "lora-numbers",
+    "target": f"{_FILE}:FusedMoEWithLoRA._inject_lora_into_fused_moe",
+    "why": "where router weights go on the experts' input (Llama-4), gate's and up's factors get "
+    "tokens without them, and down's change is multiplied by them once more",
+    "upstream": "",
+    "until": "0.20, where the kernel takes LoRA (hooks/fused_moe_modular_method.py)",
+    "layers": True,
+}
+
 _PARALLEL: dict[str, Any] = {"feature": "parallel-experts", "layers": True}
 _RANKS: dict[str, Any] = {
     **_PARALLEL,
@@ -318,16 +339,16 @@ HOOKS = (
     Hook(target=f"{_FILE}:FusedMoEWithLoRA._slice_w13_b", make=_slice_w13_b, **_PADDED),
     Hook(target=f"{_FILE}:FusedMoE3DWithLoRA._slice_w13_b", make=_slice_w13_b_fused, **_PADDED),
     Hook(target=f"{_FILE}:FusedMoEWithLoRA._slice_w2_a", make=_slice_w2_a, **_PADDED),
+    Hook(make=_inject_weighted, **_WEIGHTED, releases=">=0.14,<0.20"),
     Hook(
-        feature="lora-numbers",
-        target=f"{_FILE}:FusedMoEWithLoRA._inject_lora_into_fused_moe",
-        make=_inject_weighted,
-        releases=">=0.12,<0.20",
-        why="where router weights go on the experts' input (Llama-4), gate's and up's factors get "
-        "tokens without them, and down's change is multiplied by them once more",
-        upstream="",
-        until="0.20, where the kernel takes LoRA (hooks/fused_moe_modular_method.py)",
-        layers=True,
+        make=_inject_in_order,
+        **{
+            **_WEIGHTED,
+            "why": f"{_WEIGHTED['why']}; and rows of gpt-oss' MXFP4 experts in "
+            "Triton lie by expert and get the changes of other tokens "
+            "(https://github.com/vllm-project/vllm/pull/30585)",
+        },
+        releases=">=0.12,<0.14",
     ),
     Hook(target=f"{_FILE}:FusedMoEWithLoRA.set_mapping", make=_set_mapping, **_PLAIN),
     Hook(target=f"{_FILE}:FusedMoEWithLoRA.set_lora", make=_set_lora, **_COMMON),

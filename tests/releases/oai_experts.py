@@ -2,7 +2,8 @@
 
 ``argv[1]`` is the package's generation, see `oai.py`. For each of "bare" and "ours" and each case
 ("fused": gate and up in one factor; "slices": one for each; "ranks": fused, and some experts are
-another rank's): "error", or the numbers that `quantised_experts.py` has.
+another rank's): "error", or the numbers that `quantised_experts.py` has. From 0.28 on also for
+"kernels": ours with our Triton kernels in the interpreter, and how often they ran.
 """
 
 from __future__ import annotations
@@ -11,7 +12,14 @@ import json
 import os
 import sys
 import traceback
+from pathlib import Path
+from unittest import mock
 
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+os.environ["VLLM_MOE_LORA_KERNELS"] = "ours"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import bf16_exact  # noqa: F401
 import oai
 import one_method
 import stage
@@ -99,8 +107,33 @@ def _truth(weights, x, topk_weights, ids, slots, lora):
     return out
 
 
-def _run(kind, number, config):
+def _real_punica(config):
+    """Makes the release's own Punica for a batch, whose operators our hooks stand before."""
+    from vllm.lora.layers import LoRAMapping
+    from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+
+    def made(slots):
+        punica = PunicaWrapperGPU(32, 32, "cpu", lora_config=config.lora_config)
+        ids = tuple(slot + 1 for slot in slots)
+        names = list(range(1, stage.SLOTS + 1))
+        punica.update_metadata(LoRAMapping(ids, ids, is_prefill=True), names, stage.SLOTS + 1, 64)
+        return punica
+
+    return made
+
+
+def _run(kind, number, config, punica=stage.Punica):
+    from vllm_moe_lora.kernels.triton import launch
+
+    with mock.patch.object(launch, "add_lora", wraps=launch.add_lora) as ours:
+        found = _answers(kind, number, config, punica)
+    return found | {"calls": ours.call_count}
+
+
+def _answers(kind, number, config, punica):
     from vllm.forward_context import set_forward_context
+
+    from vllm_moe_lora.layers import segments
 
     weights = oai.Weights(3)
     layer, routed = _layer(number, weights)
@@ -113,14 +146,20 @@ def _run(kind, number, config):
     # In bf16 they are the same.
     topk_weights = torch.rand(TOKENS, stage.TOP_K, generator=make).to(DTYPE).float()
     wrapper = _wrapper(kind, layer, config)
-    wrapper.set_mapping(stage.Punica([-1] * TOKENS))
+    wrapper.set_mapping(punica([-1] * TOKENS))
     given = (topk_weights, ids.to(torch.int32))
     if kind == "ranks":
         routed._expert_map, ids = LOCAL, LOCAL[ids]
+    # Our kernels' own word of a slot that changes, which `set_lora` would pass on.
+    told = range(stage.SLOTS if punica is not stage.Punica else 0)
     with set_forward_context(None, config), torch.inference_mode():
+        for slot in told:
+            segments.slot_written(wrapper, slot)
         base = forward(layer, routed, x.clone(), *given).float()
         lora = _adapters(wrapper)
-        wrapper.set_mapping(stage.Punica(SLOT_OF))
+        for slot in told:
+            segments.slot_written(wrapper, slot)
+        wrapper.set_mapping(punica(SLOT_OF))
         answer = forward(layer, routed, x.clone(), *given).float()
     want = _truth(weights, x, topk_weights, ids, SLOT_OF, lora)
     plain = _truth(weights, x, topk_weights, ids, [-1] * TOKENS, lora)
@@ -130,6 +169,18 @@ def _run(kind, number, config):
         "off": float((answer - want).abs().max() / size),
         "base_off": float((base - plain).abs().max() / plain.abs().max()),
     }
+
+
+def _our_kernels(release):
+    """Their hooks are for GPUs."""
+    from vllm_moe_lora import patching, supported
+    from vllm_moe_lora.hooks import all_hooks
+
+    hooks = supported.made_for(release, all_hooks())
+    hooks = [hook for hook in hooks if hook.feature == "moe-kernels"]
+    known = supported.hashes(release)
+    status = patching.apply(hooks, version=release, platform="cuda", hashes=known)
+    assert status.on == ["moe-kernels"], status
 
 
 def main():
@@ -143,15 +194,21 @@ def main():
     minor = int(release.split(".")[1])
     kinds = ["fused"] + ["slices"] * (minor >= 22) + ["ranks"] * (minor >= 21)
     results = {"release": release, "bare": {}, "ours": {}}
-    number = 0
-    for who, found in (("bare", results["bare"]), ("ours", results["ours"])):
+    if minor >= 28:
+        results["kernels"] = {}
+    number, punica = 0, stage.Punica
+    for who in list(results)[1:]:
+        found = results[who]
         if who == "ours":
             os.environ["VLLM_MOE_LORA"] = "1"
             vllm_moe_lora.register()
+        if who == "kernels":
+            _our_kernels(release)
+            punica = _real_punica(config)
         for kind in kinds:
             number += 1
             try:
-                found[kind] = _run(kind, number, config)
+                found[kind] = _run(kind, number, config, punica)
             except Exception as error:
                 found[kind] = {"error": f"{type(error).__name__}: {error}"}
                 print(who, kind, file=sys.stderr)

@@ -2,7 +2,7 @@
 
 The layers, methods, wrappers, experts and kernels are each release's own; the package
 `triton_kernels` and the GPU's operators are loops (`oai.py`). With us every answer is that of fp32
-loops over the whole layer with the adapter.
+loops over the whole layer with the adapter; from 0.28 on also with our Triton kernels, interpreted.
 """
 
 from __future__ import annotations
@@ -73,3 +73,9 @@ def test_the_answer_is_that_of_loops(release, package, case):
     alone = next((what for where, what in ranges if release in SpecifierSet(where)), FINE)
     assert re.fullmatch(alone, verdict(found["bare"][case])), found["bare"][case]
     assert verdict(found["ours"][case]) == FINE, found["ours"][case]
+    assert found["ours"][case]["calls"] == 0
+    if "kernels" in found:
+        assert verdict(found["kernels"][case]) == FINE, found["kernels"][case]
+        assert found["kernels"][case]["calls"] == 2
+    else:
+        assert Version(release) < Version("0.28")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA GPU: kernel tests, once under compute-sanitizer, then the benchmarks.
+# Everything that needs a CUDA GPU: tests of kernels, layers and engines, the kernels once under
+# compute-sanitizer, then the benchmarks.
 # In the active environment or .venv, whose torch must see the GPU. Arguments go to the first
 # benchmark, which runs our kernels behind the hooks into vLLM's own calls.
 set -euo pipefail
@@ -12,6 +13,10 @@ for ((i = 1; i < $#; i++)); do
   if [[ "${!i}" == --vllm ]]; then
     next=$((i + 1))
     vllm=(--vllm "${!next}")
+    # A wheel that was unpacked with its binaries is as good as one that is installed.
+    if compgen -G "${!next}/vllm/_C*.so" >/dev/null; then
+      export PYTHONPATH="$PYTHONPATH:${!next}"
+    fi
   fi
 done
 
@@ -23,7 +28,10 @@ if not torch.cuda.is_available():
 print(torch.cuda.get_device_name(), "torch", torch.__version__)
 PY
 
+# Kernels alone, at real sizes; then, with a vLLM that is built for CUDA, its own layers and experts
+# with our kernels in their place, and engines.
 "$python" -m pytest -m gpu tests/kernels
+"$python" -m pytest -m gpu tests/e2e/test_cuda.py
 "$python" -m pytest tests/kernels/test_compiled.py
 
 if command -v compute-sanitizer >/dev/null; then

@@ -60,6 +60,12 @@ class Case:
             self.oracles[name] = oracle.log_probs(merged, PROMPTS)
         return self.oracles[name]
 
+    def forced(self, name: str | None, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+        """The oracle's log-probs [tokens, vocab] before each of ``tokens``, given those before."""
+        self.want(name)  # writes the merged checkpoint
+        checkpoint = self.plain if name is None else self.folder / f"{name}-merged"
+        return oracle.log_probs(checkpoint, [prompt + tokens])[0][len(prompt) - 1 : -1]
+
 
 @pytest.fixture(scope="session")
 def make_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:

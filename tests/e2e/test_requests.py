@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import PROMPTS, TOP, compare_fp32
 
-from vllm_moe_lora.tiny import engine, oracle
+from vllm_moe_lora.tiny import engine
 
 pytestmark = pytest.mark.cpu_engine
 
@@ -26,13 +26,6 @@ def _adapters(case):
     return {name: str(path) for name, path in case.adapters.items()}
 
 
-def _forced(case, name, prompt, tokens):
-    """The oracle's log-probs before each generated token, given the tokens that were generated."""
-    checkpoint = case.plain if name is None else case.folder / f"{name}-merged"
-    case.want(name)  # writes the merged checkpoint
-    return oracle.log_probs(checkpoint, [prompt + tokens])[0][len(prompt) - 1 : -1]
-
-
 def test_decode_mixed_batch(case):
     """Greedy tokens of base, a and b side by side are the oracle's own choices at every step."""
     requests = [(p, name) for p in PROMPTS for name in (None, "a", "b")]
@@ -41,7 +34,7 @@ def test_decode_mixed_batch(case):
     )
     answers, _, _ = engine.run(job)
     for (prompt, name), (tokens, logprobs) in zip(requests, answers[0], strict=True):
-        want = _forced(case, name, prompt, tokens)
+        want = case.forced(name, prompt, tokens)
         assert want.shape == logprobs.shape
         for step in range(STEPS):
             top = want[step].topk(TOP).indices
@@ -66,7 +59,7 @@ def test_chunked_prefill_and_prefix_cache(case):
     answers, _, _ = engine.run(job)
     for batch in answers:
         for (prompt, name), (tokens, logprobs) in zip(requests, batch, strict=True):
-            want = _forced(case, name, prompt, tokens)[0]
+            want = case.forced(name, prompt, tokens)[0]
             top = want.topk(TOP).indices
             assert (logprobs[0] - want)[top].abs().max() <= 1e-3, name
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
 import types
 
 import stage
 import torch
 
-EXPERTS, HIDDEN, INNER, GROUP = 4, 64, 64, 32
+EXPERTS, GROUP = 4, 32
+HIDDEN = INNER = int(os.environ.get("MOE_LORA_SIZE", "64"))  # a GPU's kernels want more
 GPTQ = {"bits": 4, "group_size": GROUP, "desc_act": False, "sym": True, "lm_head": False}
 AWQ = {"bits": 4, "group_size": GROUP, "zero_point": True, "lm_head": False}
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}

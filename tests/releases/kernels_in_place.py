@@ -1,6 +1,7 @@
 """Child: our Triton kernels where a release's experts call Punica's; prints JSON.
 
-In Triton's interpreter. The release's own are the layer, its LoRA wrapper with `set_lora`, the
+In Triton's interpreter, or where MOE_LORA_DEVICE=cuda on the GPU, with a vLLM that is built for it
+and nothing replaced. The release's own are the layer, its LoRA wrapper with `set_lora`, the
 modular kernel, the experts, their mixin and `PunicaWrapperGPU`. Replaced are the base's operators,
 by loops. For each case:
 "moved", how far adapters move the layer's answer; "off", how far the answer is from fp32 loops',
@@ -10,6 +11,7 @@ both relative to the largest number of theirs; "calls", how often our kernels an
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -18,11 +20,12 @@ import types
 from pathlib import Path
 from unittest import mock
 
-os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+os.environ.setdefault("MOE_LORA_DEVICE", "cpu")
+# Before triton is imported.
+os.environ["TRITON_INTERPRET"] = str(int(os.environ["MOE_LORA_DEVICE"] == "cpu"))
 os.environ["VLLM_MOE_LORA_KERNELS"] = "ours"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import bf16_exact  # noqa: F401
 import int4
 import kernel_operators
 import quantised_experts as layers
@@ -46,6 +49,8 @@ from kernel_cases import (
 from vllm_moe_lora import patching, supported
 from vllm_moe_lora.hooks import all_hooks
 
+DEVICE = os.environ["MOE_LORA_DEVICE"]
+
 
 def config_for(case, base, name):
     from vllm.config.lora import LoRAConfig
@@ -65,12 +70,13 @@ def layer_of(case, number):
 
     if case.kind != "plain":
         weights = int4.Weights(7, zeros=False)
-        layer, routed = layers.layer_of(case.kind, number, weights)
+        with torch.device(DEVICE):
+            layer, routed = layers.layer_of(case.kind, number, weights)
         int4.fill(routed, case.kind, weights)
         dense = {"w13": weights.dense("w13"), "w2": weights.dense("w2")}
     else:
         names = ("gate_proj", "down_proj", "up_proj" if case.gated else None)
-        with _a_gpu_when_asked(not case.gated):
+        with _a_gpu_when_asked(not case.gated), torch.device(DEVICE):
             layer = factory(
                 num_experts=case.experts,
                 top_k=TOP_K,
@@ -86,7 +92,7 @@ def layer_of(case, number):
         for name in ("w13", "w2"):
             weight = getattr(routed, f"{name}_weight").data
             weight.copy_(torch.randn(weight.shape, generator=make) / weight.shape[2] ** 0.5)
-            dense[name] = weight.float().clone()
+            dense[name] = weight.float().cpu().clone()
     routed.quant_method.process_weights_after_loading(routed)
     return layer, routed, dense
 
@@ -101,7 +107,7 @@ def _a_gpu_when_asked(wanted):
 
 
 class Calls:
-    """Counts the calls of our kernels; upstream's only count, as there is no GPU for them."""
+    """Counts the calls of our kernels and upstream's; the latter want a GPU to do more."""
 
     def __init__(self):
         self.ours = self.theirs = self.tails = 0
@@ -121,8 +127,11 @@ class Calls:
             self.tails += 1
             return product(*args, **more)
 
+        upstream = PunicaWrapperGPU.add_lora_fused_moe
+
         def theirs(punica, *args, **more):
             self.theirs += 1
+            return upstream(punica, *args, **more) if DEVICE != "cpu" else None
 
         def align(punica, topk_ids, *args, **more):
             return None, None, topk_ids.flatten(), None
@@ -131,9 +140,13 @@ class Calls:
             mock.patch.object(launch, "add_lora", add_lora),
             mock.patch.object(grouped, "grouped_product", grouped_product),
             mock.patch.object(PunicaWrapperGPU, "add_lora_fused_moe", theirs),
-            mock.patch.object(PunicaWrapperGPU, "moe_lora_align_block_size", align),
-            mock.patch("vllm.lora.layers.utils.try_get_optimal_moe_lora_config", return_value={}),
         ]
+        config = "vllm.lora.layers.utils.try_get_optimal_moe_lora_config"
+        if DEVICE == "cpu":
+            self.patches += [
+                mock.patch.object(PunicaWrapperGPU, "moe_lora_align_block_size", align),
+                mock.patch(config, return_value={}),
+            ]
         for one in self.patches:
             one.start()
         return self
@@ -148,7 +161,7 @@ def punica_for(case, lora_config):
     from vllm.lora.layers import LoRAMapping
     from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
-    punica = PunicaWrapperGPU(32, 32, "cpu", lora_config=lora_config)
+    punica = PunicaWrapperGPU(32, 32, DEVICE, lora_config=lora_config)
     # Dispatched tokens are not the batch's own, which all have the last adapter, or none.
     slots = [case.local] * case.tokens if case.dispatched else case.slots
     ids = tuple(slot + 1 for slot in slots)
@@ -189,13 +202,14 @@ def run(name, case, number, config):
         here = [-1] * ABSENT + here[::-1]
         ids = torch.rand(case.tokens, len(here), generator=make).topk(TOP_K).indices
     with Calls() as calls, set_forward_context(None, config), torch.inference_mode():
-        given = (x.clone(), weights, ids.to(case.ids))
+        given = (x.to(DEVICE, copy=True), weights.to(DEVICE), ids.to(DEVICE, case.ids))
         if case.mapped or case.apart:
             answer = apply(case, wrapper, routed, *given, here)
         else:
             answer = layers.forward(layer, routed, *given)
         if name == "up before gate":
             return swapped(case, wrapper, routed, *given)
+    answer = answer.cpu()
     want = loop(case, dense, x, weights, ids, adapters, here)
     plain = loop(case, dense, x, weights, ids, {}, here)
     size = want.abs().max()
@@ -227,16 +241,16 @@ def ranks_are_right(wrapper, case, adapters):
                         if a[expert, rank].any() and b[expert, :, rank].any():
                             want[index, slot, expert] = rank + 1
         active |= want.gt(0).any(0)
-        if not torch.equal(want, factors.ranks):
+        if not torch.equal(want, factors.ranks.cpu()):
             return False
-    return torch.equal(active, kept.active)
+    return torch.equal(active, kept.active.cpu())
 
 
 def swapped(case, wrapper, routed, x, weights, ids):
     """As TRT-LLM's experts ask for gate's and up's share: alone, up first."""
     experts, found = wrapper._moe_kernel.fused_experts, []
     for swap in (False, True):
-        y = torch.zeros(case.tokens, TOP_K, 2 * INNER, dtype=x.dtype)
+        y = torch.zeros(case.tokens, TOP_K, 2 * INNER, dtype=x.dtype, device=DEVICE)
         with Calls() as calls:
             experts.apply_w13_lora(
                 experts._lora_context,
@@ -252,7 +266,7 @@ def swapped(case, wrapper, routed, x, weights, ids):
                 add_inputs=False,
                 swap_w13_slices=swap,
             )
-        found.append(y.float())
+        found.append(y.float().cpu())
     want = torch.cat(found[0].chunk(2, dim=-1)[::-1], dim=-1)
     size = want.abs().max()
     return {
@@ -271,14 +285,17 @@ def apply(case, wrapper, routed, x, weights, ids, here):
     experts = wrapper._moe_kernel.fused_experts
     context = experts._lora_context
     if case.dispatched:
-        context.local_token_lora_mapping = torch.tensor(case.slots, dtype=torch.int32)
+        context.local_token_lora_mapping = torch.tensor(
+            case.slots, dtype=torch.int32, device=DEVICE
+        )
     if case.apart:
         context.aux_stream, context.events = object(), (None,) * 4
     activation = wrapper.moe_config.activation
     first, second, _ = experts.workspace_shapes(
         case.tokens, 2 * INNER, HIDDEN, TOP_K, len(here), case.experts, None, activation
     )
-    out = torch.empty_like(x)
+    out, empty = torch.empty_like(x), {"dtype": x.dtype, "device": DEVICE}
+    own = torch.tensor(here, dtype=torch.int32, device=DEVICE)
     together = mock.patch.object(
         triton_moe, "maybe_execute_in_parallel", lambda one, other, *rest: (one(), other())
     )
@@ -292,11 +309,11 @@ def apply(case, wrapper, routed, x, weights, ids, here):
             topk_ids=ids,
             activation=activation,
             global_num_experts=len(here),
-            expert_map=torch.tensor(here, dtype=torch.int32) if case.mapped else None,
+            expert_map=own if case.mapped else None,
             a1q_scale=None,
             a2_scale=None,
-            workspace13=torch.full(first, float("nan"), dtype=x.dtype),
-            workspace2=torch.full(second, float("nan"), dtype=x.dtype),
+            workspace13=torch.full(first, float("nan"), **empty),
+            workspace2=torch.full(second, float("nan"), **empty),
             expert_tokens_meta=None,
             apply_router_weight_on_input=False,
         )
@@ -311,18 +328,20 @@ def hook(release):
 
 
 def main():
-    config, release = stage.begin(torch.float32)
+    config, release = stage.begin(torch.float32, DEVICE)
     import vllm.lora.layers.fused_moe  # noqa: F401
 
     for kind in ("gptq", "moe_wna16"):
         layers.method_of(kind)
-    kernel_operators.stand_in()
+    if DEVICE == "cpu":
+        importlib.import_module("bf16_exact")
+        kernel_operators.stand_in()
     results = {"release": release, "status": hook(release), "cases": {}}
     chosen = {**CASES, **REFUSED, **TAIL, **TAILLESS}
     for number, (name, case) in enumerate(chosen.items()):
         if sys.argv[1:] and name not in sys.argv[1:]:
             continue
-        if case.kind != "plain":
+        if case.kind != "plain" and DEVICE == "cpu":
             layers.choose(case.kind)
         settings = {"asked for upstream": "upstream", "not measured": "auto"}
         os.environ["VLLM_MOE_LORA_KERNELS"] = settings.get(

@@ -145,7 +145,7 @@ def forward(layer, routed, x, weights, ids):
         def select_experts(self, **more):
             return weights, ids
 
-    logits = torch.zeros(len(x), int4.EXPERTS)
+    logits = x.new_zeros(len(x), int4.EXPERTS)
     if "router" in wanted:
         return method.apply(routed, Router(), x, logits)
     routed.select_experts = lambda **more: (weights, ids, None)

@@ -20,9 +20,14 @@ import torch
 SLOTS, TOP_K = 2, 2
 
 
-def begin(lora_dtype):
-    """Import vLLM, with process groups of one and LoRA in its config. Returns its release."""
-    stand_ins.modules()
+def begin(lora_dtype, device="cpu"):
+    """Import vLLM, with process groups of one and LoRA in its config. Returns its release.
+
+    Args:
+        device: another than "cpu" needs nothing that stands in for it.
+    """
+    if device == "cpu":
+        stand_ins.modules()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     import vllm
     from vllm.config import VllmConfig, set_current_vllm_config
@@ -43,10 +48,11 @@ def begin(lora_dtype):
     try:
         from vllm.v1.worker.workspace import init_workspace_manager
 
-        init_workspace_manager(torch.device("cpu"))
+        init_workspace_manager(torch.device(device))
     except ImportError:
         pass  # before 0.12 had one
-    _operators()
+    if device == "cpu":
+        _operators()
     return config, vllm.__version__.partition("+")[0]
 
 

@@ -1,0 +1,68 @@
+"""Our kernels under vLLM's own layers and experts on a real GPU; ci/gpu.sh runs this.
+
+The cases of tests/releases/test_kernels_in_place.py with nothing replaced: where upstream's kernels
+run, their numbers count, too. Never run so far.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import unpacked
+from kernel_cases import CASES, REFUSED, TAIL, TAILLESS
+
+
+@functools.cache
+def found():
+    """What the child says, on the vLLM that is installed, or the error."""
+    paths = (str(unpacked.ROOT), str(unpacked.HERE), os.environ.get("PYTHONPATH", ""))
+    path = os.pathsep.join(filter(None, paths))
+    more = {"MOE_LORA_DEVICE": "cuda", "MOE_LORA_SIZE": "256", "VLLM_MOE_LORA": "0"}
+    done = subprocess.run(
+        [sys.executable, str(unpacked.HERE / "kernels_in_place.py")],
+        env={**os.environ, **more, "VLLM_PLUGINS": "", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )
+    lines = done.stdout.strip().splitlines()
+    return json.loads(lines[-1]) if done.returncode == 0 and lines else done.stderr[-3000:]
+
+
+def _usable():
+    if not torch.cuda.is_available():
+        return False
+    import vllm
+
+    return "cpu" not in vllm.__version__
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not _usable(), reason="no CUDA GPU, or a vLLM that is not built for it"),
+]
+# Upstream's product of fp32 weights is in tf32; bf16 rounds between the products.
+LIMIT, LIMIT_BF16 = 0.01, 0.03
+
+
+@pytest.mark.parametrize("name", [*CASES, *REFUSED, *TAIL, *TAILLESS])
+def test_the_layer_is_the_loops(name):
+    answers = found()
+    assert isinstance(answers, dict), answers
+    if answers["status"].get("moe-kernels") != "on":
+        pytest.skip(f"vLLM {answers['release']} has no place for our kernels: 0.28 to 0.33 do")
+    one = answers["cases"][name]
+    assert "error" not in one, one
+    assert one["off"] <= (LIMIT_BF16 if name.endswith("bf16") else LIMIT), one
+    if "no adapter" not in name:
+        assert one["moved"] > 0.2
+    ours = [0, 0] if name in TAIL or "no adapter" in name else [2, 0]
+    assert one["calls"] == ([0, 2] if name in REFUSED else ours)
+    assert one["tails"] == (2 if name in TAIL else 0)

@@ -45,26 +45,29 @@ def silu(gate, up):
 
 
 class Weights:
-    """Two projections' INT4 weights: ``q`` [experts, in, out], scales and zeros per group."""
+    """Two projections' INT4 weights: ``q`` [experts, in, out], scales and zeros per group.
+
+    With 8 ``bits`` INT8 weights, without zeros.
+    """
 
     hidden = HIDDEN
     layer = types.MappingProxyType({})
     act = staticmethod(silu)
 
-    def __init__(self, seed, zeros, inner=INNER):
-        self.inner = inner
+    def __init__(self, seed, zeros, inner=INNER, bits=4):
+        self.inner, self.bits = inner, bits
         make = torch.Generator().manual_seed(seed)
         self.q, self.scale, self.zero = {}, {}, {}
         for name, k, n in (("w13", HIDDEN, 2 * inner), ("w2", inner, HIDDEN)):
             shape = (EXPERTS, k // GROUP, n)
-            self.q[name] = torch.randint(0, 16, (EXPERTS, k, n), generator=make)
-            self.scale[name] = 0.02 + 0.02 * torch.rand(shape, generator=make)
-            self.scale[name] = self.scale[name].half().float()
+            self.q[name] = torch.randint(0, 2**bits, (EXPERTS, k, n), generator=make)
+            scale = 0.02 + 0.02 * torch.rand(shape, generator=make)
+            self.scale[name] = (scale * 2 ** (4 - bits)).half().float()
             self.zero[name] = torch.randint(3, 13, shape, generator=make) if zeros else None
 
     def dense(self, name):
         """[experts, out, in] in fp32."""
-        return dequantise(self.q[name], self.scale[name], self.zero[name])
+        return dequantise(self.q[name], self.scale[name], self.zero[name], self.bits)
 
     def part(self, experts, inner):
         """These experts, and of the inner dimension this slice of whole groups."""
@@ -86,10 +89,10 @@ class Weights:
         return found
 
 
-def dequantise(q, scale, zero):
+def dequantise(q, scale, zero, bits=4):
     """[experts, out, in] in fp32 from q [experts, in, out], scale and zero [experts, groups, out];
-    8 where there are no zeros."""
-    zero = 8 if zero is None else zero.repeat_interleave(GROUP, dim=1)
+    the middle where there are no zeros."""
+    zero = 2 ** (bits - 1) if zero is None else zero.repeat_interleave(GROUP, dim=1)
     return ((q - zero) * scale.float().repeat_interleave(GROUP, dim=1)).transpose(1, 2)
 
 
@@ -100,7 +103,8 @@ def fill(layer, kind, weights):
         if kind == "awq":
             found = {"qweight": pack(q, 2), "scales": scale, "qzeros": pack(zero, 2)}
         elif kind.startswith("moe_wna16"):
-            found = {"qweight": pack(q.transpose(1, 2), 2, torch.uint8)}
+            bytes_ = q.transpose(1, 2).to(torch.uint8)
+            found = {"qweight": pack(bytes_, 2, torch.uint8) if weights.bits == 4 else bytes_}
             found["scales"] = scale.transpose(1, 2)
             if zero is not None:
                 found["qzeros"] = pack(zero.transpose(1, 2), 1, torch.uint8)
@@ -140,11 +144,12 @@ def _gemm(given):
 
 def _triton(given):
     """`invoke_fused_moe_wna16_triton_kernel`, up to 0.13 `invoke_fused_moe_kernel`"""
-    assert given.use_int4_w4a16
-    q = unpack(given.B, 2).transpose(1, 2)
+    assert given.use_int4_w4a16 != given.use_int8_w8a16
+    bits = 4 if given.use_int4_w4a16 else 8
+    q = (unpack(given.B, 2) if bits == 4 else given.B.long()).transpose(1, 2)
     zero = None if given.B_zp is None else unpack(given.B_zp, 1).transpose(1, 2)
     given.mul = given.mul_routed_weight
-    weights = dequantise(q, given.B_scale.transpose(1, 2), zero)
+    weights = dequantise(q, given.B_scale.transpose(1, 2), zero, bits)
     stage.product(given, given.A, weights, given.C, given.C.shape[-1])
 
 

@@ -1,4 +1,4 @@
-"""Child: INT4 layers of one release under `FusedMoEWithLoRA`, bare and with us; prints JSON.
+"""Child: quantised layers of one release under `FusedMoEWithLoRA`, bare and with us; prints JSON.
 
 For each kind of checkpoint and each of "bare" and "ours": "error", or the numbers "moved" (how far
 an adapter moves the layer's answer) and "off" and "base_off" (how far the answers with and without
@@ -25,7 +25,7 @@ import torch
 
 DTYPE = torch.float16
 TOKENS = 7
-KINDS = ["gptq", "awq", "ct", "ct-triton", "moe_wna16", "moe_wna16-awq"]
+KINDS = ["gptq", "awq", "ct", "ct-triton", "moe_wna16", "moe_wna16-awq", "moe_wna16-8"]
 OTHERS = {"fp8": fp8, "mxfp8": mxfp8}  # kinds that are not INT4
 # A method without experts for LoRA, and one with experts that the wrapper does not accept.
 REFUSED = ["moe_wna16-other", "moe_wna16-strange"]
@@ -66,7 +66,8 @@ def method_of(kind):
         if kind in REFUSED:
             more = {"select_gemm_impl": _strange} if kind == "moe_wna16-strange" else {}
             method = type("OtherMoEMethod", (method,), more)
-        text = {"awq": int4.AWQ} if kind.endswith("awq") else {"gptq": int4.GPTQ}
+        gptq = {**int4.GPTQ, "bits": 8 if kind.endswith("8") else 4}
+        text = {"awq": int4.AWQ} if kind.endswith("awq") else {"gptq": gptq}
         ((name, options),) = text.items()
         made = config.from_config({**options, "quant_method": name})
         return lambda layer: method(made, layer.moe_config)
@@ -203,7 +204,8 @@ def _run(kind, number, config):
         layer, routed = layer_of(kind, number, weights)
         OTHERS[kind].fill(routed, weights)
     else:
-        weights = int4.Weights(seed, zeros=kind.endswith("awq"))
+        bits = 8 if kind.endswith("8") else 4
+        weights = int4.Weights(seed, zeros=kind.endswith("awq"), bits=bits)
         layer, routed = layer_of(kind, number, weights)
         int4.fill(routed, kind, weights)
     routed.quant_method.process_weights_after_loading(routed)

@@ -39,6 +39,7 @@ ALONE = {
     "ct-triton": [("<0.14", UNTAUGHT), ("<0.20", FINE), (">=0.20", IGNORED)],
     "moe_wna16": _MOE_WNA16,
     "moe_wna16-awq": _MOE_WNA16,
+    "moe_wna16-8": _MOE_WNA16,
 }
 # fp16 against fp32 over 64 numbers, tokens in FP8 against fp32: an adapter moves answers by more.
 LIMIT, LIMIT_FP8 = 0.004, 0.1

@@ -39,8 +39,10 @@ ALONE = {
     "ct-triton": [("<0.14", UNTAUGHT), ("<0.20", FINE), (">=0.20", IGNORED)],
     "moe_wna16": _MOE_WNA16,
     "moe_wna16-awq": _MOE_WNA16,
-    "moe_wna16-8": _MOE_WNA16,
+    "moe_wna16-8": [(">=0.27,<0.29", ASSERTION), *_MOE_WNA16],
 }
+# With or without LoRA: there vLLM takes no 8 bits with groups.
+STILL = {"moe_wna16-8": SpecifierSet(">=0.27,<0.29")}
 # fp16 against fp32 over 64 numbers, tokens in FP8 against fp32: an adapter moves answers by more.
 LIMIT, LIMIT_FP8 = 0.004, 0.1
 
@@ -77,7 +79,8 @@ def test_int4(release, kind):
     bare, ours = results(release)
     want = expected(kind, release)
     assert re.fullmatch(want, verdict(bare[kind])), bare[kind]
-    assert verdict(ours[kind]) == FINE, ours[kind]
+    still = kind in STILL and release in STILL[kind]
+    assert verdict(ours[kind]) == (ASSERTION if still else FINE), ours[kind]
 
 
 @pytest.mark.parametrize("release", [r for r in RELEASES if r in SpecifierSet(">=0.20,<0.25")])

@@ -174,7 +174,8 @@ def test_experts_of_other_ranks():
 def test_ids_that_do_not_exist_change_nothing(counted):
     """No slot or expert id of the batch leads outside the factors, whatever it is."""
     case = cases.make(SMALL, torch.float32, 40, 16, 16)
-    case.token_slots[:4] = torch.tensor([3, 10**9, -2, -(2**31)])
+    wraps = -(-(2**32) // SMALL.experts)  # in 32 bits, a segment of the first slots
+    case.token_slots[:4] = torch.tensor([3, wraps, -2, -(2**31)])
     case.topk_ids[4:7, 0] = torch.tensor([5, 2**31 - 1, -7])
     y = case.y.clone()
     with cases.limits(ranked=0 if counted else 10**6):

@@ -85,9 +85,8 @@ def rank_kernel(
     for first in range(0, num_pairs, AGAINST):
         others = first + tl.arange(0, AGAINST)
         against = segment_of(others, *ids, *counts, HAS_MAP, HAS_ACTIVE)
-        # Past the end nothing is counted: -1 equals no segment, and is kept out of "lower".
-        against = tl.where(others < num_pairs, against, -1)
-        lower = (against[None, :] < segment[:, None]) & (against[None, :] >= 0)
+        # Past the end are pairs of no segment: lower than none, and nobody asks how many they are.
+        lower = against[None, :] < segment[:, None]
         same = against[None, :] == segment[:, None]
         before += tl.sum(lower.to(tl.int32), axis=1)
         behind += tl.sum((same & (others[None, :] < mine[:, None])).to(tl.int32), axis=1)

@@ -6,15 +6,22 @@ its model, and "CALLS n" after each batch: how often functions of LoRA on expert
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import sys
 
 from vllm import LLM
 
-from vllm_moe_lora.kernels import cpu
-from vllm_moe_lora.layers import cpu_experts, cpu_int4, cpu_unquantized
 from vllm_moe_lora.tiny import engine
 
+# What is patched in is what runs.
+_home = "vllm.lora.moe_lora" if importlib.util.find_spec("vllm.lora.moe_lora") else "vllm_moe_lora"
+cpu = importlib.import_module(f"{_home}.kernels.cpu")
+cpu_experts, cpu_int4, cpu_unquantized = (
+    importlib.import_module(f"{_home}.layers.{name}")
+    for name in ("cpu_experts", "cpu_int4", "cpu_unquantized")
+)
 calls = 0
 
 

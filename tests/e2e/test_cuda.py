@@ -5,25 +5,14 @@ Run on the CPU engine only so far, where all kernels are its own.
 
 from __future__ import annotations
 
+import gpu
 import pytest
 import torch
 from conftest import PROMPTS, SHARE, TOP
 
 from vllm_moe_lora.tiny import engine
 
-
-def _usable():
-    if not torch.cuda.is_available():
-        return False
-    import vllm
-
-    return "cpu" not in vllm.__version__
-
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not _usable(), reason="no CUDA GPU, or a vLLM that is not built for it"),
-]
+pytestmark = gpu.MARKS
 STEPS = 4
 NAMES = (None, "a", "b")
 FORMS = {

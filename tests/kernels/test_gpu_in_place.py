@@ -12,8 +12,8 @@ import os
 import subprocess
 import sys
 
+import gpu
 import pytest
-import torch
 import unpacked
 from kernel_cases import CASES, REFUSED, TAIL, TAILLESS
 
@@ -36,18 +36,7 @@ def found():
     return json.loads(lines[-1]) if done.returncode == 0 and lines else done.stderr[-3000:]
 
 
-def _usable():
-    if not torch.cuda.is_available():
-        return False
-    import vllm
-
-    return "cpu" not in vllm.__version__
-
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not _usable(), reason="no CUDA GPU, or a vLLM that is not built for it"),
-]
+pytestmark = gpu.MARKS
 # Upstream's product of fp32 weights is in tf32; bf16 rounds between the products.
 LIMIT, LIMIT_BF16 = 0.01, 0.03
 

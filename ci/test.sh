@@ -12,7 +12,9 @@ if [ -z "${MOE_LORA_TREES:-}" ]; then
   "$python" ci/trees.py 0.11.1 0.12.0 0.13.0 0.14.1 0.15.1 0.16.0 0.24.0 ||
     echo "not all releases could be fetched"
   [ -d .trees/triton-3.6.0 ] ||
-    "$python" -m pip install --quiet --no-deps --target .trees/triton-3.6.0 triton==3.6.0 ||
+    { rm -rf .trees/part &&
+      "$python" -m pip install --quiet --no-deps --target .trees/part triton==3.6.0 &&
+      mv .trees/part .trees/triton-3.6.0; } ||  # there when it is whole
     echo "Triton 3.6.0 could not be fetched"
 fi
 # Nearly all of a test is the start of a process, which one core does: two at a time, each of them

@@ -39,8 +39,9 @@ def test_the_adapter_is_the_merged_checkpoint(case, kernels, eager):
     base = [(prompt, None) for prompt in PROMPTS]
     paths = {name: str(path) for name, path in case.adapters.items()}
     options = {"dtype": "bfloat16", "enforce_eager": eager, "gpu_memory_utilization": 0.3}
-    job = engine.Job(str(case.model), paths, [mixed, base], max_tokens=STEPS, options=options)
-    job.import_plugin = True  # the package may be on the path without its entry point
+    job = engine.Job(
+        str(case.model), paths, [mixed, base], max_tokens=STEPS, options=options, import_plugin=True
+    )  # the package may be there without its entry point
     answers, _, _ = engine.run(job, {"VLLM_MOE_LORA": "1", "VLLM_MOE_LORA_KERNELS": kernels})
     off, effect = {name: [] for name in NAMES}, []
     for (prompt, name), (tokens, have) in zip(mixed + base, answers[0] + answers[1], strict=True):

@@ -6,35 +6,12 @@ run, their numbers count, too. Never run so far.
 
 from __future__ import annotations
 
-import functools
-import json
 import os
-import subprocess
-import sys
 
 import gpu
 import pytest
 import unpacked
 from kernel_cases import CASES, REFUSED, TAIL, TAILLESS
-
-
-@functools.cache
-def found():
-    """What the child says, on the vLLM that is installed, or the error."""
-    paths = (str(unpacked.ROOT), str(unpacked.HERE), os.environ.get("PYTHONPATH", ""))
-    path = os.pathsep.join(filter(None, paths))
-    more = {"MOE_LORA_DEVICE": "cuda", "MOE_LORA_SIZE": "256", "VLLM_MOE_LORA": "0"}
-    done = subprocess.run(
-        [sys.executable, str(unpacked.HERE / "kernels_in_place.py")],
-        env={**os.environ, **more, "VLLM_PLUGINS": "", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=800,
-        check=False,
-    )
-    lines = done.stdout.strip().splitlines()
-    return json.loads(lines[-1]) if done.returncode == 0 and lines else done.stderr[-3000:]
-
 
 pytestmark = gpu.MARKS
 # Upstream's product of fp32 weights is in tf32; bf16 rounds between the products.
@@ -43,7 +20,10 @@ LIMIT, LIMIT_BF16 = 0.01, 0.03
 
 @pytest.mark.parametrize("name", [*CASES, *REFUSED, *TAIL, *TAILLESS])
 def test_the_layer_is_the_loops(name):
-    answers = found()
+    # A tree on the path comes before the vLLM that is installed.
+    tree = os.environ.get("PYTHONPATH", "")
+    setting = {"MOE_LORA_DEVICE": "cuda", "MOE_LORA_SIZE": "256"}
+    answers = unpacked.asked(tree, "kernels_in_place.py", **setting)
     assert isinstance(answers, dict), answers
     if answers["status"].get("moe-kernels") != "on":
         pytest.skip(f"vLLM {answers['release']} has no place for our kernels: 0.28 to 0.33 do")

@@ -11,19 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
-import os
-import sys
-import tempfile
-import traceback
-from pathlib import Path
 
-import lora_operators
 import numpy as np
 import parallel_cases
 import parallel_experts
 import ranks
-import stage
 import torch
 from packaging.version import Version
 from parallel_truth import answer
@@ -136,6 +128,7 @@ class Rank(parallel_experts.Rank):
 
 
 def run(case, base, folder):
+    case = dataclasses.replace(case)
     whole = case.whole()
     adapters = parallel_experts._adapters(case, whole, folder)
     case.more = {**case.more, "custom_routing_function": routing}
@@ -186,43 +179,5 @@ def cases(release):
     return [case for case in CASES if Version(release) >= Version(case.since)]
 
 
-def main():
-    base, release = stage.begin(torch.float32)
-    import vllm.lora.layers.fused_moe
-    import vllm.lora.punica_wrapper.punica_gpu  # noqa: F401
-
-    import vllm_moe_lora
-    from vllm_moe_lora import supported
-    from vllm_moe_lora.layers import era_a
-
-    release = supported.release_of(release)
-    parallel_cases.stand_in()
-    lora_operators.stand_in()
-    ranks.connect()
-    wanted = sys.argv[1:]
-    results = {"release": release, "bare": {}, "ours": {}}
-    for who in ("bare", "ours"):
-        if who == "ours":
-            os.environ["VLLM_MOE_LORA"] = "1"
-            with parallel_experts.as_cuda():
-                vllm_moe_lora.register()
-            era_a.on_cpu = lambda wrapper: False
-        for case in cases(release):
-            if wanted and case.name not in wanted:
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                try:
-                    results[who][case.name] = run(dataclasses.replace(case), base, Path(folder))
-                except Exception as error:  # is an answer
-                    text = f"{type(error).__name__}: {error}"
-                    results[who][case.name] = {"error": text}
-                    print(who, case.name, file=sys.stderr)
-                    traceback.print_exc()
-    results["status"] = vllm_moe_lora.status()
-    print(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main()
-    sys.stdout.flush()
-    os._exit(0)
+    parallel_experts.main(cases, run)

@@ -12,12 +12,14 @@ import torch
 launched = []  # by upstream's `apply`, in one case
 
 
-def _align(given):
-    """`_prepare_expert_assignment`; absent experts are -1, as upstream's.
+def _align(given, order, expert_ids, count):
+    """What `_prepare_expert_assignment` gives; absent experts are -1, as upstream's.
 
     In blocks of one, for the tail in those of the kernels, with a block behind them not in use.
+
+    Args:
+        order, expert_ids, count: by `stage.align`.
     """
-    order, expert_ids, count = stage.align(given)
     if os.environ["VLLM_MOE_LORA_KERNELS"] == "tail":
         size, pairs = given.config["BLOCK_SIZE_M"], order.numel()
         blocks, experts = [], []
@@ -65,13 +67,11 @@ def stand_in():
     importlib.import_module(f"{where}.experts.triton_moe")
     int4.stand_in()
     ops.moe_sum = _sum
-    order = fused_moe._prepare_expert_assignment
+    own = fused_moe._prepare_expert_assignment
 
     def align(given):
-        # Of few pairs the release's own answer, which asks no operator.
-        pairs, known = given.topk_ids.numel(), given.expert_map is None
-        few = known and 4 * pairs <= given.global_num_experts
-        return order(**vars(given)) if few else _align(given)
+        found = own(**vars(given))
+        return found if found[0] is None else _align(given, *found)  # few pairs are not sorted
 
     for name, function in (
         ("invoke_fused_moe_triton_kernel", _product),

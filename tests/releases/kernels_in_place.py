@@ -11,11 +11,11 @@ both relative to the largest number of theirs; "calls", how often our kernels an
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
 import sys
-import traceback
 import types
 from pathlib import Path
 from unittest import mock
@@ -45,9 +45,6 @@ from kernel_cases import (
     adapter,
     loop,
 )
-
-from vllm_moe_lora import patching, supported
-from vllm_moe_lora.hooks import all_hooks
 
 DEVICE = os.environ["MOE_LORA_DEVICE"]
 
@@ -157,17 +154,9 @@ class Calls:
 
 
 def punica_for(case, lora_config):
-    """The release's, with the metadata of the batch as its runner gives it."""
-    from vllm.lora.layers import LoRAMapping
-    from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
-
-    punica = PunicaWrapperGPU(32, 32, DEVICE, lora_config=lora_config)
     # Dispatched tokens are not the batch's own, which all have the last adapter, or none.
     slots = [case.local] * case.tokens if case.dispatched else case.slots
-    ids = tuple(slot + 1 for slot in slots)
-    names = list(range(1, SLOTS + 1))
-    punica.update_metadata(LoRAMapping(ids, ids, is_prefill=True), names, SLOTS + 1, 64)
-    return punica
+    return stage.punica_of_a_gpu(slots, SLOTS, lora_config, DEVICE)
 
 
 def run(name, case, number, config):
@@ -320,13 +309,6 @@ def apply(case, wrapper, routed, x, weights, ids, here):
     return out
 
 
-def hook(release):
-    features = ("moe-kernels", "quantised-experts")
-    hooks = [h for h in supported.made_for(release, all_hooks()) if h.feature in features]
-    known = supported.hashes(release)
-    return patching.apply(hooks, version=release, platform="cuda", hashes=known).features
-
-
 def main():
     config, release = stage.begin(torch.float32, DEVICE)
     import vllm.lora.layers.fused_moe  # noqa: F401
@@ -336,7 +318,8 @@ def main():
     if DEVICE == "cpu":
         importlib.import_module("bf16_exact")
         kernel_operators.stand_in()
-    results = {"release": release, "status": hook(release), "cases": {}}
+    results = {"release": release, "cases": {}}
+    results["status"] = stage.hooks_of_a_gpu(release, "moe-kernels", "quantised-experts")
     chosen = {**CASES, **REFUSED, **TAIL, **TAILLESS}
     for number, (name, case) in enumerate(chosen.items()):
         if sys.argv[1:] and name not in sys.argv[1:]:
@@ -348,12 +331,8 @@ def main():
             name, "tail" if name.startswith("tail, ") else "ours"
         )
         kernel_operators.launched.clear()
-        try:
-            results["cases"][name] = run(name, case, number, config)
-        except Exception as error:
-            results["cases"][name] = {"error": f"{type(error).__name__}: {error}"}
-            print(name, file=sys.stderr)
-            traceback.print_exc()
+        asked = functools.partial(run, name, case, number, config)
+        results["cases"][name] = stage.attempted(asked, name)
     print(json.dumps(results))
 
 

@@ -8,10 +8,10 @@ another rank's): "error", or the numbers that `quantised_experts.py` has. From 0
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
-import traceback
 from pathlib import Path
 from unittest import mock
 
@@ -107,21 +107,6 @@ def _truth(weights, x, topk_weights, ids, slots, lora):
     return out
 
 
-def _real_punica(config):
-    """Makes the release's own Punica for a batch, whose operators our hooks stand before."""
-    from vllm.lora.layers import LoRAMapping
-    from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
-
-    def made(slots):
-        punica = PunicaWrapperGPU(32, 32, "cpu", lora_config=config.lora_config)
-        ids = tuple(slot + 1 for slot in slots)
-        names = list(range(1, stage.SLOTS + 1))
-        punica.update_metadata(LoRAMapping(ids, ids, is_prefill=True), names, stage.SLOTS + 1, 64)
-        return punica
-
-    return made
-
-
 def _run(kind, number, config, punica=stage.Punica):
     from vllm_moe_lora.kernels.triton import launch
 
@@ -171,18 +156,6 @@ def _answers(kind, number, config, punica):
     }
 
 
-def _our_kernels(release):
-    """Their hooks are for GPUs."""
-    from vllm_moe_lora import patching, supported
-    from vllm_moe_lora.hooks import all_hooks
-
-    hooks = supported.made_for(release, all_hooks())
-    hooks = [hook for hook in hooks if hook.feature == "moe-kernels"]
-    known = supported.hashes(release)
-    status = patching.apply(hooks, version=release, platform="cuda", hashes=known)
-    assert status.on == ["moe-kernels"], status
-
-
 def main():
     oai.package(sys.argv[1])
     config, release = stage.begin(DTYPE)
@@ -203,16 +176,14 @@ def main():
             os.environ["VLLM_MOE_LORA"] = "1"
             vllm_moe_lora.register()
         if who == "kernels":
-            _our_kernels(release)
-            punica = _real_punica(config)
+            assert stage.hooks_of_a_gpu(release, "moe-kernels") == {"moe-kernels": "on"}
+            punica = functools.partial(
+                stage.punica_of_a_gpu, count=stage.SLOTS, lora_config=config.lora_config
+            )
         for kind in kinds:
             number += 1
-            try:
-                found[kind] = _run(kind, number, config, punica)
-            except Exception as error:
-                found[kind] = {"error": f"{type(error).__name__}: {error}"}
-                print(who, kind, file=sys.stderr)
-                traceback.print_exc()
+            asked = functools.partial(_run, kind, number, config, punica)
+            found[kind] = stage.attempted(asked, who, kind)
     results["status"] = vllm_moe_lora.status()
     print(json.dumps(results))
 

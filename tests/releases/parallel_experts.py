@@ -8,12 +8,12 @@ hold in their slots is from their parts of the adapter ("slots"), relative to th
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import json
 import os
 import sys
 import tempfile
-import traceback
 import types
 from pathlib import Path
 from unittest import mock
@@ -24,6 +24,7 @@ import quantised_experts
 import ranks
 import stage
 import torch
+from packaging.version import Version
 from parallel_truth import Adapter, answer
 
 TOKENS = 9
@@ -271,7 +272,15 @@ def run(case, base, folder):
     }
 
 
-def main():
+def main(cases=parallel_cases.cases, run=run, stand_in=parallel_cases.stand_in, kernels=False):
+    """Print the answers.
+
+    Args:
+        cases: release -> the worlds.
+        run: (case, base config, folder for adapters) -> what is printed of it.
+        stand_in: replaces the operators that ``cases`` need beside LoRA's.
+        kernels: also with our Triton kernels, from 0.28 on.
+    """
     base, release = stage.begin(torch.float32)
     import vllm.lora.layers.fused_moe
     import vllm.lora.punica_wrapper.punica_gpu  # noqa: F401
@@ -281,30 +290,30 @@ def main():
     from vllm_moe_lora.layers import era_a
 
     release = supported.release_of(release)
-    parallel_cases.stand_in()
+    stand_in()
     lora_operators.stand_in()
     ranks.connect()
     wanted = sys.argv[1:]
-    cases = [c for c in parallel_cases.cases(release) if not wanted or c.name in wanted]
+    made = [c for c in cases(release) if not wanted or c.name in wanted]
     results = {"release": release, "bare": {}, "ours": {}}
-    for who in ("bare", "ours"):
+    if kernels and Version(release) >= Version("0.28"):
+        results["kernels"] = {}
+    for who in list(results)[1:]:
         if who == "ours":
             os.environ["VLLM_MOE_LORA"] = "1"
             with as_cuda():
                 vllm_moe_lora.register()
             era_a.on_cpu = lambda wrapper: False
-        for case in cases:
+        os.environ["VLLM_MOE_LORA_KERNELS"] = "ours" if who == "kernels" else "upstream"
+        for case in made:
             with tempfile.TemporaryDirectory() as folder:
-                try:
-                    results[who][case.name] = run(case, base, Path(folder))
-                except Exception as error:  # is an answer
-                    text = f"{type(error).__name__}: {error}"
-                    results[who][case.name] = {"error": text}
-                    print(who, case.name, file=sys.stderr)
-                    traceback.print_exc()
+                asked = functools.partial(run, case, base, Path(folder))
+                results[who][case.name] = stage.attempted(asked, who, case.name)
                 case.after()
     results["status"] = vllm_moe_lora.status()
     print(json.dumps(results))
+    sys.stdout.flush()
+    os._exit(0)
 
 
 @contextlib.contextmanager
@@ -318,5 +327,3 @@ def as_cuda():
 
 if __name__ == "__main__":
     main()
-    sys.stdout.flush()
-    os._exit(0)

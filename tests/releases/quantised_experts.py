@@ -14,7 +14,6 @@ import inspect
 import json
 import os
 import sys
-import traceback
 
 import fp8
 import int4
@@ -290,12 +289,8 @@ def main():
         for kind in kinds:
             choose(kind)
             number += 1
-            try:
-                found[kind] = _run(kind, number, config)
-            except Exception as error:
-                found[kind] = {"error": f"{type(error).__name__}: {error}"}
-                print(who, kind, file=sys.stderr)
-                traceback.print_exc()
+            asked = functools.partial(_run, kind, number, config)
+            found[kind] = stage.attempted(asked, who, kind)
     results["status"] = vllm_moe_lora.status()
     print(json.dumps(results))
 

@@ -12,6 +12,7 @@ import inspect
 import os
 import socket
 import sys
+import traceback
 import types
 
 import stand_ins
@@ -54,6 +55,42 @@ def begin(lora_dtype, device="cpu"):
     if device == "cpu":
         _operators()
     return config, vllm.__version__.partition("+")[0]
+
+
+def attempted(run, *label):
+    """What ``run()`` returns. An error is an answer, too; ``label`` says whose it is on stderr."""
+    try:
+        return run()
+    except Exception as error:
+        print(*label, file=sys.stderr)
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def hooks_of_a_gpu(release, *features):
+    """Apply our hooks of ``features`` as on a GPU. Returns feature -> "on" or why it is not."""
+    from vllm_moe_lora import patching, supported
+    from vllm_moe_lora.hooks import all_hooks
+
+    hooks = [h for h in supported.made_for(release, all_hooks()) if h.feature in features]
+    known = supported.hashes(release)
+    return patching.apply(hooks, version=release, platform="cuda", hashes=known).features
+
+
+def punica_of_a_gpu(slots, count, lora_config, device="cpu"):
+    """The release's own, with the metadata of a batch as its runner gives it.
+
+    Args:
+        slots: [tokens] of ``count``, -1 for none.
+    """
+    from vllm.lora.layers import LoRAMapping
+    from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+
+    punica = PunicaWrapperGPU(32, 32, device, lora_config=lora_config)
+    ids = tuple(slot + 1 for slot in slots)
+    names = list(range(1, count + 1))
+    punica.update_metadata(LoRAMapping(ids, ids, is_prefill=True), names, count + 1, 64)
+    return punica
 
 
 def everywhere(name, value, real=None):

@@ -34,21 +34,25 @@ def tree(release: str) -> Path:
 
 def results(release: str, script: str, *arguments: str) -> dict[str, object]:
     """What a script of this folder prints as its last line, a JSON object, on ``release``."""
-    found = _asked(str(tree(release)), script, *arguments)
+    found = asked(str(tree(release)), script, *arguments)
     assert isinstance(found, dict), f"{release}: {found}"
     assert found["release"] == release, "another vLLM was imported"
     return found
 
 
 @functools.cache  # a failure, too: each of its tests would wait for it again
-def _asked(folder: str, script: str, *arguments: str) -> dict[str, object] | str:
-    """The answer, or what is wrong."""
-    path = os.pathsep.join((folder, str(ROOT), str(HERE)))
+def asked(folder: str, script: str, *arguments: str, **more: str) -> dict[str, object] | str:
+    """The answer of the vLLM in ``folder``, "" for the installed one, or what is wrong.
+
+    Args:
+        more: environment.
+    """
+    path = os.pathsep.join(filter(None, (folder, str(ROOT), str(HERE))))
     env = {**os.environ, "PYTHONPATH": path, "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR"}
     # The plugin acts when a script says so, and nothing is written among the sources.
     env |= {"VLLM_MOE_LORA": "0"}
     env.setdefault("PYTHONPYCACHEPREFIX", str(FOLDER / ".pyc"))
-    env |= {"OMP_NUM_THREADS": "1"}
+    env |= {"OMP_NUM_THREADS": "1", **more}
     try:
         done = subprocess.run(
             [sys.executable, str(HERE / script), *arguments],

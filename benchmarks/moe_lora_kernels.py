@@ -140,7 +140,7 @@ def layer_of(case: Case, given: Inputs) -> Any:
     """What the hooks see of vLLM's LoRA layer, its slots written."""
     import torch
 
-    from vllm_moe_lora.layers import segments
+    from vllm_moe_lora.layers.gpu import moe_kernels
 
     os.environ["VLLM_MOE_LORA_KERNELS"] = "ours"
     layer = SimpleNamespace(
@@ -153,7 +153,7 @@ def layer_of(case: Case, given: Inputs) -> Any:
         adapter_enabled=torch.ones(case.adapters + 1, dtype=torch.int32, device=given.x.device),
     )
     for slot in range(case.adapters):
-        segments.slot_written(layer, slot)
+        moe_kernels.slot_written(layer, slot)
     return layer
 
 
@@ -190,7 +190,7 @@ def _not_upstream(*args: Any, **more: Any) -> None:
 def bare(case: Case, given: Inputs) -> Callable[[], None]:
     """Our kernels without vLLM around them."""
     layer = layer_of(case, given)
-    from vllm_moe_lora.layers import segments
+    from vllm_moe_lora.layers.gpu import moe_kernels
 
     class Meta:
         def meta_args(self, *args: Any) -> tuple[Any, ...]:
@@ -203,12 +203,12 @@ def bare(case: Case, given: Inputs) -> Callable[[], None]:
     )
 
     def call() -> None:
-        found = segments.add_w13(
+        found = moe_kernels.add_w13(
             punica, given.y13, given.x, layer.w13_lora_a_stacked, given.b13, given.ids,
             given.weights, None, case.tokens, True, None,
         )  # fmt: skip
         assert found is not None
-        segments.add_w2(found[0], given.y2, given.act, given.weights, True)
+        moe_kernels.add_w2(found[0], given.y2, given.act, given.weights, True)
 
     return call
 

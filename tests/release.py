@@ -16,7 +16,7 @@ def installed() -> str:
     return "none"
 
 
-ERA_A = [
+LEGACY = [
     pytest.mark.legacy,
     pytest.mark.skipif(
         not installed().startswith("0.11."),

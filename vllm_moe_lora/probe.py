@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vllm_moe_lora.store import targets
-from vllm_moe_lora.store.backends import takes_lora
+from vllm_moe_lora.targets import target_modules
+from vllm_moe_lora.targets.supports_lora import takes_lora
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _config(question: Question) -> Any:
     if question.lora_target_modules is not None:
         more["lora_target_modules"] = list(question.lora_target_modules)
     if question.no_experts:
-        more["additional_config"] = {targets.KEY: True}
+        more["additional_config"] = {target_modules.KEY: True}
     config = EngineArgs(
         **more,
         model=question.model,

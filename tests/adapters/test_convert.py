@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from test_recognition import worst
 
 from vllm_moe_lora import cli
-from vllm_moe_lora.adapters.convert import read
-from vllm_moe_lora.store.stage import Slots, stage
+from vllm_moe_lora.adapters.offline.convert import read
+from vllm_moe_lora.fitting.stage import Slots, stage
 from vllm_moe_lora.tiny import adapters, models, oracle
 
 FORMS = ("per-expert", "peft-fused", "packed")

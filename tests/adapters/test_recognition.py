@@ -12,8 +12,8 @@ from vllm_moe_lora.adapters.canonical import Dims
 from vllm_moe_lora.adapters.config import Config
 from vllm_moe_lora.adapters.errors import AdapterError
 from vllm_moe_lora.adapters.group import group, refuse_what_is_not_lora
-from vllm_moe_lora.adapters.resolve import resolve
-from vllm_moe_lora.store.stage import Slots, stage
+from vllm_moe_lora.adapters.layouts.recognise import resolve
+from vllm_moe_lora.fitting.stage import Slots, stage
 
 
 def staged(tensors, truth, raw, fused=False, interleaved=False, local=range(8), limit=16, **more):

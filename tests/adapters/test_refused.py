@@ -179,7 +179,7 @@ def test_another_number_of_experts_is_seen(r):
 
 def test_a_smaller_rank_is_scaled_by_itself_and_said():
     truth = layouts.Truth(seed=2, alpha=8.0)
-    with mock.patch("vllm_moe_lora.adapters.stacked.warning_once") as said:
+    with mock.patch("vllm_moe_lora.adapters.layouts.by_projection.warning_once") as said:
         slots, _ = staged(layouts.per_expert(truth), truth, {"r": 32})
     assert worst(slots, truth, False, False) < 1e-5
     assert "rank 4 where adapter_config.json says 32" in said.call_args[0][0]

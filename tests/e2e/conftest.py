@@ -1,19 +1,19 @@
-"""Checkpoints, adapters and their oracles, made once a test session in a temporary folder."""
+"""Checkpoints made once a test session, and engines in forks of a process that has vLLM."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
+import forks
 import pytest
-import torch
+from engine_cases import Case
 
-from vllm_moe_lora.tiny import adapters, engine, models, oracle, quantise
+from vllm_moe_lora.tiny import engine, models, quantise
 
-PROMPTS = [[1, 2, 3], [5, 9, 11, 300, 17, 44, 2, 8], list(range(20, 60))]
+engine.launch = forks.launch  # test_routes.py has processes of its own
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,50 +21,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if missing and item.get_closest_marker("cpu_engine"):
             item.add_marker(pytest.mark.skip(reason="vLLM is not installed: run ci/install.sh"))
-
-
-@dataclass
-class Case:
-    """A checkpoint for the engine, its full-precision twin, and adapters with their oracles."""
-
-    folder: Path
-    model: Path
-    plain: Path
-    adapters: dict[str, Path] = field(default_factory=dict)
-    oracles: dict[str | None, list[torch.Tensor]] = field(default_factory=dict)
-
-    def add(
-        self, name: str, keep: Callable[[str], bool] = lambda name: True, **how: object
-    ) -> None:
-        """Make an adapter; its oracle is computed when first asked for."""
-        self.adapters[name] = adapters.write(self.plain, self.folder / name, keep=keep, **how)
-
-    def ask(
-        self, *names: str | None, env: dict[str, str] | None = None, **options: object
-    ) -> dict[str | None, list[torch.Tensor]]:
-        """One engine, one batch of all `PROMPTS` for each name: log-probs after each prompt."""
-        rounds: list[list[engine.Request]] = [[(p, name) for p in PROMPTS] for name in names]
-        paths = {name: str(self.adapters[name]) for name in names if name is not None}
-        job = engine.Job(str(self.model), paths, rounds, options=dict(options))
-        answers, _, _ = engine.run(job, env)
-        found = ([logprobs[-1] for _, logprobs in batch] for batch in answers)
-        return dict(zip(names, found, strict=True))
-
-    def want(self, name: str | None) -> list[torch.Tensor]:
-        """The oracle's log-probs on `PROMPTS`: [len(prompt), vocab] each."""
-        if name not in self.oracles:
-            merged = self.plain
-            if name is not None:
-                target = self.folder / f"{name}-merged"
-                merged = oracle.merge(self.plain, self.adapters[name], target)
-            self.oracles[name] = oracle.log_probs(merged, PROMPTS)
-        return self.oracles[name]
-
-    def forced(self, name: str | None, prompt: list[int], tokens: list[int]) -> torch.Tensor:
-        """The oracle's log-probs [tokens, vocab] before each of ``tokens``, given those before."""
-        self.want(name)  # writes the merged checkpoint
-        checkpoint = self.plain if name is None else self.folder / f"{name}-merged"
-        return oracle.log_probs(checkpoint, [prompt + tokens])[0][len(prompt) - 1 : -1]
 
 
 @pytest.fixture(scope="session")
@@ -88,33 +44,6 @@ def make_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
         return Case(folder, packed, dequantised)
 
     return make
-
-
-TOP = 40
-FP32_LIMIT = 1e-3  # fp32 against fp32: rounding in different orders over a few hundred products
-SHARE = 0.10  # bf16, fp16 and INT4: of the adapter's own mean effect
-
-
-def compare_fp32(got: list[torch.Tensor], case: Case, name: str | None) -> None:
-    """Largest difference over the oracle's 40 likeliest tokens ≤ 1e-3, effect ≥ 20 times that."""
-    for i, (have, want, base) in enumerate(zip(got, case.want(name), case.want(None), strict=True)):
-        top = want[-1].topk(TOP).indices
-        difference = (have - want[-1])[top].abs().max().item()
-        assert difference <= FP32_LIMIT, f"{name}, prompt {i}: differs by {difference:.2e}"
-        if name is not None:
-            effect = (base[-1] - want[-1])[top].abs().max().item()
-            assert effect >= 20 * FP32_LIMIT, f"{name}, prompt {i}: adapter does {effect:.2e} only"
-
-
-def compare_low_precision(got: list[torch.Tensor], case: Case, name: str) -> None:
-    """Mean difference over the oracle's 40 likeliest tokens ≤ 10 % of the adapter's mean effect."""
-    differences, effects = [], []
-    for have, want, base in zip(got, case.want(name), case.want(None), strict=True):
-        top = want[-1].topk(TOP).indices
-        differences.append((have - want[-1])[top].abs().mean())
-        effects.append((base[-1] - want[-1])[top].abs().mean())
-    difference, effect = torch.stack(differences).mean(), torch.stack(effects).mean()
-    assert difference <= SHARE * effect, f"{name}: {difference:.4f} of an effect of {effect:.4f}"
 
 
 # vLLM's Qwen3.5 file imports image code that imports torchvision, which has no CPU build for this

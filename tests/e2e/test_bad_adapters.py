@@ -8,7 +8,7 @@ import shutil
 import layouts
 import pytest
 import torch
-from conftest import PROMPTS, compare_fp32
+from engine_cases import PROMPTS, compare_fp32
 from safetensors.torch import load_file, save_file
 
 from vllm_moe_lora.tiny import engine

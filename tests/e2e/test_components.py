@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import compare_fp32
+from engine_cases import compare_fp32
 
 from vllm_moe_lora.tiny import adapters
 

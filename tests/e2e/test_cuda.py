@@ -8,7 +8,7 @@ from __future__ import annotations
 import gpu
 import pytest
 import torch
-from conftest import PROMPTS, SHARE, TOP
+from engine_cases import PROMPTS, SHARE, TOP
 
 from vllm_moe_lora.tiny import engine
 

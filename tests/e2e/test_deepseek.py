@@ -8,7 +8,7 @@ the merged checkpoint in vLLM itself, without LoRA and without the plugin.
 from __future__ import annotations
 
 import pytest
-from conftest import FP32_LIMIT, PROMPTS, TOP
+from engine_cases import FP32_LIMIT, PROMPTS, TOP
 
 from vllm_moe_lora.tiny import engine, oracle
 

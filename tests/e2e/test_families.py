@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from conftest import PROMPTS, compare_fp32, compare_low_precision
+from engine_cases import PROMPTS, compare_fp32, compare_low_precision
 from safetensors.torch import load_file, save_file
 
 from vllm_moe_lora.tiny import engine

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPTS
+from engine_cases import PROMPTS
 from hostile.kinds import harmless, kinds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

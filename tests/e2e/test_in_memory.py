@@ -7,7 +7,7 @@ from pathlib import Path
 import layouts
 import pytest
 import torch
-from conftest import PROMPTS, compare_fp32
+from engine_cases import PROMPTS, compare_fp32
 
 from vllm_moe_lora.tiny import engine, oracle
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import PROMPTS
+from engine_cases import PROMPTS
 from safetensors.torch import load_file, save_file
 
 from vllm_moe_lora.tiny import engine

@@ -8,7 +8,7 @@ from __future__ import annotations
 import layouts
 import pytest
 import torch
-from conftest import PROMPTS, Case, compare_fp32, compare_low_precision
+from engine_cases import PROMPTS, Case, compare_fp32, compare_low_precision
 
 from vllm_moe_lora.tiny import engine, models, oracle
 

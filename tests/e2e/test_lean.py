@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPTS, compare_fp32, compare_low_precision
+from engine_cases import PROMPTS, compare_fp32, compare_low_precision
 from server import Server
 
 from vllm_moe_lora.tiny import engine

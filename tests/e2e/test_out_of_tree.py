@@ -15,7 +15,7 @@ import layouts
 import pytest
 import release
 import torch
-from conftest import PROMPTS, compare_fp32
+from engine_cases import PROMPTS, compare_fp32
 from test_layouts import MODELS, _one_sided
 
 from vllm_moe_lora import supported
@@ -102,7 +102,7 @@ def _demand_stand_in(facts, kind):
     off = {hook.feature for hook in LEFT_OUT}
     status = facts["status"]
     assert {name for name, state in status.items() if state == "on"} == set(status) - off
-    assert {"adapters", "safe-loading", "aliases"} <= set(status) - off
+    assert {"adapters", "safe-loading", "shared-experts"} <= set(status) - off
 
 
 def _delta(buffers, slot, expert, projection, interleaved):

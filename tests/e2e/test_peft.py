@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import PROMPTS, compare_fp32
+from engine_cases import PROMPTS, compare_fp32
 
 pytestmark = pytest.mark.cpu_engine
 

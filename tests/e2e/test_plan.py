@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import PROMPTS
+from engine_cases import PROMPTS
 
 from vllm_moe_lora import probe
 from vllm_moe_lora.tiny import engine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import PROMPTS, TOP, compare_fp32
+from engine_cases import PROMPTS, TOP, compare_fp32
 
 from vllm_moe_lora.tiny import engine
 

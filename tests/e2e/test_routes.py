@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import threading
 import time
 
 import pytest
-from conftest import PROMPTS, compare_fp32
+from engine_cases import PROMPTS, compare_fp32
 from server import Server
 
 from vllm_moe_lora.tiny import engine
 
 pytestmark = pytest.mark.cpu_engine
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fresh_processes():
+    """How the plugin gets into a process is what is tested here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "launch", subprocess.run)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -238,7 +238,7 @@ print("MARKED", set(marked[True]), sum(marked[False]) > 10)
     assert "MARKED {False} True" in out
     own = {hook.feature for hook in HERE if hook.layers or hook.platforms}
     assert f"ON {sorted(set(ALL) - own)}" in out
-    assert {"adapters", "aliases", "safe-loading"} <= set(ALL) - own
+    assert {"adapters", "shared-experts", "safe-loading"} <= set(ALL) - own
 
 
 @needs_vllm
@@ -259,7 +259,7 @@ m.LoRAModelManager._create_lora_modules = _create_lora_modules
 import vllm_moe_lora as v
 v.register()
 print("KEPT", m.LoRAModelManager._create_lora_modules is _create_lora_modules)
-print("OFF", v.status()["aliases"])
+print("OFF", v.status()["shared-experts"])
 """
     file = "/tmp/vllm_moe_lora_changed.py"  # a function needs a file for its source
     Path(file).write_text(code)

@@ -118,7 +118,7 @@ def layer(kind, monkeypatch, dtype=torch.bfloat16, shared=None):
 
 def on_a_gpu(monkeypatch):
     """Let wrappers take upstream's way for GPUs, though their weights are on the CPU."""
-    monkeypatch.setattr("vllm_moe_lora.layers.era_a.on_cpu", lambda wrapper: False)
+    monkeypatch.setattr("vllm_moe_lora.layers.quantised.vllm_0_11.on_cpu", lambda wrapper: False)
 
 
 class Numbers:

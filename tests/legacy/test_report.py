@@ -10,7 +10,7 @@ import quantised
 import release
 import torch
 
-pytestmark = release.ERA_A
+pytestmark = release.LEGACY
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,7 +74,7 @@ def test_wrapping_a_quantised_layer(kind, ours, monkeypatch):
 
 
 def test_unknown_weights_are_refused_with_a_cure():
-    from vllm_moe_lora.layers.weight_names import alias_weights
+    from vllm_moe_lora.layers.quantised.weight_names import alias_weights
 
     layer = torch.nn.Module()
     layer.w13_qweight = torch.nn.Parameter(torch.zeros(1), requires_grad=False)

@@ -67,7 +67,7 @@ def verdict(found):
 @pytest.mark.parametrize(("release", "package", "case"), CASES)
 def test_the_answer_is_that_of_loops(release, package, case):
     found = unpacked.results(release, "oai_experts.py", package)
-    for feature in ("lora-numbers", "parallel-experts", "quantised-experts"):
+    for feature in ("gpu-experts", "parallel-experts", "quantised-experts"):
         assert found["status"][feature] == "on"
     ranges = ALONE.get((case, package), ())
     alone = next((what for where, what in ranges if release in SpecifierSet(where)), FINE)

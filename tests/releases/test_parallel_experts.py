@@ -114,7 +114,7 @@ def alone(name, release):
 def results(release):
     found = unpacked.results(release, "parallel_experts.py")
     if Version(release) >= Version("0.12"):
-        assert found["status"]["parallel-experts"] == found["status"]["lora-numbers"] == "on"
+        assert found["status"]["parallel-experts"] == found["status"]["gpu-experts"] == "on"
     return found["bare"], found["ours"]
 
 

@@ -77,7 +77,7 @@ def verdict(found):
 
 def results(release, who):
     found = unpacked.results(release, "trtllm_experts.py")
-    assert found["status"]["parallel-experts"] == found["status"]["lora-numbers"] == "on"
+    assert found["status"]["parallel-experts"] == found["status"]["gpu-experts"] == "on"
     return found[who]
 
 

@@ -14,11 +14,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 from release import installed
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+# Scripts that run our Triton kernels.
+INTERPRETED = ("kernels_in_place.py", "oai_experts.py", "trtllm_experts.py")
+# What the scripts import by name.
+CODE = [str(HERE / "scripts"), str(HERE / "stand_ins"), str(HERE.parent)]
 FOLDER = Path(os.environ.get("MOE_LORA_TREES", ROOT / ".trees"))
 
 
@@ -40,6 +45,14 @@ def results(release: str, script: str, *arguments: str) -> dict[str, object]:
     return found
 
 
+def environment(folder: str) -> dict[str, str]:
+    """Of a process that imports the vLLM in ``folder``, and ours; the plugin acts when told to."""
+    env = {**os.environ, "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_MOE_LORA": "0"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, str(ROOT), *CODE)))
+    env.setdefault("PYTHONPYCACHEPREFIX", str(FOLDER / ".pyc"))  # not among the sources
+    return env | {"OMP_NUM_THREADS": "1"}
+
+
 @functools.cache  # a failure, too: each of its tests would wait for it again
 def asked(folder: str, script: str, *arguments: str, **more: str) -> dict[str, object] | str:
     """The answer of the vLLM in ``folder``, "" for the installed one, or what is wrong.
@@ -47,21 +60,11 @@ def asked(folder: str, script: str, *arguments: str, **more: str) -> dict[str, o
     Args:
         more: environment.
     """
-    path = os.pathsep.join(filter(None, (folder, str(ROOT), str(HERE))))
-    env = {**os.environ, "PYTHONPATH": path, "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR"}
-    # The plugin acts when a script says so, and nothing is written among the sources.
-    env |= {"VLLM_MOE_LORA": "0"}
-    env.setdefault("PYTHONPYCACHEPREFIX", str(FOLDER / ".pyc"))
-    env |= {"OMP_NUM_THREADS": "1", **more}
+    env = environment(folder) | more
+    if script in INTERPRETED and more.get("MOE_LORA_DEVICE") != "cuda":
+        env["TRITON_INTERPRET"] = "1"
     try:
-        done = subprocess.run(
-            [sys.executable, str(HERE / script), *arguments],
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
+        done = forks.launch([sys.executable, str(HERE / "scripts" / script), *arguments], env, 600)
     except subprocess.TimeoutExpired as error:
         return str(error)
     lines = done.stdout.strip().splitlines()

@@ -42,11 +42,13 @@ def test_environment(capsys, monkeypatch):
     code, out = doctor(capsys)
     assert code == 1
     assert any("not active" in f["what"] and f["cure"] for f in out["findings"])
-    monkeypatch.setenv("VLLM_MOE_LORA", "-isolation,-aliases")
+    monkeypatch.setenv("VLLM_MOE_LORA", "-isolation,-shared-experts")
     code, out = doctor(capsys)
     assert code == 1
     off = [f["what"] for f in out["findings"] if f["cure"] == "unset VLLM_MOE_LORA"]
-    assert off == [f"{name}: turned off by VLLM_MOE_LORA" for name in ("aliases", "isolation")]
+    assert off == [
+        f"{name}: turned off by VLLM_MOE_LORA" for name in ("shared-experts", "isolation")
+    ]
 
 
 def test_experts_that_no_adapter_targets(model, tmp_path, capsys):

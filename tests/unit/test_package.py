@@ -27,7 +27,9 @@ ROOMS = [
     "seams",
     "hooks",
     "layers",
-    "store",
+    "loading",
+    "fitting",
+    "targets",
     "adapters",
     "kernels",
     "sources",
@@ -38,7 +40,10 @@ ROOMS = [
     "log",
 ]
 
-PAYLOAD = ("seams", "hooks", "layers", "store", "adapters", "kernels", "patching", "envs", "log")
+PAYLOAD = (
+    *("seams", "hooks", "layers", "loading", "fitting", "targets", "adapters", "kernels"),
+    *("patching", "envs", "log"),
+)
 
 
 def _modules():

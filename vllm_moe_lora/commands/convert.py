@@ -30,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from vllm_moe_lora.adapters import merge
-    from vllm_moe_lora.adapters.convert import convert, read, save
     from vllm_moe_lora.adapters.errors import AdapterError
+    from vllm_moe_lora.adapters.offline import merge
+    from vllm_moe_lora.adapters.offline.convert import convert, read, save
 
     if args.dst.exists() and not args.force and not args.dry_run:
         print(f"✗ {args.dst} exists. Cure: another name, or --force.", file=sys.stderr)

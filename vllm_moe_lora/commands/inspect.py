@@ -16,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from vllm_moe_lora.adapters.convert import read
     from vllm_moe_lora.adapters.errors import AdapterError
+    from vllm_moe_lora.adapters.offline.convert import read
 
     try:
         adapter = read(args.adapter, args.base)

@@ -50,26 +50,27 @@ def run(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace) -> tuple[list[Finding], str | None]:
     """The findings, and the command to serve by (None where nothing can be served)."""
-    from vllm_moe_lora.adapters import fitting, infer
+    from vllm_moe_lora.adapters import sizes
     from vllm_moe_lora.adapters.errors import AdapterError
+    from vllm_moe_lora.adapters.offline import check
 
     try:
-        infer.text_config(args.model)
+        sizes.text_config(args.model)
     except AdapterError as error:
         return [Finding(False, str(error), "name the folder of a model")], None
     findings, needed, lean = _adapters(args.model, args.adapter, args.lora_target_modules)
-    rank = args.max_lora_rank or (fitting.smallest_rank(needed) if needed else 16)
+    rank = args.max_lora_rank or (check.smallest_rank(needed) if needed else 16)
     if needed > rank:
         what = f"an adapter has rank {needed}, above --max-lora-rank {rank}"
-        findings.append(Finding(False, what, f"--max-lora-rank {fitting.smallest_rank(needed)}"))
-    loras, sizes = args.max_loras or max(1, len(args.adapter)), args.tensor_parallel_size or [1]
-    answers = {size: _ask(args, size, loras, rank, lean) for size in sizes}
+        findings.append(Finding(False, what, f"--max-lora-rank {check.smallest_rank(needed)}"))
+    loras, worlds = args.max_loras or max(1, len(args.adapter)), args.tensor_parallel_size or [1]
+    answers = {size: _ask(args, size, loras, rank, lean) for size in worlds}
     for size, answer in answers.items():
         findings += _device(args, size, answer, loras, rank, needed)
     if any(answer.error for answer in answers.values()):
         return findings, None
     parts = [f"vllm serve {args.model} --enable-lora --max-loras {loras} --max-lora-rank {rank}"]
-    parts += [f"--tensor-parallel-size {sizes[0]}"] if sizes[0] > 1 else []
+    parts += [f"--tensor-parallel-size {worlds[0]}"] if worlds[0] > 1 else []
     parts += ["--enable-expert-parallel"] if args.enable_expert_parallel else []
     flag = args.lora_target_modules
     parts += [f"--lora-target-modules {' '.join(flag)}"] if flag else []
@@ -85,14 +86,14 @@ def _adapters(
     model: Path, adapters: Sequence[Path], flag: Sequence[str] | None
 ) -> tuple[list[Finding], int, bool]:
     """Whether each will load, the highest rank of those that will, whether none has experts."""
-    from vllm_moe_lora.adapters import fitting
     from vllm_moe_lora.adapters.errors import AdapterError
+    from vllm_moe_lora.adapters.offline import check
 
     findings, rank, lean = [], 0, bool(adapters)
     for adapter in adapters:
         try:
-            fit = fitting.fits(adapter, model)
-            fitting.smallest_rank(fit.rank)
+            fit = check.fits(adapter, model)
+            check.smallest_rank(fit.rank)
         except AdapterError as error:
             cure = "`vllm-moe-lora inspect` shows what it holds; see the README's layouts"
             findings.append(Finding(False, f"{adapter}: {error}", cure))
@@ -130,7 +131,7 @@ def _device(
     args: argparse.Namespace, size: int, found: Answer, loras: int, rank: int, needed: int
 ) -> list[Finding]:
     """Backend and memory of one device at one tensor parallel size."""
-    from vllm_moe_lora.store.backends import IGNORING
+    from vllm_moe_lora.targets.supports_lora import IGNORING
 
     parallel = f"tensor parallel {size}" + (", experts too" if args.enable_expert_parallel else "")
     if found.error:
@@ -174,7 +175,7 @@ def _device(
 
 def _smaller(slot: int, free: float, rank: int, needed: int, size: int) -> str:
     """A setting that does fit into ``free`` bytes, where a slot of ``rank`` takes ``slot``."""
-    from vllm_moe_lora.adapters.fitting import RANKS
+    from vllm_moe_lora.adapters.offline.check import RANKS
 
     if free > slot:
         return f"--max-loras {math.ceil(free / slot) - 1}"

@@ -10,10 +10,10 @@ from ..patching import Hook
 
 def _from_cli_args(original: MethodType) -> Any:
     def from_cli_args(cls: type[Any], args: Any) -> Any:
-        from ..store import declared
+        from ..targets import server_adapters
 
         made = original.__func__(cls, args)
-        declared.note(args, made)
+        server_adapters.note(args, made)
         return made
 
     return classmethod(from_cli_args)
@@ -21,7 +21,7 @@ def _from_cli_args(original: MethodType) -> Any:
 
 HOOKS = (
     Hook(
-        feature="lean-experts",
+        feature="untargeted-experts",
         target="vllm.engine.arg_utils:EngineArgs.from_cli_args",
         make=_from_cli_args,
         releases=">=0.11.1,<0.34",

@@ -27,6 +27,6 @@ HOOKS = (
         platforms=("cpu",),
         why="it packs the experts' weights, and LoRA needs them plain",
         upstream="",
-        until="0.30, whose packed weights layers/cpu_unquantized.py can widen",
+        until="0.30, whose packed weights layers/cpu/unquantized.py can widen",
     ),
 )

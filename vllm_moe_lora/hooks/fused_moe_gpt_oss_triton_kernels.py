@@ -10,9 +10,9 @@ from ..patching import Hook
 
 def _apply(original: Callable[..., Any]) -> Callable[..., Any]:
     def apply(self: Any, *args: Any, **more: Any) -> Any:
-        from ..layers import by_expert
+        from ..layers.gpu import triton_kernels_experts
 
-        with by_expert.applying(original):
+        with triton_kernels_experts.applying(original):
             return original(self, *args, **more)
 
     return apply
@@ -21,9 +21,9 @@ def _apply(original: Callable[..., Any]) -> Callable[..., Any]:
 def _apply_on_rank(original: Callable[..., Any]) -> Callable[..., Any]:
     # The names are upstream's, which its caller gives.
     def apply(self: Any, *, topk_ids: Any, expert_map: Any, **more: Any) -> Any:
-        from ..layers import by_expert
+        from ..layers.gpu import triton_kernels_experts
 
-        with by_expert.on_rank(self, topk_ids, expert_map):
+        with triton_kernels_experts.on_rank(self, topk_ids, expert_map):
             return original(self, topk_ids=topk_ids, expert_map=expert_map, **more)
 
     return apply
@@ -31,9 +31,9 @@ def _apply_on_rank(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _moe_sum(original: Callable[..., Any]) -> Callable[..., Any]:
     def moe_sum(self: Any, input: Any, output: Any) -> None:
-        from ..layers import by_expert
+        from ..layers.gpu import triton_kernels_experts
 
-        original(self, by_expert.cleared(input), output)
+        original(self, triton_kernels_experts.cleared(input), output)
 
     return moe_sum
 
@@ -44,7 +44,7 @@ _CLASS = (
 )
 # Also of the two methods that `apply` calls, hooks/fused_moe_lora_experts_mixin.py.
 ROWS: dict[str, Any] = {
-    "feature": "lora-numbers",
+    "feature": "gpu-experts",
     "why": "with 3.8 of the package triton_kernels, rows of MXFP4 experts lie by expert and get "
     "the changes of other tokens",
     "upstream": "https://github.com/vllm-project/vllm/pull/30585",

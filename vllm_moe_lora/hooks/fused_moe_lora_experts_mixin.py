@@ -11,7 +11,7 @@ from . import fused_moe_gpt_oss_triton_kernels as gpt_oss_triton_kernels
 
 def _apply_w13_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     def apply_w13_lora(self: Any, lora_context: Any, *, y: Any, **more: Any) -> Any:
-        from ..layers import interleaved
+        from ..layers.gpu import interleaved
 
         if not interleaved.wanted(self, lora_context):
             return original(self, lora_context, y=y, **more)
@@ -25,9 +25,11 @@ def _apply_w13_lora(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _apply_w13_by_expert(original: Callable[..., Any]) -> Callable[..., Any]:
     def apply_w13_lora(self: Any, lora_context: Any, *, y: Any, **more: Any) -> Any:
-        from ..layers import by_expert
+        from ..layers.gpu import triton_kernels_experts
 
-        return by_expert.add_w13(lambda rows: original(self, lora_context, y=rows, **more), y, more)
+        return triton_kernels_experts.add_w13(
+            lambda rows: original(self, lora_context, y=rows, **more), y, more
+        )
 
     return apply_w13_lora
 
@@ -38,16 +40,16 @@ def _apply_w13_both(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _apply_w2_by_expert(original: Callable[..., Any]) -> Callable[..., Any]:
     def apply_w2_lora(self: Any, lora_context: Any, *, x: Any, **more: Any) -> None:
-        from ..layers import by_expert
+        from ..layers.gpu import triton_kernels_experts
 
-        by_expert.add_w2(lambda rows: original(self, lora_context, x=rows, **more), x)
+        triton_kernels_experts.add_w2(lambda rows: original(self, lora_context, x=rows, **more), x)
 
     return apply_w2_lora
 
 
 _CLASS = "vllm.model_executor.layers.fused_moe.experts.lora_experts_mixin:LoRAExpertsMixin"
 _IN_TURN: dict[str, Any] = {
-    "feature": "lora-numbers",
+    "feature": "gpu-experts",
     "target": f"{_CLASS}.apply_w13_lora",
     "why": "with --enable-mixed-moe-lora-format gate's and up's changes are added to gpt-oss as "
     "if its gate and up lay one behind the other",

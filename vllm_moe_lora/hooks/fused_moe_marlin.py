@@ -12,9 +12,9 @@ _FILE = "vllm.model_executor.layers.fused_moe"
 
 def _apply(original: Callable[..., Any]) -> Callable[..., Any]:
     def apply(self: Any, *args: Any, **more: Any) -> Any:
-        from ..layers import marlin_zeros
+        from ..layers.quantised import marlin_zero_points
 
-        with marlin_zeros.given(self):
+        with marlin_zero_points.given(self):
             return original(self, *args, **more)
 
     return apply
@@ -22,19 +22,19 @@ def _apply(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _fused_marlin_moe(original: Callable[..., Any]) -> Callable[..., Any]:
     def fused_marlin_moe(*args: Any, **more: Any) -> Any:
-        from ..layers import marlin_zeros
+        from ..layers.quantised import marlin_zero_points
 
-        return original(*args, **{**more, **marlin_zeros.arguments()})
+        return original(*args, **{**more, **marlin_zero_points.arguments()})
 
     return fused_marlin_moe
 
 
 def _quant_type_id(original: Any) -> property:
     def quant_type_id(self: Any) -> int:
-        from ..layers import marlin_zeros
+        from ..layers.quantised import marlin_zero_points
 
-        if marlin_zeros.has(self):
-            return marlin_zeros.quant_type_id()
+        if marlin_zero_points.has(self):
+            return marlin_zero_points.quant_type_id()
         return int(original.__get__(self))
 
     return property(quant_type_id)

@@ -10,9 +10,9 @@ from ..patching import Hook
 
 def _select_gemm_impl(original: Callable[..., Any]) -> Callable[..., Any]:
     def select_gemm_impl(self: Any, prepare_finalize: Any, layer: Any) -> Any:
-        from ..layers import experts_choice
+        from ..layers.quantised import select_experts
 
-        return experts_choice.experts(self, layer, lambda: original(self, prepare_finalize, layer))
+        return select_experts.experts(self, layer, lambda: original(self, prepare_finalize, layer))
 
     return select_gemm_impl
 

@@ -9,9 +9,9 @@ from ..patching import Hook
 
 def _expects(original: Any) -> property:
     def expects_unquantized_inputs(self: Any) -> bool:
-        from ..layers import unquantised_input
+        from ..layers.quantised import unquantised_tokens
 
-        return unquantised_input.wanted(self) or bool(original.__get__(self))
+        return unquantised_tokens.wanted(self) or bool(original.__get__(self))
 
     return property(expects_unquantized_inputs)
 

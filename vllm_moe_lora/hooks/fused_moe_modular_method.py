@@ -10,10 +10,10 @@ from ..patching import Hook
 
 def _apply(original: Callable[..., Any]) -> Callable[..., Any]:
     def apply(self: Any, layer: Any, x: Any, topk_weights: Any, *args: Any, **more: Any) -> Any:
-        from ..layers import input_weights
+        from ..layers.gpu import router_weights_on_input
 
         experts = self.moe_kernel.fused_experts
-        tokens, weights = input_weights.moved(experts, layer, x, topk_weights)
+        tokens, weights = router_weights_on_input.moved(experts, layer, x, topk_weights)
         if tokens is not x and more.get("shared_experts_input", x) is None:
             more["shared_experts_input"] = x
         return original(self, layer, tokens, weights, *args, **more)
@@ -23,7 +23,7 @@ def _apply(original: Callable[..., Any]) -> Callable[..., Any]:
 
 HOOKS = (
     Hook(
-        feature="lora-numbers",
+        feature="gpu-experts",
         target="vllm.model_executor.layers.fused_moe.fused_moe_modular_method:"
         "FusedMoEModularMethod.apply",
         make=_apply,

@@ -26,11 +26,11 @@ def _apply(original: Callable[..., Any]) -> Callable[..., Any]:
         *rest: Any,
         **more: Any,
     ) -> Any:
-        from ..layers import mxfp8_native
+        from ..layers.quantised import mxfp8
 
         given = (hidden_states, w1, w2, topk_weights, topk_ids)
         where = (activation, global_num_experts, expert_map)
-        with mxfp8_native.lora(self, *given, expert_map):
+        with mxfp8.lora(self, *given, expert_map):
             return original(self, output, *given, *where, *rest, **more)
 
     return apply
@@ -38,9 +38,9 @@ def _apply(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _product(original: Callable[..., Any]) -> Callable[..., Any]:
     def _grouped_gemm_mxfp8(*args: Any, **more: Any) -> Any:
-        from ..layers import mxfp8_native
+        from ..layers.quantised import mxfp8
 
-        return mxfp8_native.product(original(*args, **more))
+        return mxfp8.product(original(*args, **more))
 
     return _grouped_gemm_mxfp8
 

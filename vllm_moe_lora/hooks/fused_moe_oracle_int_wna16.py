@@ -13,7 +13,7 @@ _QUANT = "vllm.model_executor.layers.quantization"
 
 def _backends(original: Callable[..., Any]) -> Callable[..., Any]:
     def backend_to_kernel_cls(backend: Any) -> Any:
-        from ..layers.cpu_classes import with_lora
+        from ..layers.cpu.subclasses import with_lora
 
         # The twins say no where LoRA is off, so upstream's class is then chosen as ever.
         classes = original(backend)
@@ -26,7 +26,7 @@ def _make_kernel(original: Callable[..., Any]) -> Callable[..., Any]:
     def make_wna16_moe_kernel(
         moe_quant_config: Any, moe_config: Any, experts_cls: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        from ..layers.cpu_classes import upstream_of
+        from ..layers.cpu.subclasses import upstream_of
 
         plain = upstream_of(experts_cls)
         if plain is None:

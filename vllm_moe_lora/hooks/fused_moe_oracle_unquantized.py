@@ -14,7 +14,7 @@ def _select(original: Callable[..., Any]) -> Callable[..., Any]:
     def select_unquantized_moe_backend(moe_config: Any) -> Any:
         if not moe_config.is_lora_enabled:
             return original(moe_config)
-        from ..layers.cpu_classes import lora_choice
+        from ..layers.cpu.subclasses import lora_choice
 
         # The choice upstream makes without LoRA, in its LoRA-capable form.
         return lora_choice(original, moe_config, moe_config)
@@ -24,7 +24,7 @@ def _select(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _select_plain(original: Callable[..., Any]) -> Callable[..., Any]:
     def select_unquantized_moe_backend(moe_config: Any, *args: Any, **more: Any) -> Any:
-        from ..layers.lora_off import lora_off
+        from ..layers.without_lora import lora_off
 
         with lora_off(moe_config):
             return original(moe_config, *args, **more)
@@ -61,7 +61,7 @@ HOOKS = (
     Hook(make=_select, releases=">=0.30,<0.34", **_COMMON),
     Hook(make=_select_plain, releases=">=0.24,<0.28", **_COMMON),
     Hook(
-        feature="lora-numbers",
+        feature="gpu-experts",
         target=f"{_ORACLE}:_trtllm_bf16_lora_supported",
         make=_trtllm_supported,
         releases=">=0.26,<0.28",

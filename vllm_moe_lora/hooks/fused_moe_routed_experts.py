@@ -15,21 +15,21 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(
         self: Any, layer_name: str, params_dtype: Any, moe_config: Any, *args: Any, **more: Any
     ) -> None:
-        from ..layers import lean
+        from ..layers import without_lora
 
         def build() -> None:
             original(self, layer_name, params_dtype, moe_config, *args, **more)
 
-        lean.make(layer_name, build, moe_config)
+        without_lora.build_experts(layer_name, build, moe_config)
 
     return __init__
 
 
 def _init_whole(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, *args: Any, **more: Any) -> None:
-        from ..layers import lean
+        from ..layers import without_lora
 
-        lean.make(more.get("prefix", ""), lambda: original(self, *args, **more))
+        without_lora.build_experts(more.get("prefix", ""), lambda: original(self, *args, **more))
 
     # Who looks for the arguments of this release finds them.
     __init__.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
@@ -37,7 +37,7 @@ def _init_whole(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _COMMON: dict[str, Any] = {
-    "feature": "lean-experts",
+    "feature": "untargeted-experts",
     "why": "LoRA anywhere moves the routed experts of every layer to a backend that takes LoRA, "
     "slower for all requests, or ends the start where there is none: also where "
     "lora_target_modules leaves experts out",

@@ -17,7 +17,7 @@ Given = tuple[Any, Any, Any, Any]
 
 def _consuming(original: Callable[..., Any]) -> Callable[..., Any]:
     def prepare(experts: Any, tokens: Any, scale: Any, given: Given, expert_map: Any) -> Any:
-        from ..layers.lora_context import consuming
+        from ..layers.quantised.lora_context import consuming
 
         return consuming(experts, tokens, *given, expert_map), tokens, scale
 
@@ -26,7 +26,7 @@ def _consuming(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _quantising(original: Callable[..., Any]) -> Callable[..., Any]:
     def prepare(experts: Any, tokens: Any, scale: Any, given: Given, expert_map: Any) -> Any:
-        from ..layers.unquantised_input import quantised
+        from ..layers.quantised.unquantised_tokens import quantised
 
         return quantised(experts, tokens, scale)
 
@@ -64,9 +64,9 @@ def _tailed(original: Callable[..., Any]) -> Callable[..., Any]:
     def apply(self: Any, *args: Any, **more: Any) -> Any:
         if self._lora_context is None:
             return original(self, *args, **more)
-        from ..layers import segments
+        from ..layers.gpu import moe_kernels
 
-        with segments.applying(self):
+        with moe_kernels.applying(self):
             return original(self, *args, **more)
 
     return apply
@@ -76,11 +76,11 @@ def _putting_off(original: Callable[..., Any]) -> Callable[..., Any]:
     names = tuple(inspect.signature(original).parameters)
 
     def invoke_fused_moe_triton_kernel(*args: Any, **more: Any) -> None:
-        from ..layers import tail
+        from ..layers.gpu import base_product
 
-        if tail.wanted():
+        if base_product.wanted():
             given = {"B_bias": None, **dict(zip(names, args, strict=False)), **more}
-            if tail.put_off(lambda: original(*args, **more), given):
+            if base_product.put_off(lambda: original(*args, **more), given):
                 return
         original(*args, **more)
 

@@ -12,7 +12,7 @@ _FILE = "vllm.model_executor.layers.fused_moe.experts.trtllm_lora_moe"
 
 def _invoke_routed_moe(original: Callable[..., Any]) -> Callable[..., Any]:
     def invoke_routed_moe(self: Any, *, gemm1_lora_delta: Any, **more: Any) -> Any:
-        from ..layers import trtllm
+        from ..layers.gpu import trtllm
 
         delta = trtllm.up_first(self, gemm1_lora_delta)
         return original(self, gemm1_lora_delta=delta, **more)
@@ -30,7 +30,7 @@ def _batch_has_no_lora(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _apply(original: Callable[..., Any]) -> Callable[..., Any]:
     def apply(self: Any, *, topk_ids: Any, expert_map: Any, **more: Any) -> Any:
-        from ..layers import trtllm
+        from ..layers.gpu import trtllm
 
         ids, own = trtllm.placed(self, topk_ids, expert_map)
         return original(self, topk_ids=ids, expert_map=own, **more)
@@ -47,7 +47,7 @@ _COMMON: dict[str, Any] = {
 
 HOOKS = (
     Hook(
-        feature="lora-numbers",
+        feature="gpu-experts",
         target=f"{_FILE}:TrtLlmBf16LoRAExperts.invoke_routed_moe",
         make=_invoke_routed_moe,
         why="on Blackwell gate's change is added to up and up's to gate where both are one slice "
@@ -56,7 +56,7 @@ HOOKS = (
         **_COMMON,
     ),
     Hook(
-        feature="lora-numbers",
+        feature="gpu-experts",
         target=f"{_FILE}:_TrtLlmLoRAExpertsBase._batch_has_no_lora",
         make=_batch_has_no_lora,
         why="a rank whose own batch has no adapter leaves out those of tokens gathered from others",

@@ -12,7 +12,7 @@ _FILE = "vllm.lora.layers.fused_moe"
 
 def _init(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, base_layer: Any) -> None:
-        from ..layers.weight_names import alias_weights
+        from ..layers.quantised.weight_names import alias_weights
 
         alias_weights(base_layer)
         original(self, base_layer)
@@ -22,12 +22,13 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _init_asking(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, base_layer: Any) -> None:
-        from ..layers import cpu_plain, experts_choice
+        from ..layers.cpu import torch_experts
+        from ..layers.quantised import select_experts
 
-        if cpu_plain.routes_alone(base_layer):
-            return cpu_plain.prepare(self, base_layer)
-        with experts_choice.explained(base_layer):
-            experts_choice.prepare(base_layer)
+        if torch_experts.routes_alone(base_layer):
+            return torch_experts.prepare(self, base_layer)
+        with select_experts.explained(base_layer):
+            select_experts.prepare(base_layer)
             original(self, base_layer)
         return None
 
@@ -36,9 +37,9 @@ def _init_asking(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _init_explained(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, base_layer: Any) -> None:
-        from ..layers import experts_choice
+        from ..layers.quantised import select_experts
 
-        with experts_choice.explained(base_layer):
+        with select_experts.explained(base_layer):
             original(self, base_layer)
 
     return __init__
@@ -66,14 +67,16 @@ def _with_marlin(original: Any) -> Any:
 
 def _inject(original: Callable[..., Any]) -> Callable[..., Any]:
     def _inject_lora_into_fused_moe(self: Any) -> None:
-        from ..layers import cpu_plain, era_a, input_weights
+        from ..layers.cpu import torch_experts
+        from ..layers.gpu import router_weights_on_input
+        from ..layers.quantised import vllm_0_11
 
-        if era_a.on_cpu(self):
-            return cpu_plain.install(self, self.base_layer, self.base_layer)
-        with era_a.chosen(self.base_layer):
+        if vllm_0_11.on_cpu(self):
+            return torch_experts.install(self, self.base_layer, self.base_layer)
+        with vllm_0_11.chosen(self.base_layer):
             original(self)
-        era_a.in_one_piece(self.base_layer)
-        input_weights.install(self.base_layer)
+        vllm_0_11.in_one_piece(self.base_layer)
+        router_weights_on_input.install(self.base_layer)
         return None
 
     return _inject_lora_into_fused_moe
@@ -81,39 +84,39 @@ def _inject(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _modular_triton(original: Callable[..., Any]) -> Callable[..., Any]:
     def modular_triton_fused_moe(quant_config: Any, shared_experts: Any = None) -> Any:
-        from ..layers import era_a
+        from ..layers.quantised import vllm_0_11
 
-        return era_a.kernel(shared_experts) or original(quant_config, shared_experts)
+        return vllm_0_11.kernel(shared_experts) or original(quant_config, shared_experts)
 
     return modular_triton_fused_moe
 
 
 def _inject_weighted(original: Callable[..., Any]) -> Callable[..., Any]:
     def _inject_lora_into_fused_moe(self: Any) -> None:
-        from ..layers import input_weights
+        from ..layers.gpu import router_weights_on_input
 
         original(self)
-        input_weights.install(self.base_layer)
+        router_weights_on_input.install(self.base_layer)
 
     return _inject_lora_into_fused_moe
 
 
 def _inject_in_order(original: Callable[..., Any]) -> Callable[..., Any]:
     def _inject_lora_into_fused_moe(self: Any) -> None:
-        from ..layers import by_expert, input_weights
+        from ..layers.gpu import router_weights_on_input, triton_kernels_experts
 
         original(self)
-        input_weights.install(self.base_layer)
-        by_expert.install(self.base_layer)
+        router_weights_on_input.install(self.base_layer)
+        triton_kernels_experts.install(self.base_layer)
 
     return _inject_lora_into_fused_moe
 
 
 def _ep_check(original: Callable[..., Any]) -> Callable[..., Any]:
     def _ep_check(self: Any) -> None:
-        from ..store import backends
+        from ..targets import supports_lora
 
-        backends.refuse(self)
+        supports_lora.refuse(self)
         original(self)
 
     return _ep_check
@@ -121,9 +124,9 @@ def _ep_check(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _create_refusing(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_lora_weights(self: Any, max_loras: int, *args: Any, **more: Any) -> None:
-        from ..store import backends
+        from ..targets import supports_lora
 
-        backends.refuse(self)
+        supports_lora.refuse(self)
         original(self, max_loras, *args, **more)
 
     return create_lora_weights
@@ -139,7 +142,7 @@ def _create(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _inner(original: property) -> property:
     def intermediate_size_per_partition(self: Any) -> int:
-        from ..layers import padding
+        from ..layers.gpu import padding
 
         return padding.inner(self, original.__get__(self))
 
@@ -148,7 +151,7 @@ def _inner(original: property) -> property:
 
 def _slice_w13_b(original: Callable[..., Any]) -> Callable[..., Any]:
     def _slice_w13_b(self: Any, w13_lora_b: Any) -> Any:
-        from ..layers import padding
+        from ..layers.gpu import padding
 
         return padding.of_rank(self, w13_lora_b, 1)
 
@@ -157,7 +160,7 @@ def _slice_w13_b(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _slice_w13_b_fused(original: Callable[..., Any]) -> Callable[..., Any]:
     def _slice_w13_b(self: Any, w13_lora_b: Any) -> Any:
-        from ..layers import padding
+        from ..layers.gpu import padding
 
         # Upstream knows the one model whose gate and up alternate by its name, too.
         interleaved = self._base_model == "GptOssForCausalLM"
@@ -168,14 +171,14 @@ def _slice_w13_b_fused(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _slice_w2_a(original: Callable[..., Any]) -> Callable[..., Any]:
     def _slice_w2_a(self: Any, w2_lora_a: Any) -> Any:
-        from ..layers import padding
+        from ..layers.gpu import padding
 
         return padding.of_rank(self, w2_lora_a, 2)
 
     return _slice_w2_a
 
 
-_ERA_A: dict[str, Any] = {
+_V0_11: dict[str, Any] = {
     "feature": "quantised-experts",
     "releases": ">=0.11.1,<0.12",
     "upstream": "https://github.com/vllm-project/vllm/blob/v0.12.0/vllm/lora/layers/fused_moe.py",
@@ -200,7 +203,7 @@ _ASKING: dict[str, Any] = {
 }
 
 _WEIGHTED: dict[str, Any] = {
-    "feature": "lora-numbers",
+    "feature": "gpu-experts",
     "target": f"{_FILE}:FusedMoEWithLoRA._inject_lora_into_fused_moe",
     "why": "where router weights go on the experts' input (Llama-4), gate's and up's factors get "
     "tokens without them, and down's change is multiplied by them once more",
@@ -290,20 +293,20 @@ HOOKS = (
         make=_init,
         why="'SharedFusedMoE' object has no attribute 'w2_weight': layers of INT4 weights have "
         "other names for them",
-        **_ERA_A,
+        **_V0_11,
     ),
     Hook(
         target=f"{_FILE}:FusedMoEWithLoRA._inject_lora_into_fused_moe",
         make=_inject,
         why="GPTQ-Marlin and AWQ-Marlin have no quantisation config here; on a CPU there is no "
         "Triton; batches above VLLM_FUSED_MOE_CHUNK_SIZE tokens get wrong factors",
-        **_ERA_A,
+        **_V0_11,
     ),
     Hook(
         target=f"{_FILE}:modular_triton_fused_moe",
         make=_modular_triton,
         why="Triton experts are run over weights that are packed for Marlin",
-        **_ERA_A,
+        **_V0_11,
     ),
     Hook(
         target=f"{_FILE}:FusedMoEWithLoRA.__init__",
@@ -315,7 +318,7 @@ HOOKS = (
         **_ASKING,
     ),
     Hook(
-        feature="lean-experts",
+        feature="untargeted-experts",
         target=f"{_FILE}:FusedMoEWithLoRA.__init__",
         make=_init_explained,
         releases=">=0.28,<0.34",

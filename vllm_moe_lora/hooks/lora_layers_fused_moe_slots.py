@@ -43,7 +43,7 @@ def _set_lora_kernels(original: Callable[..., Any]) -> Callable[..., Any]:
     # In a patched tree _set_lora's seam stands above this one's, and asks for the name.
     @functools.wraps(original)
     def set_lora(self: Any, index: int, lora_a: Any, lora_b: Any) -> None:
-        from ..layers.segments import slot_written
+        from ..layers.gpu.moe_kernels import slot_written
 
         original(self, index, lora_a, lora_b)
         slot_written(self, index)
@@ -54,7 +54,7 @@ def _set_lora_kernels(original: Callable[..., Any]) -> Callable[..., Any]:
 def _reset_lora_kernels(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def reset_lora(self: Any, index: int) -> None:
-        from ..layers.segments import slot_cleared
+        from ..layers.gpu.moe_kernels import slot_cleared
 
         original(self, index)
         slot_cleared(self, index)

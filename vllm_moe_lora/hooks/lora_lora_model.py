@@ -21,7 +21,7 @@ def _from_local_checkpoint(original: MethodType) -> Any:
     ) -> Any:
         from ..adapters import config, folder
         from ..adapters.errors import AdapterError
-        from ..store.memory import NoCollection
+        from ..fitting.memory import NoCollection
 
         path, refused = Path(lora_dir), None
         with NoCollection() as quiet:
@@ -36,7 +36,7 @@ def _from_local_checkpoint(original: MethodType) -> Any:
                     tensors = folder.tensors(path)
                 except AdapterError:
                     raise refused from None
-            from ..store.read import read
+            from ..fitting.read import read
 
             peft_helper.moe_lora_markers = config.markers(path)
             if (number := more.get("lora_model_id")) is None:
@@ -78,7 +78,7 @@ def _from_lora_tensors(original: MethodType) -> Any:
                 if ready:
                     raise
                 refused = error
-        from ..store.read import read
+        from ..fitting.read import read
 
         positional = dict(zip(_passed(cls), args, strict=False))
         return read(

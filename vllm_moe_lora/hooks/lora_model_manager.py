@@ -14,12 +14,12 @@ GATE = "shared_expert_gate"
 
 def _create_lora_modules(original: Callable[..., Any]) -> Callable[..., Any]:
     def _create_lora_modules(self: Any) -> None:
-        from ..layers import aliases
-        from ..store.wrappers import serves_moe
+        from ..fitting.moe_layers import serves_moe
+        from ..layers.shared_experts import aliases, gates
 
         say_waiting()
         # Up to 0.13 it is torch's, which LoRA cannot wrap.
-        if aliases.as_vllm_linear(self.model, {GATE}) and GATE not in self.supported_lora_modules:
+        if gates.as_vllm_linear(self.model, {GATE}) and GATE not in self.supported_lora_modules:
             self.supported_lora_modules.append(GATE)
         original(self)
         if not serves_moe(self):
@@ -43,10 +43,10 @@ def _punica(manager: Any) -> list[Any]:
 
 def _add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     def _add_adapter(self: Any, lora: Any) -> None:
-        from ..store.wrappers import serves_moe
+        from ..fitting.moe_layers import serves_moe
 
         if serves_moe(self) or hasattr(lora, "moe_lora"):
-            from ..store.fit import fit
+            from ..fitting.fit import fit
 
             fit(self, lora)
         original(self, lora)
@@ -60,7 +60,7 @@ def _activate_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return original(self, lora_id)
         except Exception:
-            from ..store.wrappers import serves_moe
+            from ..fitting.moe_layers import serves_moe
 
             if serves_moe(self) and not before:
                 # Neither active nor known: its next request loads it again, and fails as loudly.
@@ -73,7 +73,7 @@ def _activate_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 HOOKS = (
     Hook(
-        feature="aliases",
+        feature="shared-experts",
         target="vllm.lora.model_manager:LoRAModelManager._create_lora_modules",
         make=_create_lora_modules,
         releases=">=0.13,<0.34",

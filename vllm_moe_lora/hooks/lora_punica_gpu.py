@@ -29,15 +29,15 @@ def _add_lora_w13(original: Callable[..., Any]) -> Callable[..., Any]:
         token_lora_mapping: Any = None,
         **more: Any,
     ) -> Any:
-        from ..layers import tail
-        from ..layers.segments import add_w13
+        from ..layers.gpu import base_product
+        from ..layers.gpu.moe_kernels import add_w13
 
         factors, routes = (lora_a_stacked, lora_b_stacked), (topk_ids, topk_weights, expert_map)
         given = (self, y, x, *factors, *routes)
         handed = add_w13(*given, num_tokens, add_inputs, token_lora_mapping)
         if handed is not None:
             return handed
-        tail.flush()
+        base_product.flush()
         more |= {"add_inputs": add_inputs, "token_lora_mapping": token_lora_mapping}
         return original(*given, w1, w2, num_tokens, *rest, **more)
 
@@ -57,12 +57,12 @@ def _add_lora_w2(original: Callable[..., Any]) -> Callable[..., Any]:
         add_inputs: bool = True,
         **more: Any,
     ) -> None:
-        from ..layers import tail
-        from ..layers.segments import Handed, add_w2
+        from ..layers.gpu import base_product
+        from ..layers.gpu.moe_kernels import Handed, add_w2
 
         if isinstance(sorted_token_ids_lora, Handed):
             return add_w2(sorted_token_ids_lora, y, x, topk_weights, add_inputs)
-        tail.flush()
+        base_product.flush()
         given = (self, y, x, lora_a_stacked, lora_b_stacked, topk_weights, sorted_token_ids_lora)
         return original(*given, *rest, add_inputs=add_inputs, **more)
 

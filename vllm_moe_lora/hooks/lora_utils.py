@@ -10,7 +10,7 @@ from ..patching import Hook
 
 def _supported(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_supported_lora_modules(model: Any) -> list[str]:
-        from ..store.wrappers import words_without_lora
+        from ..fitting.moe_layers import words_without_lora
 
         lean = words_without_lora(model)
         return [word for word in original(model) if word not in lean]
@@ -19,7 +19,7 @@ def _supported(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _COMMON: dict[str, Any] = {
-    "feature": "lean-experts",
+    "feature": "untargeted-experts",
     "target": "vllm.lora.utils:get_supported_lora_modules",
     "make": _supported,
     "why": "experts that were built without LoRA, because no adapter targets them, must not be "

@@ -13,13 +13,13 @@ _FILE = "vllm.lora.worker_manager"
 def _load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     def _load_adapter(self: Any, lora_request: Any) -> Any:
         manager = self._adapter_manager
-        from ..store.wrappers import serves_moe
+        from ..fitting.moe_layers import serves_moe
 
         if not serves_moe(manager):
             return original(self, lora_request)
-        from ..store import ahead
+        from ..loading import background
 
-        staged = ahead.of(self).take(lora_request.lora_int_id, lora_request.lora_path)
+        staged = background.of(self).take(lora_request.lora_int_id, lora_request.lora_path)
         return staged if staged is not None else _read(original, self, lora_request)
 
     return _load_adapter
@@ -27,8 +27,8 @@ def _load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _read(original: Callable[..., Any], worker: Any, request: Any) -> Any:
     """Load and fit: all that can fail does so here, before upstream drops an older version."""
-    from ..store.explain import refusal
-    from ..store.fit import fit
+    from ..fitting.explain import refusal
+    from ..fitting.fit import fit
 
     manager = worker._adapter_manager
     try:
@@ -44,14 +44,17 @@ def _read(original: Callable[..., Any], worker: Any, request: Any) -> Any:
 
 def _add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_adapter(self: Any, lora_request: Any) -> bool:
-        from ..store import ahead
+        from ..loading import background
 
-        if not lora_request.lora_path.startswith(ahead.MARK):
+        if not lora_request.lora_path.startswith(background.MARK):
             return bool(original(self, lora_request))
-        number, path = lora_request.lora_int_id, lora_request.lora_path.removeprefix(ahead.MARK)
+        number, path = (
+            lora_request.lora_int_id,
+            lora_request.lora_path.removeprefix(background.MARK),
+        )
         if number in self.list_adapters() and not lora_request.load_inplace:
             return True
-        return ahead.of(self).ready(number, path, lambda: _stage(self, lora_request, path))
+        return background.of(self).ready(number, path, lambda: _stage(self, lora_request, path))
 
     return add_adapter
 

@@ -10,9 +10,9 @@ from ..patching import Hook
 
 def _add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     async def add_lora(self: Any, lora_request: Any) -> bool:
-        from ..store import admit, front
+        from ..loading import admit, front_end
 
-        known = front.of(self)
+        known = front_end.of(self)
         if known is None:
             return bool(await original(self, lora_request))
         async with known.locks[lora_request.lora_int_id]:
@@ -25,9 +25,9 @@ def _add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
     async def add_request(self: Any, *args: Any, **more: Any) -> Any:
-        from ..store import admit, front
+        from ..loading import admit, front_end
 
-        request, known = front.lora_request_of(args, more), front.of(self)
+        request, known = front_end.lora_request_of(args, more), front_end.of(self)
         if request is None or known is None:
             return await original(self, *args, **more)
         number = request.lora_int_id
@@ -36,7 +36,7 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
                 await admit.load(self, request)
             known.entering[number] += 1
         try:
-            args, more = front.with_lora_request(known.now(request), args, more)
+            args, more = front_end.with_lora_request(known.now(request), args, more)
             return await original(self, *args, **more)
         finally:
             known.entering[number] -= 1
@@ -46,9 +46,9 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _remove_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     async def remove_lora(self: Any, lora_id: int) -> bool:
-        from ..store import front
+        from ..loading import front_end
 
-        known = front.of(self)
+        known = front_end.of(self)
         if known is not None:
             known.forget(lora_id)
         return bool(await original(self, lora_id))

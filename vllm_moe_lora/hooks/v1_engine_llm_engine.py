@@ -10,9 +10,9 @@ from ..patching import Hook
 
 def _add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_lora(self: Any, lora_request: Any) -> bool:
-        from ..store import admit, front
+        from ..loading import admit, front_end
 
-        known = front.of(self)
+        known = front_end.of(self)
         if known is None:
             return bool(original(self, lora_request))
         if not lora_request.load_inplace and known.has(lora_request):
@@ -24,13 +24,13 @@ def _add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_request(self: Any, *args: Any, **more: Any) -> Any:
-        from ..store import admit, front
+        from ..loading import admit, front_end
 
-        request, known = front.lora_request_of(args, more), front.of(self)
+        request, known = front_end.lora_request_of(args, more), front_end.of(self)
         if request is not None and known is not None:
             if not known.has(request):
                 admit.load_now(self, request)
-            args, more = front.with_lora_request(known.now(request), args, more)
+            args, more = front_end.with_lora_request(known.now(request), args, more)
         return original(self, *args, **more)
 
     return add_request
@@ -38,9 +38,9 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _remove_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     def remove_lora(self: Any, lora_id: int) -> bool:
-        from ..store import front
+        from ..loading import front_end
 
-        known = front.of(self)
+        known = front_end.of(self)
         if known is not None:
             known.forget(lora_id)
         return bool(original(self, lora_id))

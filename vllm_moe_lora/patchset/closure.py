@@ -17,7 +17,7 @@ BASE = ("seams.py",)  # what every feature needs, with what that imports
 
 
 def closure(roots: Iterable[str]) -> set[str]:
-    """The files below the package, "store/fit.py", that importing and using ``roots`` may load.
+    """The files below the package, "fitting/fit.py", that importing and using ``roots`` may load.
 
     Imports inside functions count. Raises LookupError for an import of ours that is no file.
     """
@@ -91,7 +91,7 @@ def _imported(path: str, nodes: Iterable[ast.AST]) -> Iterator[str]:
         above = home[: len(home) - node.level + 1]
         parts = [*above, *(node.module.split(".") if node.module else [])]
         if (PACKAGE.joinpath(*parts)).is_dir():
-            # `from ..layers import era_a`: files, or names of the folder's __init__.
+            # `from ..layers import aliases`: files, or names of the folder's __init__.
             for name in node.names:
                 file = "/".join([*parts, f"{name.name}.py"])
                 yield file if (PACKAGE / file).is_file() else _file(path, [*parts, "__init__"])

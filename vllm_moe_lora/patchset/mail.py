@@ -17,7 +17,7 @@ DATE = "Thu, 1 Jan 2026 00:00:00 +0000"
 SUBJECTS = {
     FIRST: "[Misc][LoRA] Add the seams that LoRA on MoE models hangs on",
     "adapters": "[Bugfix][LoRA] Read every layout of routed experts, account for every tensor",
-    "aliases": "[Bugfix][LoRA] Point every alias of a wrapped module at its wrapper",
+    "shared-experts": "[Bugfix][LoRA] Point every alias of a wrapped module at its wrapper",
     "cpu-dense-lora": "[Bugfix][LoRA][CPU] No adapter for tokens without one on MoE models",
     "cpu-experts": "[Feature][LoRA][CPU] Unquantized MoE experts take LoRA",
     "cpu-int4-experts": "[Feature][LoRA][CPU] INT4 MoE experts take LoRA",

@@ -13,14 +13,7 @@ from pathlib import Path
 from vllm_moe_lora import supported
 from vllm_moe_lora.hooks import all_hooks
 from vllm_moe_lora.patching import digest
-from vllm_moe_lora.patchset.series import (
-    HOME,
-    Patch,
-    SeriesError,
-    hooks_of,
-    pristine,
-    series,
-)
+from vllm_moe_lora.patchset.series import HOME, Patch, SeriesError, hooks_of, pristine, series
 from vllm_moe_lora.patchset.weave import IMPORT
 from vllm_moe_lora.patchset.write import TEMPORARY
 from vllm_moe_lora.sources import find, target_text

@@ -12,13 +12,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+# Runs a command as `subprocess.run` does. Tests put something faster here.
+launch: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run
 
 Request = tuple[list[int], str | None]  # prompt token ids, adapter name or None for the base model
 
@@ -105,7 +108,7 @@ def run(
         # By file, not by module name: only the job decides whether our package is imported.
         command = [sys.executable, str(script), str(spec), str(result)]
         try:
-            done = subprocess.run(
+            done = launch(
                 command,
                 env={**os.environ, **settings, **(env or {})},
                 stdout=subprocess.PIPE,

@@ -1,0 +1,100 @@
+"""Staging beside the steps: one load at a time, errors reach whoever asks."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+
+import pytest
+
+from vllm_moe_lora.fitting.memory import NoCollection
+from vllm_moe_lora.loading.background import Ahead
+
+
+def _until(ahead, number, load):
+    for _ in range(500):
+        if ahead.ready(number, "a", load):
+            return
+        time.sleep(0.002)
+    raise AssertionError("never ready")
+
+
+def test_runs_elsewhere_and_is_taken_once():
+    ahead, go, where = Ahead(), threading.Event(), []
+
+    def load():
+        go.wait(5)
+        where.append(threading.current_thread())
+        assert ahead.take(1, "a") is None, "the load itself must not wait for itself"
+        return "staged"
+
+    assert not ahead.ready(1, "a", load)
+    assert not ahead.ready(1, "a", load), "begun once"
+    go.set()
+    _until(ahead, 1, load)
+    assert where != [threading.current_thread()]
+    assert len(where) == 1
+    assert ahead.take(2, "a") is None
+    assert ahead.take(1, "b") is None
+    assert ahead.take(1, "a") == "staged"
+    assert ahead.take(1, "a") is None
+
+
+def test_files_that_changed_meanwhile_are_staged_again(tmp_path):
+    ahead, file = Ahead(), tmp_path / "adapter_config.json"
+    file.write_text("{}")
+    while not ahead.ready(1, str(tmp_path), lambda: "old"):
+        time.sleep(0.002)
+    file.write_text("{} ")
+    assert ahead.take(1, str(tmp_path)) is None
+    while not ahead.ready(1, str(tmp_path), lambda: "new"):
+        time.sleep(0.002)
+    assert ahead.take(1, str(tmp_path)) == "new"
+
+
+def test_errors_are_raised_and_forgotten():
+    ahead, fail = Ahead(), [True]
+
+    def load():
+        if fail:
+            raise ValueError("why")
+        return "staged"
+
+    with pytest.raises(ValueError, match="why"):
+        _until(ahead, 1, load)
+    fail.clear()
+    _until(ahead, 1, load)
+    assert ahead.take(1, "a") == "staged"
+
+
+def test_what_nobody_comes_for_is_dropped(monkeypatch):
+    ahead = Ahead()
+    for number in range(10):
+        _until(ahead, number, lambda: "staged")
+    assert all(ahead.take(number, "a") for number in range(5)), "many loads at a time"
+    monkeypatch.setattr("vllm_moe_lora.loading.background.FORGOTTEN", 0.0)
+    time.sleep(0.01)
+    _until(ahead, 99, lambda: "staged")
+    assert not any(ahead.take(number, "a") for number in range(5, 10))
+
+
+def test_collection_is_off_while_any_lives():
+    assert gc.isenabled()
+    one, two = NoCollection(), NoCollection()
+    del one
+    assert not gc.isenabled()
+    del two
+    assert gc.isenabled()
+    with NoCollection() as three:
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    three.release()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        four = NoCollection()
+        del four
+        assert not gc.isenabled(), "whoever switched it off wants it off"
+    finally:
+        gc.enable()

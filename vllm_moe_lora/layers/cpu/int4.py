@@ -1,0 +1,127 @@
+"""LoRA for INT4 (GPTQ, AWQ, compressed-tensors) experts on CPU.
+
+Base tokens run vLLM's fused operator (`fused_experts_cpu`, W4A8) as without LoRA. Tokens with an
+adapter run the same packed weights through vLLM's per-matrix operator (`int4_scaled_mm_cpu`), one
+expert after another, so the delta can join before the activation; there is no second copy of the
+weights. Upstream gates this class on AMX; the operators themselves also run on AVX-512 with VNNI
+(checked once a process against the dequantised product), so with LoRA it is offered there too.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from ...kernels.cpu import PairPlan, expand_add, shrink
+from .experts import CPULoRAExperts, combine
+
+
+@functools.cache
+def operators_work() -> bool:
+    """Whether vLLM's INT4 CPU operators exist here and give right products without AMX."""
+    from vllm.platforms import CpuArchEnum, current_platform
+
+    names = ("fused_experts_cpu", "int4_scaled_mm_cpu", "convert_weight_packed_scale_zp")
+    if not all(hasattr(torch.ops._C, name) for name in names):
+        return False
+    if current_platform.get_cpu_architecture() != CpuArchEnum.X86:
+        return False
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    if not torch.cpu._is_vnni_supported():
+        return False
+    with torch.device("cpu"):  # a model may be built on another ("meta")
+        return _product_is_right()
+
+
+def _product_is_right() -> bool:
+    from vllm import _custom_ops as ops
+
+    rows, columns, group = 64, 128, 64
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(0, 16, (rows, columns), dtype=torch.int32, generator=generator)
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    packed = (q.view(rows, columns // 8, 8) << shifts).sum(-1).to(torch.int32).t().contiguous()
+    scales = torch.rand(columns // group, rows, generator=generator).to(torch.bfloat16)
+    zeros = torch.full((columns // group, rows // 8), 0x77777777, dtype=torch.int32)
+    w, z, s = ops.convert_weight_packed_scale_zp(
+        packed[None], zeros[None], scales[None], ops.CPUQuantAlgo.GPTQ
+    )
+    x = torch.randn(4, columns, generator=generator).to(torch.bfloat16)
+    got = ops.int4_scaled_mm_cpu(x, w[0], z[0], s[0], None).float()
+    want = x.float() @ ((q - 8) * scales.float().t().repeat_interleave(group, 1)).t()
+    return bool(((got - want).abs().mean() / want.abs().mean()) < 0.05)
+
+
+class Int4CPUExperts(CPULoRAExperts):
+    """Mixin over upstream's `CPUExpertsInt4`."""
+
+    w1_scale: torch.Tensor
+    w2_scale: torch.Tensor
+    w1_zp: torch.Tensor
+    w2_zp: torch.Tensor
+
+    @staticmethod
+    def _supports_current_device() -> bool:
+        from vllm.platforms import current_platform
+
+        return bool(current_platform.is_cpu()) and operators_work()
+
+    @staticmethod
+    def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
+        """Upstream's one scheme, and group 32 of compressed-tensors, which the operators take."""
+        from vllm.model_executor.layers.quantization.utils import quant_utils as q
+
+        return weight_key in (q.kInt4Static, q.kInt4Static32) and activation_key is None
+
+    @staticmethod
+    def is_supported_config(cls: type[Any], moe_config: Any, *keys: Any) -> tuple[bool, str | None]:
+        """Upstream's rules, and only with LoRA on: without it upstream's own class serves."""
+        if not moe_config.is_lora_enabled:
+            return False, "LoRA is off"
+        return super().is_supported_config(cls, moe_config, *keys)  # type: ignore[misc]
+
+    def apply_lora(
+        self,
+        plan: PairPlan,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: Any,
+        router_weight_on_input: bool,
+    ) -> torch.Tensor:
+        from vllm._custom_ops import int4_scaled_mm_cpu
+
+        context = self._lora_context
+        assert context is not None
+        rank = max(self.rank_of(slot) for slot in plan.slot_set())
+        x = hidden_states.index_select(0, plan.tokens())
+        slices = plan.expert_slices()
+
+        def matmul(
+            x: torch.Tensor, w: torch.Tensor, z: torch.Tensor, s: torch.Tensor
+        ) -> torch.Tensor:
+            y = x.new_empty(x.shape[0], s.shape[1] * s.shape[-1])
+            for expert, start, stop in slices:
+                y[start:stop] = int4_scaled_mm_cpu(
+                    x[start:stop], w[expert], z[expert], s[expert], None
+                )
+            return y
+
+        gate_up = matmul(x, w1, self.w1_zp, self.w1_scale)
+        start = 0
+        for a, b in zip(context.w13_lora_a_stacked, context.w13_lora_b_stacked, strict=True):
+            part = gate_up[:, start : start + b.shape[2]]
+            z = shrink(x, a[:, :, :rank], plan)
+            expand_add(part, z, b[:, :, :, :rank], plan)
+            start += b.shape[2]
+        h = gate_up.new_empty(len(plan), gate_up.shape[1] // 2)
+        torch.ops._C.silu_and_mul(h, gate_up)
+        y = matmul(h, w2, self.w2_zp, self.w2_scale)
+        z = shrink(h, context.w2_lora_a_stacked[0][:, :, :rank], plan)
+        expand_add(y, z, context.w2_lora_b_stacked[0][:, :, :, :rank], plan)
+        return combine(y, None if router_weight_on_input else topk_weights, plan)

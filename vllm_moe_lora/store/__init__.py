@@ -1,1 +1,0 @@
-"""One adapter into one model: its names fitted, its factors staged for the slots of each layer."""

@@ -76,7 +76,7 @@ def our_base(
 
     experts, top_k, hidden, inner = grid.MODELS[case.model]
     layer = grid.layer_of(case, given)
-    kept = layer._moe_lora_segments
+    kept = layer._moe_lora_factors
 
     def call() -> None:
         on13 = on2 = None

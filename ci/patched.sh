@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The engine tests on a patched copy of the installed vLLM, without the plugin: what patches/ does is
-# what the plugin does. About 15 minutes; not part of ci/test.sh. Arguments go to pytest.
+# The engine tests on a patched copy of the installed vLLM, without the plugin: what the patches do
+# is what the plugin does. About 15 minutes; not part of ci/test.sh. Arguments go to pytest.
 #     VIRTUAL_ENV=.legacy ci/patched.sh        # the same with vLLM 0.11.1, see ci/legacy.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Copy the installed vLLM into a folder, what is not Python as links, and apply patches/ to it.
+"""Copy the installed vLLM into a folder, what is not Python as links, and apply the patches to it.
 
 ci/patched_tree.py FOLDER          # makes FOLDER/vllm
 """

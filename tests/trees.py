@@ -5,29 +5,33 @@ from __future__ import annotations
 import atexit
 import functools
 import importlib.util
-import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import release
 import unpacked
-from packaging.version import Version
 
 from vllm_moe_lora import supported
 from vllm_moe_lora.patching import Hook
-from vllm_moe_lora.patchset.series import hooks_of
+from vllm_moe_lora.patchset import change
+from vllm_moe_lora.patchset import tree as looked
+from vllm_moe_lora.patchset.series import hooks_of, series, upstream_text
 
 ROOT = Path(__file__).parents[1]
-PATCHES = ROOT / "patches"
-TAGS = sorted(path.parent.name for path in PATCHES.glob("*/series"))
+# With old and new homes of adapters and experts, and with few and many features. Of these, the
+# releases whose sources are here.
+RELEASES = [
+    number
+    for number in ("0.11.1", "0.16.0", "0.24.0", "0.32.0", "0.33.0")
+    if number in unpacked.available()
+]
 # A file that hooks are in on every release since 0.13.
 MANAGER = "vllm/lora/model_manager.py"
 HERE = release.installed().partition("+")[0]
-# Upstream has it since, so nothing is put there.
-RIGHT_UPSTREAM = {"vllm.v1.core.kv_cache_utils:_gen_lora_extra_hash_keys": Version("0.31")}
+# What tells a tree and its release, and files that no patch touches.
+MORE = ("__init__.py", "_version.py", "version.py", "lora/__init__.py", "lora/utils.py")
 
 
 def original(number: str) -> Path:
@@ -39,20 +43,16 @@ def original(number: str) -> Path:
 
 
 def copy(number: str, folder: Path) -> Path:
-    """A copy of the release's Python files, to be changed at will."""
+    """A copy of the files that the patches of a release look at, and of a few more."""
     source = original(number)
-    # Copies, not links: a test that writes into one must not write into the installed vLLM.
-    shutil.copytree(source / "vllm", folder / "vllm", ignore=_no_python)
+    read = {source / "vllm" / name for name in MORE}
+    series(source, number, lambda file: read.add(file) or upstream_text(file))
+    for file in read:
+        target = folder / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Copies, not links: a test that writes into one must not write into the installed vLLM.
+        shutil.copy(file, target)
     return folder
-
-
-def _no_python(folder: str, names: list[str]) -> list[str]:
-    return [
-        name
-        for name in names
-        if name == "__pycache__"
-        or not (name.endswith(".py") or os.path.isdir(os.path.join(folder, name)))
-    ]
 
 
 def snapshot(tree: Path) -> dict[str, tuple[int, bytes]]:
@@ -86,40 +86,34 @@ def repository(tree: Path) -> Path:
 
 
 @functools.cache
-def patched() -> Path:
-    """A copy of the installed vLLM, patched, that can run: what is not Python is linked."""
-    source = original(HERE)
+def patched(number: str = HERE) -> Path:
+    """A patched copy of a release that can be imported: what no patch touches is linked."""
+    source = original(number)
     folder = Path(tempfile.mkdtemp(prefix="patched-vllm-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-
-    def place(have: str, want: str) -> None:
-        if have.endswith(".py"):
-            shutil.copy2(have, want)
-        else:
-            os.symlink(have, want)
-
-    shutil.copytree(
-        source / "vllm",
-        folder / "vllm",
-        copy_function=place,
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
-    command = [sys.executable, "-m", "vllm_moe_lora.cli", "patches", "apply", "--tree", str(folder)]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    texts = looked.look(source, number).texts(0)
+    _link(source, folder, {Path(path) for path, text in texts.items() if text is not None})
+    assert change.apply(looked.look(folder, number))
     return folder
 
 
-def known(tag: str) -> str:
-    """The release of a tag; skips where it has no row any more."""
-    number = tag.removeprefix("v")
-    assert number in supported.releases(), f"patches/{tag} is of no release in supported.toml"
-    return number
+def _link(source: Path, folder: Path, touched: set[Path]) -> None:
+    """Copy files ``touched``, and link what else ``source`` has in their folders or beside them."""
+    parents = {parent for path in touched for parent in path.parents}
+    for parent in sorted(parents - {Path(".")}):
+        (folder / parent / "__pycache__").mkdir(parents=True)
+        for entry in (source / parent).iterdir():
+            path = parent / entry.name
+            if path in touched:
+                shutil.copy2(entry, folder / path)
+            elif path not in parents and entry.name != "__pycache__":
+                (folder / path).symlink_to(entry)
+        # Python compiles again only what was patched.
+        for entry in (source / parent).glob("__pycache__/*.pyc"):
+            if parent / f"{entry.name.partition('.')[0]}.py" not in touched:
+                (folder / parent / "__pycache__" / entry.name).symlink_to(entry)
 
 
 def seamed(number: str) -> list[Hook]:
-    """The hooks of a release that upstream has not made unnecessary by then; none if unknown."""
-    hooks = hooks_of(number) if number in supported.releases() else []
-    return [h for h in hooks if Version(number) < RIGHT_UPSTREAM.get(h.target, Version("9999"))]
+    """The hooks of a release; none if it is not known."""
+    return hooks_of(number) if number in supported.releases() else []

@@ -1,4 +1,4 @@
-"""The environment variables of the plugin, in one table."""
+"""The environment variables that the plugin reads: `VARIABLES` lists them, `get` reads one."""
 
 from __future__ import annotations
 
@@ -24,28 +24,42 @@ def _kernels() -> str:
     return value
 
 
-def left_out() -> set[str]:
-    """The features that VLLM_MOE_LORA turns off one by one. Raises ValueError as `get` does."""
+def disabled_features() -> set[str]:
+    """Return the features that VLLM_MOE_LORA=-FEATURE,-FEATURE turns off.
+
+    Raises:
+        ValueError: VLLM_MOE_LORA has a value that is not allowed.
+    """
     value = _mode()
     return set() if value in MODES else {part.removeprefix("-") for part in value.split(",")}
 
 
 VARIABLES: dict[str, Callable[[], str | bool]] = {
-    # auto: on where the vLLM release is known, otherwise off with a warning.
-    # 0: off. 1: must be on, or the process fails with the reason.
-    # -FEATURE,-FEATURE: auto without these features.
+    # Whether the plugin changes vLLM.
+    #   auto (default)      on if the vLLM release is known, otherwise off with a warning
+    #   0                   off
+    #   1                   on; if that is not possible, the process stops with the reason
+    #   -FEATURE,-FEATURE   like auto, without these features
     "VLLM_MOE_LORA": _mode,
-    # 1: also patch functions whose source is not one we have read.
+    # 1: replace a function of vLLM even if its source is not one the hook was written for.
     "VLLM_MOE_LORA_ALLOW_UNVERIFIED": lambda: (
         os.environ.get("VLLM_MOE_LORA_ALLOW_UNVERIFIED", "0") == "1"
     ),
-    # Triton kernels for LoRA on routed experts, on a GPU. auto: ours on the parts they were
-    # measured on (none yet), else upstream's. upstream, ours: whatever the part. tail: ours, and
-    # unquantised experts in Triton multiply by our kernel, whose tail LoRA is.
+    # Which Triton kernels compute LoRA on routed experts, on a GPU.
+    #   auto (default)  ours on the GPU types they were measured on (none yet), else vLLM's
+    #   upstream        vLLM's, on every GPU
+    #   ours            ours, on every GPU
+    #   tail            like ours; and for unquantised experts in Triton, LoRA is fused into the
+    #                   end (the "tail") of the base experts' grouped GEMM. The kernel computes
+    #                   y = W x + B z in one accumulator, where z = A x.
     "VLLM_MOE_LORA_KERNELS": _kernels,
 }
 
 
 def get(name: str) -> str | bool:
-    """The value of one of `VARIABLES` now. Raises ValueError for a value it cannot have."""
+    """Return the current value of one of `VARIABLES`.
+
+    Raises:
+        ValueError: the variable has a value that is not allowed; the text lists the allowed ones.
+    """
     return VARIABLES[name]()

@@ -1,4 +1,7 @@
-"""Loggers under "vllm.", the only names vLLM gives a handler."""
+"""The plugin's loggers.
+
+Their names start with "vllm.", because vLLM gives a handler only to loggers with such names.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +9,37 @@ import functools
 import logging
 
 ROOT = "vllm.moe_lora"
-_waiting: list[str] = []
+_deferred: list[str] = []  # messages that nobody could read yet
 
 
 def get_logger(name: str = "") -> logging.Logger:
-    """The logger of one of our modules: "vllm.moe_lora.<module path below the package>"."""
-    tail = name.removeprefix(__package__).strip(".")
-    return logging.getLogger(f"{ROOT}.{tail}" if tail else ROOT)
+    """Return the logger "vllm.moe_lora.<path>" of one of our modules.
+
+    Args:
+        name: the module's ``__name__``; <path> is what follows the package's name in it.
+    """
+    path = name.removeprefix(__package__).strip(".")
+    return logging.getLogger(f"{ROOT}.{path}" if path else ROOT)
 
 
 @functools.cache
 def warning_once(message: str) -> None:
-    """Log a warning once a process; the message carries the cure."""
+    """Log a warning once per process. The message has to say what the user can do."""
     get_logger().warning("%s", message)
 
 
-def info_when_heard(message: str) -> None:
-    """Log at INFO, or keep it for `say_waiting` as long as nobody listens.
+def info_deferred(message: str) -> None:
+    """Log at INFO level. If no handler would print it, keep it for `flush_deferred`.
 
-    vLLM 0.32 gives its loggers a handler after plugins were loaded.
+    vLLM 0.32 loads its plugins before it gives its loggers a handler, so a message that the
+    plugin logs while it is loaded would be lost.
     """
-    _waiting.append(message)
+    _deferred.append(message)
     if get_logger().isEnabledFor(logging.INFO) and get_logger().hasHandlers():
-        say_waiting()
+        flush_deferred()
 
 
-def say_waiting() -> None:
-    """Log what waits to be heard, once."""
-    while _waiting:
-        get_logger().info("%s", _waiting.pop(0))
+def flush_deferred() -> None:
+    """Log the messages that `info_deferred` kept, and forget them."""
+    while _deferred:
+        get_logger().info("%s", _deferred.pop(0))

@@ -1,9 +1,12 @@
-"""Hooks into vLLM as data: what is replaced, where it is right to, and how to undo it.
+"""Replaces functions of vLLM at run time, and puts them back.
 
-Only the standard library is imported here (and `packaging`, which vLLM brings, when hooks are
-applied). `apply` resolves and checks every hook of every feature before it changes anything; a
-feature with one hook that does not fit stays off as a whole. `revert` puts back exactly what
-`vars(owner)` held.
+A hook is data. The record `Hook` says which function of vLLM is replaced, by what, in which
+releases, and why. `apply` takes a list of hooks. It first looks up and checks all of them, and only
+then changes anything. The hooks of one feature are applied together: if one of them does not fit
+the installed vLLM, the whole feature stays off. `revert` undoes everything that `apply` did.
+
+Importing this module loads only the standard library. `packaging`, which vLLM needs anyway, is
+imported when hooks are applied.
 """
 
 from __future__ import annotations
@@ -17,32 +20,35 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-MARK = "__vllm_moe_lora__"
+MARK = "__vllm_moe_lora__"  # attribute that every replacement has; its value is the target
 _MISSING = object()
 
 
 @dataclass(frozen=True)
 class Hook:
-    """One replacement.
+    """One function, property, class or constant of vLLM that the plugin replaces.
 
     Attributes:
-        feature: what it serves; the hooks of a feature are applied together or not at all.
-        target: "package.module:Class.method" or "package.module:function"; also a property, a
-            class or, with ``hashed=False``, plain data.
-        make: original -> replacement. The original is what attribute access on the owner gives:
-            a plain function for methods and static methods, the property itself, a bound method
-            for class methods, whose replacement is to be a classmethod object. To step aside,
-            return the original.
-        releases: PEP 440 specifier of the vLLM releases it was written for.
-        why: what goes wrong without it.
-        upstream: link to the report or change upstream, "" where there is none.
-        until: the event after which it can go.
-        also: other names bound to the same object (copies made by ``from x import f``).
-        hashed: False for plain data, which has no source text to check.
-        platforms: vLLM device types it is for ("cpu", "cuda", "rocm", ...), of vLLM's own platforms
-            only: one from outside has kernels of its own, whatever it calls its device. Empty
-            means all platforms.
-        layers: it changes LoRA layer classes, which out-of-tree platforms replace themselves.
+        feature: the name of the fix that the hook belongs to. The hooks of a feature are applied
+            all or none.
+        target: what is replaced: "package.module:function" or "package.module:Class.method". It may
+            also be a property, a class or, with ``hashed=False``, a constant.
+        make: gets the original and returns the replacement, or the original if nothing has to be
+            replaced. The original is what ``getattr(owner, name)`` gives: a plain function for a
+            method or a static method, a bound method for a class method, a property. The
+            replacement of a class method must be a ``classmethod`` object.
+        releases: PEP 440 specifier of the vLLM releases it was written for: ">=0.13,<0.34".
+        why: what goes wrong in vLLM without the hook.
+        upstream: link to the issue or the change in vLLM; "" if there is none.
+        until: the event after which the hook can be deleted.
+        also: further targets that are the same object, because a module copied the name with
+            ``from x import f``. They are replaced, too.
+        hashed: whether the original's source must have a hash recorded in supported.toml. False
+            for a constant, which has no source.
+        platforms: the device types the hook is for ("cpu", "cuda", "rocm", ...); empty means all.
+            Out-of-tree platforms never get such a hook, because they have their own kernels.
+        layers: whether the hook changes vLLM's LoRA layer classes. Out-of-tree platforms have
+            their own, so they do not get it.
     """
 
     feature: str
@@ -58,13 +64,13 @@ class Hook:
     layers: bool = False
 
     def made_for(self, release: str) -> bool:
-        """Whether ``release``, "0.32.0", is in `releases`."""
+        """Return whether `releases` contains ``release`` (such as "0.32.0")."""
         from packaging.specifiers import SpecifierSet
 
         return SpecifierSet(self.releases).contains(release, prereleases=True)
 
     def shares_platform(self, other: Hook) -> bool:
-        """Whether there is a platform that both are for."""
+        """Return whether some platform gets both hooks."""
         return not (self.platforms and other.platforms) or not {*self.platforms}.isdisjoint(
             other.platforms
         )
@@ -72,12 +78,13 @@ class Hook:
 
 @dataclass
 class Status:
-    """What `apply` did.
+    """The result of `apply`.
 
     Attributes:
-        features: feature -> "on" or the reason why it is off.
-        not_needed: features that are off because platform or user have no use for them.
-        unverified: what did not fit and was passed over, because the caller allowed it.
+        features: feature -> "on", or the reason why it is off.
+        not_needed: the features that are off because of the platform or the user's choice.
+        unverified: sentences about hooks that do not fit this vLLM, but were applied because the
+            caller set ``allow_unverified``.
     """
 
     features: dict[str, str] = field(default_factory=dict)
@@ -94,90 +101,104 @@ class Status:
 
     @property
     def refused(self) -> dict[str, str]:
-        """The features that are off and should be on."""
+        """The features that are off, but are needed here -> the reason."""
         return {name: why for name, why in self.off.items() if name not in self.not_needed}
 
 
 class HookError(Exception):
-    """A hook does not fit the vLLM that is installed; the text says which and why."""
+    """A hook does not fit the installed vLLM. The text says which hook and why."""
 
 
 @dataclass
-class _Spot:
-    """One name to rebind: ``owner.name``, with what ``vars(owner)`` held."""
+class _Binding:
+    """An attribute of a module or a class that a hook replaces."""
 
-    owner: Any
+    owner: Any  # the module or class
     name: str
-    held: Any
+    original: Any  # what ``vars(owner)`` has under this name; _MISSING if it is inherited
 
     @classmethod
-    def find(cls, target: str) -> _Spot:
+    def find(cls, target: str) -> _Binding:
+        """Import the module of ``target`` and find the attribute. Raises HookError."""
         module, _, path = target.partition(":")
         try:
             owner: Any = importlib.import_module(module)
         except Exception as error:  # a broken extension may raise anything while it is imported
-            raise HookError(f"{target}: {type(error).__name__}: {error}") from error
+            raise HookError(
+                f"{target}: importing {module} raised {type(error).__name__}: {error}"
+            ) from error
         *parents, name = path.split(".")
         for parent in parents:
             owner = getattr(owner, parent, None)
         if not hasattr(owner, name):
-            raise HookError(f"{target} does not exist")
+            raise HookError(f"{target} does not exist in the installed vLLM")
         return cls(owner, name, vars(owner).get(name, _MISSING))
 
     def get(self) -> Any:
         return getattr(self.owner, self.name)
 
-    def fitting(self, value: Any, target: str) -> Any:
-        """``value`` as ``vars(owner)`` is to hold it. Raises HookError."""
-        kind = inspect.getattr_static(self.owner, self.name)
-        if isinstance(kind, staticmethod) and not isinstance(value, staticmethod):
+    def adapt(self, value: Any, target: str) -> Any:
+        """Return ``value`` in the form to store: a static method's is wrapped in ``staticmethod``.
+
+        Raises:
+            HookError: the original is a class method or a property, and ``value`` is not.
+        """
+        original = inspect.getattr_static(self.owner, self.name)
+        if isinstance(original, staticmethod) and not isinstance(value, staticmethod):
             return staticmethod(value)
-        if isinstance(kind, classmethod | property) and not isinstance(value, type(kind)):
-            raise HookError(f"the replacement of {target} is no {type(kind).__name__}")
+        if isinstance(original, classmethod | property) and not isinstance(value, type(original)):
+            raise HookError(
+                f"{target} is a {type(original).__name__}, but its replacement is a "
+                f"{type(value).__name__}"
+            )
         return value
 
     def put(self, value: Any) -> None:
         setattr(self.owner, self.name, value)
 
     def restore(self) -> None:
-        if self.held is _MISSING:
+        if self.original is _MISSING:
             delattr(self.owner, self.name)
         else:
-            setattr(self.owner, self.name, self.held)
+            setattr(self.owner, self.name, self.original)
 
-    def is_ours(self) -> bool:
-        """Whether `apply` has replaced it; somebody may have wrapped the replacement since."""
+    def is_hooked(self) -> bool:
+        """Return whether a hook is applied here; other code may have wrapped it since."""
         return hasattr(_function(self.get()), MARK) or any(
-            spot.owner is self.owner and spot.name == self.name for spot in _applied
+            one.owner is self.owner and one.name == self.name for one in _applied
         )
 
 
-_applied: list[_Spot] = []
+_applied: list[_Binding] = []  # what `apply` replaced in this process, in order
 
 
 def _function(thing: Any) -> Any:
-    """The function inside a property, classmethod or staticmethod; anything else as it is."""
+    """Return the function inside a property, classmethod or staticmethod, or else ``thing``."""
     if isinstance(thing, property):
         return thing.fget
     return thing.__func__ if isinstance(thing, classmethod | staticmethod) else thing
 
 
 def source_text(thing: Any) -> str:
-    """Source of a function, property or class, dedented: the same imported or parsed.
+    """Return the dedented source of a function, property or class.
 
-    Raises OSError or TypeError where there is none.
+    `sources.target_text` gives the same text for a file that is not imported.
+
+    Raises:
+        OSError: the source file cannot be read.
+        TypeError: ``thing`` has no source, as it is built in or a constant.
     """
     text = inspect.getsource(inspect.unwrap(_function(thing)))
     return textwrap.dedent(text).rstrip() + "\n"
 
 
 def digest(text: str) -> str:
-    """First 16 hex digits of the sha256 of a source text."""
+    """Return the first 16 hex digits of the SHA-256 of a source text, as in supported.toml."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def not_needed(hook: Hook, platform: str, out_of_tree: bool) -> str:
-    """Why this platform has no use for ``hook``, or ""; the arguments are those of `apply`."""
+    """Return why this platform (see `apply`) does not need ``hook``; "" if it does."""
     if hook.platforms and platform not in hook.platforms:
         return f"not needed on {platform or 'an unknown platform'}"
     if hook.layers and out_of_tree:
@@ -189,7 +210,7 @@ def not_needed(hook: Hook, platform: str, out_of_tree: bool) -> str:
 
 @dataclass
 class _Checker:
-    """The circumstances of one `apply`; the arguments are explained there."""
+    """Checks single hooks against the installed vLLM. The fields are explained in `apply`."""
 
     version: str
     platform: str
@@ -197,48 +218,52 @@ class _Checker:
     out_of_tree: bool
     allow_unverified: bool
     unverified: list[str]
-    left_out: frozenset[str]
+    disabled: frozenset[str]
 
     def not_needed(self, hook: Hook) -> str:
-        """Why the platform or the user has no use for ``hook``, or ""."""
-        if hook.feature in self.left_out:
+        """Return why the platform or the user does not need ``hook``; "" if it is needed."""
+        if hook.feature in self.disabled:
             return "turned off by VLLM_MOE_LORA"
         return not_needed(hook, self.platform, self.out_of_tree)
 
-    def spots(self, hook: Hook) -> list[_Spot]:
-        """The names to rebind, none where that is done already. Raises HookError."""
+    def bindings(self, hook: Hook) -> list[_Binding]:
+        """Return the attributes that ``hook`` replaces, if it is not applied. Raises HookError."""
         if not hook.made_for(self.version):
-            self._doubt(f"vLLM {self.version} is outside {hook.releases}")
-        spot = _Spot.find(hook.target)
-        if spot.is_ours():
+            self._mismatch(
+                f"vLLM {self.version} is outside {hook.releases}, the releases of its hooks"
+            )
+        binding = _Binding.find(hook.target)
+        if binding.is_hooked():
             return []
-        current = spot.get()
+        current = binding.get()
         if hook.hashed and self.hashes is not None:
-            self._compare(hook.target, current, set(self.hashes.get(hook.target, ())))
-        spots = [spot]
+            self._check_hash(hook.target, current, set(self.hashes.get(hook.target, ())))
+        bindings = [binding]
         for name in hook.also:
             try:
-                alias = _Spot.find(name)
+                alias = _Binding.find(name)
             except HookError:
-                continue  # the release does not import the name there
+                continue  # this release does not import the name there
             if alias.get() is not current:
-                raise HookError(f"{name} is not {hook.target}: something else replaced it")
-            spots.append(alias)
-        return spots
+                raise HookError(
+                    f"{name} should be the same object as {hook.target}, but other code replaced it"
+                )
+            bindings.append(alias)
+        return bindings
 
-    def _compare(self, target: str, current: Any, known: set[str]) -> None:
+    def _check_hash(self, target: str, current: Any, known: set[str]) -> None:
         try:
             found = digest(source_text(current))
         except (OSError, TypeError) as error:
             found = f"none, {error}"
         if found not in known:
             expected = " or ".join(sorted(known)) or "none recorded"
-            self._doubt(
-                f"the source of {target} is not one this version was written against "
+            self._mismatch(
+                f"the source of {target} is not one this version was written for "
                 f"(hash {found}, expected {expected} for vLLM {self.version})"
             )
 
-    def _doubt(self, text: str) -> None:
+    def _mismatch(self, text: str) -> None:
         if not self.allow_unverified:
             raise HookError(text)
         if text not in self.unverified:
@@ -253,41 +278,47 @@ def apply(
     hashes: Mapping[str, Iterable[str]] | None,
     out_of_tree: bool = False,
     allow_unverified: bool = False,
-    left_out: Iterable[str] = (),
+    disabled: Iterable[str] = (),
 ) -> Status:
-    """Check every hook, then apply the features whose hooks all fit.
+    """Check every hook, then apply the features of which every hook fits.
+
+    Calling it again with the same arguments changes nothing and returns the same status.
 
     Args:
-        hooks: the hooks; two for one target and platform are a programming error.
-        version: release of vLLM without local part, "0.32.0".
-        platform: vLLM's device type, "cpu", "cuda", ...
-        hashes: target -> accepted `digest`s of its source; None skips the check.
-        out_of_tree: the platform brings its own LoRA layers and kernels: leave out features with
-            hooks into those.
-        allow_unverified: a release outside a hook's range, or a source of another hash, is only
-            noted in `Status.unverified`. A target that does not exist still keeps its feature off.
-        left_out: features that the user does not want.
+        hooks: the hooks. No two may have the same target and a platform in common.
+        version: the release of vLLM without a local part, such as "0.32.0".
+        platform: vLLM's device type: "cpu", "cuda", ...
+        hashes: target -> the accepted `digest`s of its source. None skips this check.
+        out_of_tree: whether the platform comes from outside of vLLM. Such a platform brings its own
+            LoRA layers and kernels, so features with hooks into those are left out.
+        allow_unverified: whether to apply a hook although the release is outside its range or its
+            target's source has an unknown hash. `Status.unverified` then says so. A target that
+            does not exist still keeps its feature off.
+        disabled: the features that the user turned off.
 
     Returns:
-        Each feature's state. Applying again changes nothing and answers the same.
+        The state of each feature.
 
     Raises:
-        ValueError: two hooks for one target and platform; ``left_out`` names a feature that no
-            hook has.
+        ValueError: two hooks have the same target and a platform in common, or ``disabled`` names
+            a feature that no hook has.
     """
-    hooks, status, without = list(hooks), Status(), frozenset(left_out)
-    if unknown := without - {hook.feature for hook in hooks}:
+    hooks, status, off = list(hooks), Status(), frozenset(disabled)
+    if unknown := off - {hook.feature for hook in hooks}:
         names = ", ".join(sorted({hook.feature for hook in hooks}))
-        raise ValueError(f"no feature {', '.join(sorted(unknown))}; there are {names}")
+        raise ValueError(
+            f"VLLM_MOE_LORA: there is no feature {', '.join(sorted(unknown))}. "
+            f"On vLLM {version} there are: {names}"
+        )
     check = _Checker(
-        version, platform, hashes, out_of_tree, allow_unverified, status.unverified, without
+        version, platform, hashes, out_of_tree, allow_unverified, status.unverified, off
     )
     targets: dict[str, list[Hook]] = {}
-    plans: dict[str, list[tuple[Hook, list[_Spot]]]] = {}
+    plans: dict[str, list[tuple[Hook, list[_Binding]]]] = {}
     for hook in hooks:
         for other in targets.setdefault(hook.target, []):
             if other.shares_platform(hook):
-                raise ValueError(f"two hooks for {hook.target}")
+                raise ValueError(f"two hooks replace {hook.target} on the same platform")
         targets[hook.target].append(hook)
         if status.features.setdefault(hook.feature, "on") != "on":
             continue
@@ -296,7 +327,7 @@ def apply(
             status.not_needed.add(hook.feature)
             continue
         try:
-            plans.setdefault(hook.feature, []).append((hook, check.spots(hook)))
+            plans.setdefault(hook.feature, []).append((hook, check.bindings(hook)))
         except HookError as error:
             status.features[hook.feature] = str(error)
     for feature in status.on:
@@ -307,48 +338,52 @@ def apply(
     return status
 
 
-def _install(plan: list[tuple[Hook, list[_Spot]]]) -> None:
-    """Rebind all names of one feature, or none. Raises HookError."""
-    ready: list[tuple[_Spot, Any]] = []
-    for hook, spots in plan:
-        if not spots:
+def _install(plan: list[tuple[Hook, list[_Binding]]]) -> None:
+    """Replace all attributes of one feature, or none. Raises HookError."""
+    ready: list[tuple[_Binding, Any]] = []
+    for hook, bindings in plan:
+        if not bindings:
             continue
-        original = spots[0].get()
+        original = bindings[0].get()
         try:
             replacement = hook.make(original)
         except Exception as error:
-            text = f"the replacement of {hook.target} cannot be made: {error!r}"
+            text = f"the hook of {hook.target} failed to make its replacement: {error!r}"
             raise HookError(text) from error
         if replacement is original:
             continue
-        with contextlib.suppress(AttributeError, TypeError):  # plain data takes no mark
+        with contextlib.suppress(AttributeError, TypeError):  # a constant takes no attribute
             setattr(_function(replacement), MARK, hook.target)
-        ready += [(spot, spot.fitting(replacement, hook.target)) for spot in spots]
-    done: list[_Spot] = []
+        ready += [(binding, binding.adapt(replacement, hook.target)) for binding in bindings]
+    done: list[_Binding] = []
     try:
-        for spot, value in ready:
-            spot.put(value)
-            done.append(spot)
+        for binding, value in ready:
+            binding.put(value)
+            done.append(binding)
     except Exception as error:
-        for spot in reversed(done):
-            spot.restore()
-        raise HookError(f"{spot.owner}.{spot.name} cannot be set: {error}") from error
+        for one in reversed(done):
+            one.restore()
+        raise HookError(f"{binding.owner}.{binding.name} cannot be set: {error}") from error
     _applied.extend(done)
 
 
-def strangers() -> dict[str, str]:
-    """Names that we replaced and somebody has replaced again since -> the module that did."""
+def replaced_by_others() -> dict[str, str]:
+    """Return the names that other code replaced after `apply` -> that code's module."""
     found = {}
-    for spot in _applied:
-        now = _function(inspect.getattr_static(spot.owner, spot.name))
+    for binding in _applied:
+        now = _function(inspect.getattr_static(binding.owner, binding.name))
         if not hasattr(now, MARK):
-            owner = getattr(spot.owner, "__qualname__", getattr(spot.owner, "__name__", "?"))
-            found[f"{owner}.{spot.name}"] = str(getattr(now, "__module__", "?"))
+            owner = getattr(binding.owner, "__qualname__", getattr(binding.owner, "__name__", "?"))
+            found[f"{owner}.{binding.name}"] = str(getattr(now, "__module__", "?"))
     return found
 
 
 def revert() -> int:
-    """Undo everything `apply` did in this process; returns how many names were put back."""
+    """Undo everything that `apply` did in this process.
+
+    Returns:
+        How many attributes were put back.
+    """
     count = len(_applied)
     while _applied:
         _applied.pop().restore()

@@ -1,8 +1,9 @@
-"""What vLLM will do with a model, asked of vLLM itself: backend, and bytes on one device.
+"""Asks vLLM which backend it would choose for a model, and how much memory the model takes.
 
-Runs in a fresh process (``python -m vllm_moe_lora.probe JSON``): the model is built without memory
-(device "meta") as rank 0 of a group of which the other ranks do not exist, so that no weight is
-read and no device is needed for each rank.
+The commands `plan` and `doctor --model` use it. `ask` starts a fresh process (``python -m
+vllm_moe_lora.probe JSON``), and `answer` runs there. It lets vLLM build the model on torch's "meta"
+device, which has shapes but no memory, so no weight is read. For several devices it builds the
+share of rank 0 in process groups whose other ranks do not exist, so one machine is enough.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from vllm_moe_lora.targets.supports_lora import takes_lora
 
 @dataclass(frozen=True)
 class Question:
-    """Settings as `vllm serve` names them."""
+    """What to ask about. The fields are settings of `vllm serve` with its names.
+
+    Attributes:
+        no_experts: no adapter that will be served has LoRA on routed experts.
+    """
 
     model: str
     tensor_parallel_size: int = 1
@@ -30,21 +35,22 @@ class Question:
     max_lora_rank: int = 16
     dtype: str = "auto"
     lora_target_modules: tuple[str, ...] | None = None
-    no_experts: bool = False  # none of the adapters it will be served with has LoRA on them
+    no_experts: bool = False
 
 
 @dataclass
 class Answer:
-    """
+    """What vLLM would do with the model. Sizes are bytes on one device.
+
     Attributes:
-        backends: "quantisation method, experts class" -> number of MoE layers.
-        takes_lora: whether all of these that an adapter may target apply LoRA on routed experts.
-        weights: bytes of the model on one device.
-        slot: bytes of one LoRA slot on one device, all modules.
-        slot_experts: the routed experts' share of it.
-        memory: bytes of a device in all.
-        error: why vLLM refuses the model; then nothing else is known.
-        wrapped: layers of routed experts that get LoRA.
+        backends: "quantisation method, experts class" -> how many MoE layers use it.
+        takes_lora: whether all experts that an adapter may target can apply LoRA.
+        weights: the size of the model's weights.
+        slot: the size of one LoRA slot (the buffers for one adapter), over all modules.
+        slot_experts: the part of ``slot`` that belongs to routed experts.
+        memory: the device's total memory.
+        error: why vLLM refuses the model, or "". If it is set, the other fields mean nothing.
+        wrapped: the number of MoE layers whose routed experts get LoRA.
     """
 
     backends: dict[str, int]
@@ -58,21 +64,32 @@ class Answer:
 
 
 def ask(question: Question, timeout: float = 600) -> Answer:
-    """Run the probe in a process of its own; its trouble is in `Answer.error`."""
+    """Answer ``question`` in a process of its own.
+
+    Args:
+        question: the model and its settings.
+        timeout: seconds to wait.
+
+    Returns:
+        The answer. If the process fails or takes too long, `Answer.error` says so.
+    """
     command = [sys.executable, "-m", "vllm_moe_lora.probe", json.dumps(asdict(question))]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
     except subprocess.TimeoutExpired:
-        return Answer({}, False, 0, 0, 0, 0, f"vLLM gave no answer in {timeout:.0f} s")
+        return Answer({}, False, 0, 0, 0, 0, f"vLLM did not build the model within {timeout:.0f} s")
     line = next((text for text in done.stdout.splitlines() if text.startswith("@")), None)
     if line is not None:
         return Answer(**json.loads(line[1:]))
-    last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+    last = (done.stderr.strip().splitlines() or ["the process printed nothing"])[-1]
     return Answer({}, False, 0, 0, 0, 0, last.removeprefix("[rank0]: "))
 
 
 def answer(question: Question) -> Answer:
-    """In the fresh process. Raises whatever vLLM raises for this model."""
+    """Answer ``question`` in this process, which must be a fresh one.
+
+    It changes vLLM's and torch's global state. Whatever vLLM raises for this model is raised.
+    """
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.utils import initialize_model
@@ -82,24 +99,24 @@ def answer(question: Question) -> Answer:
     load_general_plugins()
     config = _config(question)
     with set_current_vllm_config(config):
-        _alone(question.tensor_parallel_size)
-        _maps_have_numbers()
+        _fake_process_groups(question.tensor_parallel_size)
+        _build_expert_maps_on_cpu()
         default = torch.get_default_dtype()
         torch.set_default_dtype(config.model_config.dtype)
         try:
             with torch.device("meta"):
                 model = initialize_model(vllm_config=config)
-            weights = sum(_bytes(model))
-            experts = [_experts(m) for m in model.modules() if _is_experts(m)]
-            slots, stacks, wrapped = _lora(model, config)
+            weights = sum(_tensor_bytes(model))
+            experts = [_backend_of(m) for m in model.modules() if _is_experts(m)]
+            dense_slots, experts_slots, wrapped = _slot_bytes(model, config)
         finally:
             torch.set_default_dtype(default)
     names = Counter(name for name, _ in experts)
     takes = wrapped == 0 or all(takes for _, takes in experts)
     memory = current_platform.get_device_total_memory()
-    number = question.max_loras
-    slot = (slots + stacks) // number
-    return Answer(dict(names), takes, weights, slot, stacks // number, memory, wrapped=wrapped)
+    slot = (dense_slots + experts_slots) // question.max_loras
+    slot_experts = experts_slots // question.max_loras
+    return Answer(dict(names), takes, weights, slot, slot_experts, memory, wrapped=wrapped)
 
 
 def _config(question: Question) -> Any:
@@ -109,7 +126,7 @@ def _config(question: Question) -> Any:
     if question.lora_target_modules is not None:
         more["lora_target_modules"] = list(question.lora_target_modules)
     if question.no_experts:
-        more["additional_config"] = {target_modules.KEY: True}
+        more["additional_config"] = {target_modules.NO_EXPERTS_KEY: True}
     config = EngineArgs(
         **more,
         model=question.model,
@@ -121,15 +138,18 @@ def _config(question: Question) -> Any:
         max_lora_rank=question.max_lora_rank,
         dtype=question.dtype,
     ).create_engine_config()
-    # Set afterwards: vLLM compares them with the devices of this machine.
+    # Set these only now: EngineArgs would compare them with the number of devices here.
     config.parallel_config.tensor_parallel_size = question.tensor_parallel_size
     config.parallel_config.world_size = question.tensor_parallel_size
     config.parallel_config.enable_expert_parallel = question.enable_expert_parallel
     return config
 
 
-def _alone(size: int) -> None:
-    """vLLM's groups of ``size`` ranks, of which only rank 0 exists and none ever speaks."""
+def _fake_process_groups(size: int) -> None:
+    """Make vLLM's process groups of ``size`` ranks, without communication. We are rank 0.
+
+    The other ranks do not exist. Torch's "fake" backend returns from each collective at once.
+    """
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
     from vllm.distributed import parallel_state
@@ -140,12 +160,12 @@ def _alone(size: int) -> None:
     def fake_group(ranks: Any = None, backend: Any = None, **more: Any) -> Any:
         return new_group(ranks, backend="fake")
 
-    def silent(self: Any, *args: Any, **more: Any) -> None:
-        silence = {"use_device_communicator": False, "use_message_queue_broadcaster": False}
-        coordinator(self, *args, **{**more, **silence})
+    def without_communicators(self: Any, *args: Any, **more: Any) -> None:
+        off = {"use_device_communicator": False, "use_message_queue_broadcaster": False}
+        coordinator(self, *args, **{**more, **off})
 
     dist.new_group = fake_group
-    parallel_state.GroupCoordinator.__init__ = silent
+    parallel_state.GroupCoordinator.__init__ = without_communicators
     parallel_state.in_the_same_node_as = lambda *args, **more: [True] * size
     parallel_state.init_distributed_environment(
         world_size=size, rank=0, local_rank=0, distributed_init_method="env://", backend="gloo"
@@ -153,35 +173,40 @@ def _alone(size: int) -> None:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
 
 
-def _maps_have_numbers() -> None:
-    """Which experts are here is read from a tensor while the model is built."""
+def _build_expert_maps_on_cpu() -> None:
+    """Let vLLM make each layer's expert map on the CPU instead of the meta device.
+
+    vLLM reads numbers from the map while it builds the model, and a meta tensor has none.
+    """
     import torch
     from vllm.model_executor.layers.fused_moe import expert_map_manager
 
-    made = expert_map_manager.ExpertMapManager.__init__
+    original = expert_map_manager.ExpertMapManager.__init__
 
     def on_cpu(self: Any, *args: Any, **more: Any) -> None:
         with torch.device("cpu"):
-            made(self, *args, **more)
+            original(self, *args, **more)
 
     expert_map_manager.ExpertMapManager.__init__ = on_cpu
 
 
 def _is_experts(module: Any) -> bool:
+    """Return whether a module holds the routed experts of a MoE layer."""
     return hasattr(module, "moe_config") and hasattr(module, "quant_method")
 
 
-def _experts(module: Any) -> tuple[str, bool]:
-    """ "method, experts class", and whether it takes LoRA."""
+def _backend_of(module: Any) -> tuple[str, bool]:
+    """Return "quantisation method, experts class", and whether these experts can apply LoRA."""
     method = module.quant_method
     experts = getattr(method, "experts_cls", None)
     name = type(method).__name__
     if experts is None:
-        return f"{name}, without a class of experts", False
+        return f"{name}, without an experts class", False
     return f"{name}, {experts.__name__}", takes_lora(experts)
 
 
-def _bytes(model: Any) -> Iterator[int]:
+def _tensor_bytes(model: Any) -> Iterator[int]:
+    """Yield the size of every parameter and buffer; one that has several names only once."""
     seen = set()
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in seen:
@@ -189,21 +214,27 @@ def _bytes(model: Any) -> Iterator[int]:
             yield tensor.nbytes
 
 
-def _lora(model: Any, config: Any) -> tuple[int, int, int]:
-    """Bytes of all slots, of routed experts apart; and how many layers of those there are."""
+def _slot_bytes(model: Any, config: Any) -> tuple[int, int, int]:
+    """Return the bytes of all LoRA slots, and how many MoE layers have some.
+
+    Returns:
+        Bytes for all modules but routed experts, bytes for routed experts, and the number of
+        layers whose routed experts get LoRA.
+    """
     import torch
     from vllm.lora import model_manager
 
     from_layer, found = model_manager.from_layer, []
 
-    def counted(layer: Any, slots: int, lora: Any, packed: list[str], *args: Any) -> Any:
+    def collect_experts(layer: Any, slots: int, lora: Any, packed: list[str], *args: Any) -> Any:
         inner = getattr(layer, "routed_experts", None)
         if inner is None and not _is_experts(layer):
             return from_layer(layer, slots, lora, packed, *args)
         found.append((inner or layer, len(packed)))
-        return layer  # its wrapper wants kernels, which want weights
+        # Not wrapped: the wrapper of routed experts needs kernels, and these need weights.
+        return layer
 
-    model_manager.from_layer = counted
+    model_manager.from_layer = collect_experts
     try:
         manager = model_manager.LoRAModelManager(
             model=model,
@@ -226,17 +257,18 @@ def _lora(model: Any, config: Any) -> tuple[int, int, int]:
     for layer, packed in found:
         moe = layer.moe_config
         inner, slices = moe.intermediate_size_per_partition, 2 if moe.is_act_and_mul else 1
-        # One A for gate and up where the checkpoint has them fused ("w13"), else one each.
+        # w13 has one lora_a if the checkpoint fuses gate and up, else one for each of them.
         rows = min(packed, slices) * moe.hidden_dim + slices * inner + inner + moe.hidden_dim
         experts += config.lora_config.max_loras * moe.num_local_experts * rank * rows * width
     return dense, experts, len(found)
 
 
 def main() -> None:
+    """Answer the question in ``sys.argv[1]`` (JSON) and print "@" and the answer (JSON)."""
     question = Question(**json.loads(sys.argv[1]))
     try:
         found = answer(question)
-    except Exception as error:  # whatever vLLM says is the answer
+    except Exception as error:  # the error is the answer
         text = " ".join(f"{type(error).__name__}: {error}".split())
         found = Answer({}, False, 0, 0, 0, 0, text[:600])
     print("@" + json.dumps(asdict(found)))

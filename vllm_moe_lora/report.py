@@ -1,4 +1,4 @@
-"""What a report is made of, and how it is printed."""
+"""The report that the commands `doctor` and `plan` print: a list of findings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from dataclasses import asdict, dataclass
 
 @dataclass
 class Finding:
-    """One line of a report; ``cure`` where it is not well."""
+    """One line of a report.
+
+    Attributes:
+        well: False if this is a problem. The commands then exit with 1.
+        what: the sentence to print.
+        cure: what the user can do about a problem; "" if there is nothing to do.
+    """
 
     well: bool
     what: str
@@ -17,7 +23,16 @@ class Finding:
 
 
 def show(findings: list[Finding], command: str | None, args: argparse.Namespace) -> int:
-    """Print a report, as JSON if ``args.json``; returns the exit code."""
+    """Print a report.
+
+    Args:
+        findings: the lines of the report.
+        command: a shell command to print below them, for example how to serve the model.
+        args: the arguments of the command line; ``args.json`` asks for JSON.
+
+    Returns:
+        The exit code: 1 if a finding is a problem, else 0.
+    """
     if args.json:
         out = {"findings": [asdict(found) for found in findings], "command": command}
         print(json.dumps(out, indent=1))

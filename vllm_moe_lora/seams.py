@@ -1,4 +1,8 @@
-"""The seam that patches/ puts into vLLM's own files: a decorator that applies one hook.
+"""The decorator `seam`, which applies one hook inside of a patched vLLM.
+
+There are two ways to apply the hooks. The plugin replaces vLLM's functions at run time. Patches,
+which patchset/ makes, change vLLM's own files: they add this decorator above each function that a
+hook replaces.
 
     from vllm.lora import moe_lora
 
@@ -6,9 +10,9 @@
         @moe_lora.seam("adapters")
         def _add_adapter(self, lora): ...
 
-It stands above every other decorator. What the plugin rebinds from outside, a seam replaces where
-it is defined, so copies made by ``from x import f`` hold the replacement too. Importing this
-loads nothing but the standard library: every module of vLLM may do it.
+The seam goes above all other decorators. It replaces the function where it is defined, so modules
+that copy the name with ``from x import f`` get the replacement, too. Importing this module loads
+only the standard library, so every module of vLLM can import it.
 """
 
 from __future__ import annotations
@@ -23,14 +27,17 @@ from .patching import MARK, Hook, HookError, not_needed
 
 
 def seam(feature: str, module: str = "") -> Callable[[Any], Any]:
-    """Replace the decorated function, class method, static method, property or class.
+    """Return a decorator that applies a hook to a function, method, property or class.
+
+    The hook is found by its feature and by the name of what is decorated.
 
     Args:
-        feature: of the hook whose target is decorated.
-        module: the target's module, where that is not the one of the definition.
+        feature: the hook's feature.
+        module: the module in the hook's target; "" if that is where the definition is.
 
     Raises:
-        HookError: no hook of ``feature`` has that target, or its replacement is of another kind.
+        HookError: ``feature`` has no hook with this target, or the hook's replacement is of the
+            wrong kind (for a property, for example, not a property).
     """
 
     def decorate(thing: Any) -> Any:
@@ -38,7 +45,10 @@ def seam(feature: str, module: str = "") -> Callable[[Any], Any]:
         target = f"{module or function.__module__}:{function.__qualname__}"
         hook = next((h for h in _hooks() if (h.feature, h.target) == (feature, target)), None)
         if hook is None:
-            raise HookError(f"no hook of feature {feature!r} has the target {target}")
+            raise HookError(
+                f"no hook of feature {feature!r} has the target {target}; this tree was patched by "
+                "another version. Revert the patches and apply them again"
+            )
         if not _needed(feature):
             return _marked(thing, hook)
         if isinstance(thing, classmethod):
@@ -48,14 +58,18 @@ def seam(feature: str, module: str = "") -> Callable[[Any], Any]:
             return made if isinstance(made, staticmethod) else staticmethod(made)
         made = hook.make(thing)
         if isinstance(thing, property):
-            made = _of_kind(property, made, hook)
+            made = _demand_kind(property, made, hook)
         return _marked(made, hook)
 
     return decorate
 
 
 class _ClassMethod:
-    """Stands in until the class exists: `Hook.make` wants the method bound to it."""
+    """Stands in for a class method while Python builds the class.
+
+    `Hook.make` needs the method bound to its class, and that does not exist yet when a decorator
+    runs. Python calls `__set_name__` when it does; there the replacement takes this object's place.
+    """
 
     def __init__(self, original: classmethod[Any, Any, Any], hook: Hook) -> None:
         self.original = original
@@ -66,27 +80,37 @@ class _ClassMethod:
         made = self.hook.make(bound)
         if made is bound:
             made = self.original
-        setattr(owner, name, _marked(_of_kind(classmethod, made, self.hook), self.hook))
+        setattr(owner, name, _marked(_demand_kind(classmethod, made, self.hook), self.hook))
 
 
 def _hooks() -> list[Hook]:
-    """Those of the release that was patched; the folder's __init__ has its name."""
+    """Return the hooks of the release that was patched.
+
+    In a patched tree this package's ``__init__`` holds its name, ``RELEASE``.
+    """
     release = getattr(sys.modules[__package__], "RELEASE", None)
     return [hook for hook in all_hooks() if release is None or hook.made_for(release)]
 
 
-def _of_kind(kind: type[Any], made: Any, hook: Hook) -> Any:
+def _demand_kind(kind: type[Any], made: Any, hook: Hook) -> Any:
+    """Return ``made``. Raises HookError if it is not a ``kind``."""
     if not isinstance(made, kind):
-        raise HookError(f"the replacement of {hook.target} is no {kind.__name__}")
+        raise HookError(
+            f"{hook.target} is a {kind.__name__}, but its replacement is a {type(made).__name__}"
+        )
     return made
 
 
 def _needed(feature: str) -> bool:
-    """Whether this platform has a use for ``feature``; as with the plugin, all of it or nothing."""
+    """Return whether this platform needs every hook of ``feature``.
+
+    As in `patching.apply`, the hooks of a feature are applied all or none.
+    """
     hooks = [hook for hook in _hooks() if hook.feature == feature]
     if not any(hook.platforms or hook.layers for hook in hooks):
         return True
-    # Only here: the modules such hooks are for have asked for the platform before us.
+    # Only if a hook depends on the platform: asking for it too early, while vLLM is still being
+    # imported, would load platform plugins. The modules of these hooks have asked for it already.
     from vllm.platforms import current_platform
 
     here = current_platform.device_type, current_platform.is_out_of_tree()
@@ -94,10 +118,10 @@ def _needed(feature: str) -> bool:
 
 
 def _marked(thing: Any, hook: Hook) -> Any:
-    """``thing`` with the mark by which the plugin sees that this place is dealt with.
+    """Return ``thing``, marked so that the plugin sees that this function is already handled.
 
-    What is left as it is gets it too: its source text, which now has a line more, is no concern
-    of the plugin's.
+    A function that the hook does not replace is marked, too. The seam added a line to its source,
+    so the plugin would find an unknown hash.
     """
     with contextlib.suppress(AttributeError, TypeError):
         setattr(_function(thing), MARK, hook.target)
@@ -105,7 +129,8 @@ def _marked(thing: Any, hook: Hook) -> Any:
 
 
 def _function(thing: Any) -> Any:
+    """Return the function inside a property, class method, static method or bound method."""
     if isinstance(thing, property):
         return thing.fget
-    # A bound method takes no attribute, its function does.
+    # One cannot set an attribute on a bound method, but on its function.
     return getattr(thing, "__func__", thing)

@@ -1,4 +1,7 @@
-"""Source text of a hook's target read from a tree of vLLM's files, without importing anything."""
+"""Finds the source text of a hook's target in a folder of vLLM's files, without importing vLLM.
+
+The scripts in ci/ use it to record hashes, and `patchset` to place seams.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-Reader = Callable[[Path], str]
+Reader = Callable[[Path], str]  # returns the text of a file
 
 
 def read(file: Path) -> str:
-    """A file's text."""
+    """Return the text of a file. Raises OSError or UnicodeError."""
     return file.read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Found:
-    """Where a target is defined.
+    """The place where a target is defined.
 
     Attributes:
-        file: the file, with the module's name.
-        module: of the file; another than the target's where that one imports the name.
-        node: the definition.
-        inherited: a base of the target's class defines it.
+        file: the file of the definition.
+        module: the module of that file. It differs from the target's module if that one only
+            imports the name.
+        node: the definition in the file's syntax tree.
+        inherited: whether a base class defines the target.
     """
 
     file: Path
@@ -37,31 +41,33 @@ class Found:
 
     @property
     def line(self) -> int:
-        """The definition's first line, from 1, decorators included."""
+        """The number of the definition's first line, from 1. A decorator counts as part of it."""
         return min([self.node.lineno, *(d.lineno for d in self.node.decorator_list)])
 
 
 def target_text(tree: Path, target: str, reader: Reader = read) -> str:
-    """The text of "package.module:Class.method", as `patching.source_text` gives it.
+    """Return the source of "package.module:Class.method".
 
-    Arguments and errors are those of `find`.
+    The text is the same as `patching.source_text` returns for the imported object, so both have
+    the same hash. Arguments and errors are those of `find`.
     """
     found = find(tree, target, reader)
     lines = [f"{line}\n" for line in reader(found.file).split("\n")]
-    # The same function that inspect.getsource uses: comments may end a body, and the tree of
-    # the parser does not know them.
+    # inspect.getsource uses the same function. The syntax tree does not do, because it does not
+    # contain the comments at the end of a body.
     return textwrap.dedent("".join(inspect.getblock(lines[found.line - 1 :]))).rstrip() + "\n"
 
 
 def find(tree: Path, target: str, reader: Reader = read) -> Found:
-    """The definition of "package.module:Class.method".
+    """Find the definition of "package.module:Class.method".
 
-    Methods that a class inherits are looked up in its bases, through the module's own imports.
+    Names that the module imports are followed to their own module. Inherited methods are found in
+    the base classes.
 
     Args:
-        tree: the folder that holds the package (for example site-packages).
+        tree: the folder that contains the package, for example site-packages.
         target: as in `patching.Hook.target`.
-        reader: gives a file's text.
+        reader: returns the text of a file.
 
     Raises:
         LookupError: the tree has no such module, class or function.
@@ -71,43 +77,46 @@ def find(tree: Path, target: str, reader: Reader = read) -> Found:
 
 
 def module_file(tree: Path, module: str) -> Path:
-    """The file of a module. Raises LookupError."""
+    """Return the file of a module below ``tree``. Raises LookupError if there is none."""
     base = tree.joinpath(*module.split("."))
     for file in (base.with_suffix(".py"), base / "__init__.py"):
         if file.is_file():
             return file
-    raise LookupError(f"no module {module} below {tree}")
+    raise LookupError(f"there is no module {module} in {tree}")
 
 
 @functools.lru_cache(maxsize=256)
 def parse(text: str) -> ast.Module:
-    """`ast.parse`, once for each text; the tree is not to be changed."""
+    """Like `ast.parse`, with a cache. Do not change the tree. Raises SyntaxError."""
     return ast.parse(text)
 
 
-def defined(body: list[ast.stmt], name: str) -> Definition | None:
-    """What ``name`` is bound to at the end of ``body``: its last definition.
+def find_definition(body: list[ast.stmt], name: str) -> Definition | None:
+    """Return the last function or class with this name in ``body``; None if there is none.
 
-    The setter and deleter of a property are passed over, its source is its getter's.
+    A property's setter and deleter have the property's name. They are skipped, because
+    `patching.source_text` takes the getter's source.
     """
     found: Definition | None = None
     for node in body:
         if isinstance(node, Definition) and node.name == name:
-            marks = {ast.unparse(decorator) for decorator in node.decorator_list}
-            if not marks & {f"{name}.setter", f"{name}.deleter"}:
+            decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
+            if not decorators & {f"{name}.setter", f"{name}.deleter"}:
                 found = node
     return found
 
 
 @dataclass(frozen=True)
 class _Finder:
+    """`find`, which calls itself for imported names and base classes."""
+
     tree: Path
     reader: Reader
 
     def find(self, module: str, path: list[str]) -> Found:
         file = module_file(self.tree, module)
         parsed = parse(self.reader(file))
-        node = defined(parsed.body, path[0])
+        node = find_definition(parsed.body, path[0])
         if node is not None:
             if len(path) == 1:
                 return Found(file, module, node)
@@ -117,13 +126,13 @@ class _Finder:
             if isinstance(statement, ast.ImportFrom) and statement.module:
                 for name in statement.names:
                     if (name.asname or name.name) == path[0]:
-                        home = _absolute(module, statement, file)
-                        return self.find(home, [name.name, *path[1:]])
-        raise LookupError(f"{module} has no {'.'.join(path)}")
+                        source = _imported_module(module, statement, file)
+                        return self.find(source, [name.name, *path[1:]])
+        raise LookupError(f"{module} does not define {'.'.join(path)}")
 
     def member(self, owner: Found, path: list[str]) -> Found:
         assert isinstance(owner.node, ast.ClassDef)
-        node = defined(owner.node.body, path[0])
+        node = find_definition(owner.node.body, path[0])
         if node is not None:
             return replace(owner, node=node)
         for base in owner.node.bases:
@@ -132,10 +141,11 @@ class _Finder:
                     return replace(self.find(owner.module, [base.id, *path]), inherited=True)
                 except LookupError:
                     continue
-        raise LookupError(f"{owner.module}:{owner.node.name} has no {'.'.join(path)}")
+        raise LookupError(f"{owner.module}:{owner.node.name} does not define {'.'.join(path)}")
 
 
-def _absolute(module: str, node: ast.ImportFrom, file: Path) -> str:
+def _imported_module(module: str, node: ast.ImportFrom, file: Path) -> str:
+    """Return the absolute name of the module that ``from ... import`` in ``module`` names."""
     if not node.level:
         return node.module or ""
     parts = module.split(".")

@@ -1,4 +1,8 @@
-"""Reads `supported.toml`: which vLLM releases are known and which sources were hooked there."""
+"""Reads `supported.toml`, the table of the vLLM releases that the plugin supports.
+
+For each release the file says how every feature was checked. For each hook's target it has the
+hashes of the source texts that the hook was written for, and the releases that contain them.
+"""
 
 from __future__ import annotations
 
@@ -17,29 +21,40 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-LEVELS = ("engine", "import", "source")  # explained in the file
+LEVELS = ("engine", "import", "source")  # how a feature was checked; see supported.toml
 PATH = Path(__file__).with_name("supported.toml")
 
 
 @functools.cache
 def table() -> dict[str, Any]:
-    """The whole file: "releases" (release -> notes) and "hashes" (target -> digest -> releases)."""
+    """Return the whole file.
+
+    It has two keys: "releases" (release -> feature -> level) and "hashes" (target -> digest ->
+    list of releases).
+    """
     with PATH.open("rb") as file:
         return tomllib.load(file)
 
 
 def releases() -> dict[str, dict[str, str]]:
-    """Known releases -> {feature: how it is known, one of `LEVELS`}."""
+    """Return the supported releases -> {feature: how it was checked, one of `LEVELS`}."""
     return dict(table().get("releases", {}))
 
 
 def release_of(version: str) -> str:
-    """The release of a build: "0.11.1.post2" and "0.32.0+cpu" are rebuilt wheels of one."""
+    """Return the release that a version was built from.
+
+    Wheels of one release may have suffixes: "0.11.1.post2" -> "0.11.1", "0.32.0+cpu" -> "0.32.0".
+    """
     return re.sub(r"(\.post\d+)?(\+.*)?$", "", version)
 
 
 def nearest(release: str) -> str:
-    """The known release that ``release`` is taken for: itself, the last before it, the first."""
+    """Return the supported release whose hooks are used for ``release``.
+
+    This is ``release`` itself if it is supported, otherwise the last supported one before it, and
+    the first one if there is none before it.
+    """
     from packaging.version import Version
 
     known = sorted(releases(), key=Version)
@@ -48,16 +63,17 @@ def nearest(release: str) -> str:
 
 
 def made_for(release: str, hooks: Iterable[Hook]) -> list[Hook]:
-    """The hooks made for ``release``, or for the known one that is `nearest` to it."""
+    """Return the hooks to apply on ``release``: those made for the `nearest` supported release."""
     known = nearest(release)
     made = releases()[known]
     return [hook for hook in hooks if hook.feature in made and hook.made_for(known)]
 
 
 def hashes(release: str) -> dict[str, set[str]]:
-    """target -> digests of its source that hold for ``release``.
+    """Return target -> the digests that its source may have in ``release``.
 
-    For a release that is not known: the digests of all that are.
+    For an unsupported release these are the digests of all supported ones: a source that has not
+    changed since is accepted.
     """
     known = release in releases()
     return {

@@ -133,7 +133,7 @@ def _flat_too(tensors):
         (_two_names, ["w3", "up_proj", "twice"]),
         (_unknown, ["experts.3.sideways_proj", "experts.gate_up_proj"]),
         (_stack_too, ["experts.up_proj.lora_A", "twice"]),
-        (_fused_too, ["gate_up_proj beside gate_proj"]),
+        (_fused_too, ["gate_up_proj and also gate_proj"]),
         (_dora, ["DoRA", "experts.3.up_proj", "--merge-into"]),
         (_bias, ["biases", "experts.3.up_proj", "--merge-into"]),
         (_whole_module, ["mlp.gate.weight", "--merge-into"]),
@@ -222,7 +222,7 @@ def test_a_tensor_more_or_less_is_never_passed_over(data):
         ({"moe_lora_layout": "sideways"}, "grouped-by-expert"),
         ({"lora_B_layout": "sideways"}, "lora_B_layout"),
         ({"moe_lora_gate_up": "sideways"}, "interleaved"),
-        ({"moe_lora_layout": "peft-transposed"}, "Correct the tag"),
+        ({"moe_lora_layout": "peft-transposed"}, 'Correct "moe_lora_layout"'),
     ],
 )
 def test_config(raw, word):
@@ -235,7 +235,7 @@ def test_folder(tmp_path):
     with pytest.raises(AdapterError, match=r"adapter_config\.json is missing"):
         Config.from_folder(tmp_path)
     (tmp_path / "adapter_config.json").write_text("[]")
-    with pytest.raises(AdapterError, match="no JSON table"):
+    with pytest.raises(AdapterError, match="not a JSON object"):
         Config.from_folder(tmp_path)
     with pytest.raises(AdapterError, match=r"has no adapter_model\.safetensors"):
         read_tensors(tmp_path)

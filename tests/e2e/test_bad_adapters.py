@@ -66,9 +66,9 @@ def test_refused_with_name_and_cure(make_case):
         "bias": ["biases", "experts.3.up_proj", "--merge-into"],
         "gate": ["mlp.gate.weight", "--merge-into"],
         "nan": ["q_proj", "infinite"],
-        "layer": ["model.layers.7.", "no place"],
+        "layer": ["model.layers.7.", "no module"],
         "expert": ["experts.55.", "experts 0 to 7"],
-        "path": ["sparse_block.experts", "no place"],
+        "path": ["sparse_block.experts", "no routed experts"],
         "narrow": ["experts.3.up_proj", "127", "128"],
         "good": ["ok"],
     }

@@ -68,4 +68,4 @@ def test_experts_of_this_rank_in_the_order_of_its_weights():
 
 def test_experts_of_a_platforms_own_are_not_doubted():
     assert fit.is_experts(_wrapper())
-    supports_lora.demand("model.layers.0.mlp.experts", _wrapper())
+    supports_lora.check_adapter("model.layers.0.mlp.experts", _wrapper())

@@ -33,15 +33,15 @@ def _slots(local, **more):
     return Slots(local, fused=False, dims=DIMS, dtype=torch.float16, limit=8, **more)
 
 
-@pytest.mark.parametrize("multiple", [1, 2, 4, 8])
+@pytest.mark.parametrize("rank_multiple", [1, 2, 4, 8])
 @pytest.mark.parametrize("local", RANKS.values(), ids=RANKS)
-def test_ranks_are_filled_up_with_zeros(local, multiple):
+def test_ranks_are_filled_up_with_zeros(local, rank_multiple):
     whole = _experts(apart=False)
     del whole.parts["w1"]
-    a, b = stage(whole, _slots(local, multiple=multiple))
+    a, b = stage(whole, _slots(local, rank_multiple=rank_multiple))
     for name, have_a, have_b in zip(("w1", "w2", "w3"), a, b, strict=True):
         assert have_a.shape[1] == have_b.shape[2]
-        assert have_a.shape[1] % multiple == 0
+        assert have_a.shape[1] % rank_multiple == 0
         for place, expert in enumerate(local):
             want = torch.zeros(())
             if name in whole.parts and expert in whole.parts[name][0].experts:
@@ -61,7 +61,7 @@ def test_every_rank_refuses_what_is_not_finite_on_one(local, apart, side, value)
     stage(whole, _slots(local))
     part = whole.parts["w2"][0]
     getattr(part, side)[1][0, 0] = value  # the second of them is expert 2
-    with pytest.raises(AdapterError, match=r"w2\.lora_A: NaN or infinite numbers \(expert 2"):
+    with pytest.raises(AdapterError, match=r"w2\.lora_A has NaN or infinite numbers \(expert 2"):
         stage(whole, _slots(local))
 
 

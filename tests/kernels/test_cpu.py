@@ -44,10 +44,10 @@ def test_shrink_and_expand(tokens, experts, top_k, slots, rank, shared, foreign,
     y = torch.full((len(plan), 9), float("nan"))
     y[:, :7] = 1.0  # a strided view of wider, poisoned rows
     cpu.expand_add(y[:, :7], cpu.shrink(pairs, lora_a, plan), lora_b, plan)
-    assert torch.equal(plan.in_turn(plan.tokens()), plan.rows[:, None].expand(-1, top_k))
+    assert torch.equal(plan.by_token(plan.tokens()), plan.rows[:, None].expand(-1, top_k))
     covered = torch.cat([torch.arange(s, e) for _, s, e in plan.expert_slices()])
     assert torch.equal(covered, torch.arange(len(plan)))
-    y = plan.in_turn(y)
+    y = plan.by_token(y)
     for i, row in enumerate(plan.rows.tolist()):
         for k in range(top_k):
             want = torch.ones(7, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Which products wait for their LoRA, and that none is lost."""
+"""Deferred GEMMs of the base experts: which are deferred, and that each is computed once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TOKENS, TOP_K, BLOCK = 3, 2, 16
 
 
 class Base:
-    """One call of upstream's product; counts its launches."""
+    """One call of upstream's GEMM; counts the launches of its kernel."""
 
     def __init__(self, **more):
         pairs = TOKENS * TOP_K
@@ -36,59 +36,59 @@ class Base:
     def launch(self):
         self.launches += 1
 
-    def put_off(self):
-        return base_product.put_off(self.launch, self.given)
+    def defer(self):
+        return base_product.defer(self.launch, self.given)
 
 
-def test_nothing_waits_outside():
-    assert not base_product.wanted()
-    with base_product.applying(False):
-        assert not base_product.wanted()
-        assert base_product.waiting(torch.ones(1), torch.ones(1)) is None
+def test_nothing_is_deferred_outside():
+    assert not base_product.is_deferring()
+    with base_product.deferring(False):
+        assert not base_product.is_deferring()
+        assert base_product.deferred_for(torch.ones(1), torch.ones(1)) is None
         base_product.flush()
 
 
-def test_a_product_waits_for_its_own_tensors():
+def test_a_deferred_gemm_is_found_by_its_tensors():
     base = Base()
-    with base_product.applying(True):
-        assert base.put_off()
-        product = base_product.waiting(base.given["C"].view(-1, 16), base.given["A"])
+    with base_product.deferring(True):
+        assert base.defer()
+        product = base_product.deferred_for(base.given["C"].view(-1, 16), base.given["A"])
         assert product.topk_weights is None
         assert product.order.sorted_ids.numel() == TOKENS * TOP_K * BLOCK, "no more than pairs"
-        base_product.done()
+        base_product.mark_done()
     assert base.launches == 0
 
 
-def test_few_pairs_wait_unsorted():
+def test_a_small_batch_is_deferred_unsorted():
     base = Base(sorted_token_ids=None)
-    with base_product.applying(True):
-        assert base.put_off()
-        product = base_product.waiting(base.given["C"], base.given["A"])
+    with base_product.deferring(True):
+        assert base.defer()
+        product = base_product.deferred_for(base.given["C"], base.given["A"])
         assert product.order.sorted_ids is None
         assert product.order.expert_ids is base.given["expert_ids"]
-        base_product.done()
+        base_product.mark_done()
 
 
 @pytest.mark.parametrize("other", ["C", "A"])
-def test_for_others_it_is_run_as_upstream_does(other):
+def test_for_other_tensors_upstreams_kernel_is_launched(other):
     base = Base()
-    with base_product.applying(True):
-        assert base.put_off()
+    with base_product.deferring(True):
+        assert base.defer()
         tensors = {**base.given, other: base.given[other].clone()}
-        assert base_product.waiting(tensors["C"], tensors["A"]) is None
+        assert base_product.deferred_for(tensors["C"], tensors["A"]) is None
         assert base.launches == 1
         base_product.flush()
     assert base.launches == 1
 
 
-def test_the_next_product_runs_the_one_before():
+def test_a_second_gemm_launches_the_first():
     first, second = Base(), Base(mul_routed_weight=True)
-    with base_product.applying(True):
-        assert first.put_off()
-        assert second.put_off()
+    with base_product.deferring(True):
+        assert first.defer()
+        assert second.defer()
         assert (first.launches, second.launches) == (1, 0)
-        waits = base_product.waiting(second.given["C"], second.given["A"])
-        assert waits.topk_weights is second.given["topk_weights"]
+        product = base_product.deferred_for(second.given["C"], second.given["A"])
+        assert product.topk_weights is second.given["topk_weights"]
         base_product.flush()
     assert second.launches == 1
 
@@ -103,17 +103,17 @@ def test_the_next_product_runs_the_one_before():
     ],
     ids=lambda more: next(iter(more)),
 )
-def test_what_our_kernel_does_not_multiply_does_not_wait(more):
-    with base_product.applying(True):
-        assert not Base(**more).put_off()
+def test_what_our_kernel_does_not_support_is_not_deferred(more):
+    with base_product.deferring(True):
+        assert not Base(**more).defer()
 
 
-def test_a_product_that_nothing_asks_for_is_an_error():
+def test_a_gemm_without_lora_is_an_error():
     with (
         pytest.raises(RuntimeError, match=r"Cure: VLLM_MOE_LORA_KERNELS=ours"),
-        base_product.applying(True),
+        base_product.deferring(True),
     ):
-        assert Base().put_off()
-    assert not base_product.wanted()
-    with pytest.raises(KeyError), base_product.applying(True):
-        raise KeyError  # an error of upstream's stays itself
+        assert Base().defer()
+    assert not base_product.is_deferring()
+    with pytest.raises(KeyError), base_product.deferring(True):
+        raise KeyError  # errors of the block are passed on

@@ -1,4 +1,4 @@
-"""Experts for one call of `apply`: what is passed on, and that the experts themselves stay."""
+"""Copies of experts for one call of `apply`: their calls, and that the originals do not change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TOKENS, TOP_K = 3, 2
 
 
 class Experts:
-    """Notes its calls, as vLLM's experts are called by `apply`."""
+    """Records the calls that `apply` of vLLM's experts makes."""
 
     def __init__(self, context):
         self._lora_context, self.calls = context, []
@@ -36,19 +36,19 @@ def _given():
     return torch.ones(TOKENS, 8), "w1", "w2", torch.ones(TOKENS, TOP_K), ids, None
 
 
-def test_without_a_context_they_are_themselves():
+def test_without_a_context_there_is_no_copy():
     experts = Experts(None)
-    assert lora_context.consuming(experts, *_given()) is experts
+    assert lora_context.adding_lora(experts, *_given()) is experts
 
 
-def test_factors_are_added_at_the_two_places():
+def test_lora_is_added_before_activation_and_sum():
     experts, given = Experts("context"), _given()
-    held = dict(vars(experts))
-    once = lora_context.consuming(experts, *given)
+    before = dict(vars(experts))
+    copy = lora_context.adding_lora(experts, *given)
     out = torch.zeros(TOKENS * TOP_K, 4)
-    once.activation("silu", out, torch.zeros(TOKENS * TOP_K, 8), clamp_limit=7)
-    once.moe_sum("products", "answer", "ids", "map")
-    assert vars(experts) == held, "another batch may be on its way through them"
+    copy.activation("silu", out, torch.zeros(TOKENS * TOP_K, 8), clamp_limit=7)
+    copy.moe_sum("products", "answer", "ids", "map")
+    assert vars(experts) == before, "another batch may run through them at the same time"
     (_, w13), activation, (_, w2), total = experts.calls
     assert w13["y"].shape == (TOKENS, TOP_K, 8)
     assert w13["x"] is given[0]
@@ -66,18 +66,18 @@ def _quantising(**more):
     return types.SimpleNamespace(**{**known, **more})
 
 
-def test_which_experts_want_tokens_as_they_were():
-    assert unquantised_tokens.wanted(_quantising())
-    assert unquantised_tokens.wanted(_quantising(quant_dtype=torch.int8))
-    assert not unquantised_tokens.wanted(_quantising(_lora_context=None))
-    assert not unquantised_tokens.wanted(_quantising(quant_dtype=None))
-    assert not unquantised_tokens.wanted(_quantising(quant_dtype="nvfp4"))
-    assert not unquantised_tokens.wanted(_quantising(quantization_emulation=True))
+def test_which_experts_need_unquantised_tokens():
+    assert unquantised_tokens.needed(_quantising())
+    assert unquantised_tokens.needed(_quantising(quant_dtype=torch.int8))
+    assert not unquantised_tokens.needed(_quantising(_lora_context=None))
+    assert not unquantised_tokens.needed(_quantising(quant_dtype=None))
+    assert not unquantised_tokens.needed(_quantising(quant_dtype="nvfp4"))
+    assert not unquantised_tokens.needed(_quantising(quantization_emulation=True))
     mixed = types.SimpleNamespace(ocp_mx_scheme="w_mxfp4_a_fp8")
-    assert not unquantised_tokens.wanted(_quantising(quant_config=mixed))
+    assert not unquantised_tokens.needed(_quantising(quant_config=mixed))
 
 
-def test_tokens_that_came_quantised_are_left():
+def test_quantised_tokens_are_kept():
     experts, tokens = _quantising(), torch.ones(2, 4)
     scale = torch.ones(1)
-    assert unquantised_tokens.quantised(experts, tokens, scale) == (experts, tokens, scale)
+    assert unquantised_tokens.quantise(experts, tokens, scale) == (experts, tokens, scale)

@@ -1,4 +1,4 @@
-"""Pieces of layers under parallelism that no simulated world reaches (tests/releases)."""
+"""Cases under parallelism that the simulated ranks of tests/releases do not reach."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WEIGHTS = torch.tensor([[0.5], [0.25]])
 
 
 class Kernel(torch.nn.Module):
-    """A kernel of 0.12 to 0.16: it owns shared experts and gives them the tokens it was given."""
+    """A kernel of 0.12 to 0.16: it calls the shared experts with its own tokens."""
 
     def __init__(self):
         super().__init__()
@@ -54,7 +54,7 @@ def test_shared_experts_of_a_kernel_get_the_tokens_without_weights(on_input):
         (True, object(), WEIGHTS.expand(2, 2), False),  # upstream refuses it
     ],
 )
-def test_tokens_are_weighted_first(on_input, context, weights, moves):
+def test_tokens_are_multiplied_first(on_input, context, weights, moves):
     experts = SimpleNamespace(_lora_context=context)
     method = SimpleNamespace(moe_kernel=SimpleNamespace(fused_experts=experts))
     layer = SimpleNamespace(apply_router_weight_on_input=on_input)
@@ -72,7 +72,7 @@ def test_tokens_are_weighted_first(on_input, context, weights, moves):
 
 
 @pytest.mark.parametrize("use_ep", [True, False])
-def test_cpu_experts_are_not_spread_over_ranks(use_ep):
+def test_cpu_experts_refuse_expert_parallelism(use_ep):
     made = experts.CPULoRAExperts()
     config = SimpleNamespace(moe_parallel_config=SimpleNamespace(use_ep=use_ep))
     made.moe_config = config
@@ -81,5 +81,5 @@ def test_cpu_experts_are_not_spread_over_ranks(use_ep):
     with pytest.raises(NotImplementedError, match="without --enable-expert-parallel"):
         made.set_lora_context("a context")
     with pytest.raises(NotImplementedError, match="without --enable-expert-parallel"):
-        torch_experts.prepare(None, SimpleNamespace(moe_config=config))
+        torch_experts.init_wrapper(None, SimpleNamespace(moe_config=config))
     return None

@@ -1,4 +1,4 @@
-"""Wrappers that cannot be made say for which layer and what to do; real layers: tests/releases."""
+"""Errors for layers without LoRA experts name layer and cure. With real layers: tests/releases."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _layer(inside=False):
         (ValueError("SomeMoEMethod uses the new logic"), "uses the new logic"),
     ],
 )
-def test_what_upstream_raises_gets_where_and_cure(inside, error, said):
+def test_errors_of_upstream_get_layer_and_cure(inside, error, said):
     with (
         pytest.raises(NotImplementedError, match=said) as found,
         select_experts.explained(_layer(inside)),
@@ -48,7 +48,7 @@ def test_what_upstream_raises_gets_where_and_cure(inside, error, said):
         RuntimeError("out of memory"),
     ],
 )
-def test_what_says_enough_or_is_something_else_passes(error):
+def test_errors_with_a_cure_and_other_errors_pass(error):
     with pytest.raises(type(error)) as found, select_experts.explained(_layer()):
         raise error
     assert found.value is error
@@ -61,7 +61,7 @@ def test_what_says_enough_or_is_something_else_passes(error):
         RuntimeError("Old-style modular kernel not supported."),
     ],
 )
-def test_what_says_no_more_than_what_gets_the_flag(error):
+def test_errors_with_a_reason_get_the_flag(error):
     layer = _layer()
     layer.moe_config = types.SimpleNamespace(moe_backend="flashinfer_trtllm")
     with pytest.raises(NotImplementedError) as found, select_experts.explained(layer):
@@ -73,17 +73,17 @@ def test_what_says_no_more_than_what_gets_the_flag(error):
     assert "--moe-backend flashinfer_trtllm" in text
 
 
-def test_an_unknown_method_keeps_upstreams_answer():
+def test_an_unknown_method_gets_upstreams_experts():
     method = SomeMoEMethod()
-    assert select_experts.experts(method, _layer(), lambda: "upstream") == "upstream"
+    assert select_experts.make_experts(method, _layer(), lambda: "upstream") == "upstream"
 
 
-def test_without_lora_a_known_method_keeps_upstreams_answer():
+def test_without_lora_a_known_method_gets_upstreams_experts():
     method = type("MoeWNA16Method", (), {"moe": types.SimpleNamespace(is_lora_enabled=False)})()
-    assert select_experts.experts(method, _layer(), lambda: "upstream") == "upstream"
+    assert select_experts.make_experts(method, _layer(), lambda: "upstream") == "upstream"
 
 
-def test_names_that_a_layer_has_are_left():
+def test_existing_names_are_kept():
     routed = _layer()
     routed.w13_weight, routed.w13_qweight, routed.w2_weight_packed = "own", "packed", "packed 2"
     select_experts.prepare(routed)

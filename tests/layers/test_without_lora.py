@@ -1,4 +1,4 @@
-"""How one layer's experts are made; the real layers: tests/releases/test_untargeted_experts.py."""
+"""How a layer's experts are built. With real layers: tests/releases/test_untargeted_experts.py."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_lora_is_off_where_no_adapter_may_target(monkeypatch, targets, lora, lay
     assert one.config.lora_config is one.lora
 
 
-def test_what_fails_with_lora_only_gets_the_flag(monkeypatch):
+def test_an_error_with_lora_only_names_the_flag(monkeypatch):
     one = Layer(monkeypatch, "with LoRA")
     with pytest.raises(NotImplementedError) as found:
         one.make()
@@ -60,7 +60,7 @@ def test_what_fails_with_lora_only_gets_the_flag(monkeypatch):
 
 
 @pytest.mark.parametrize("targets", [None, ["q_proj"]])
-def test_what_fails_anyway_says_what_it_said(monkeypatch, targets):
+def test_an_error_without_lora_too_is_unchanged(monkeypatch, targets):
     one = Layer(monkeypatch, "always", targets=targets)
     with pytest.raises(NotImplementedError, match=r"^No backend") as found:
         one.make()
@@ -68,8 +68,8 @@ def test_what_fails_anyway_says_what_it_said(monkeypatch, targets):
     assert one.config.lora_config is one.lora
 
 
-def test_where_nothing_runs_them_without_lora_what_takes_lora_does(monkeypatch):
-    """INT4 on a CPU without AMX."""
+def test_if_it_fails_without_lora_it_is_built_with_lora(monkeypatch):
+    """Such as INT4 on a CPU without AMX."""
     one = Layer(monkeypatch, "without LoRA", targets=["q_proj"])
     one.make()
     assert one.seen == [False, True]

@@ -8,53 +8,53 @@ import time
 
 import pytest
 
-from vllm_moe_lora.fitting.memory import NoCollection
-from vllm_moe_lora.loading.background import Ahead
+from vllm_moe_lora.fitting.memory import PausedGC
+from vllm_moe_lora.loading.background import BackgroundLoader
 
 
-def _until(ahead, number, load):
+def _until(loader, number, load):
     for _ in range(500):
-        if ahead.ready(number, "a", load):
+        if loader.ready(number, "a", load):
             return
         time.sleep(0.002)
     raise AssertionError("never ready")
 
 
 def test_runs_elsewhere_and_is_taken_once():
-    ahead, go, where = Ahead(), threading.Event(), []
+    loader, go, where = BackgroundLoader(), threading.Event(), []
 
     def load():
         go.wait(5)
         where.append(threading.current_thread())
-        assert ahead.take(1, "a") is None, "the load itself must not wait for itself"
+        assert loader.take(1, "a") is None, "the load itself must not wait for itself"
         return "staged"
 
-    assert not ahead.ready(1, "a", load)
-    assert not ahead.ready(1, "a", load), "begun once"
+    assert not loader.ready(1, "a", load)
+    assert not loader.ready(1, "a", load), "begun once"
     go.set()
-    _until(ahead, 1, load)
+    _until(loader, 1, load)
     assert where != [threading.current_thread()]
     assert len(where) == 1
-    assert ahead.take(2, "a") is None
-    assert ahead.take(1, "b") is None
-    assert ahead.take(1, "a") == "staged"
-    assert ahead.take(1, "a") is None
+    assert loader.take(2, "a") is None
+    assert loader.take(1, "b") is None
+    assert loader.take(1, "a") == "staged"
+    assert loader.take(1, "a") is None
 
 
 def test_files_that_changed_meanwhile_are_staged_again(tmp_path):
-    ahead, file = Ahead(), tmp_path / "adapter_config.json"
+    loader, file = BackgroundLoader(), tmp_path / "adapter_config.json"
     file.write_text("{}")
-    while not ahead.ready(1, str(tmp_path), lambda: "old"):
+    while not loader.ready(1, str(tmp_path), lambda: "old"):
         time.sleep(0.002)
     file.write_text("{} ")
-    assert ahead.take(1, str(tmp_path)) is None
-    while not ahead.ready(1, str(tmp_path), lambda: "new"):
+    assert loader.take(1, str(tmp_path)) is None
+    while not loader.ready(1, str(tmp_path), lambda: "new"):
         time.sleep(0.002)
-    assert ahead.take(1, str(tmp_path)) == "new"
+    assert loader.take(1, str(tmp_path)) == "new"
 
 
 def test_errors_are_raised_and_forgotten():
-    ahead, fail = Ahead(), [True]
+    loader, fail = BackgroundLoader(), [True]
 
     def load():
         if fail:
@@ -62,38 +62,38 @@ def test_errors_are_raised_and_forgotten():
         return "staged"
 
     with pytest.raises(ValueError, match="why"):
-        _until(ahead, 1, load)
+        _until(loader, 1, load)
     fail.clear()
-    _until(ahead, 1, load)
-    assert ahead.take(1, "a") == "staged"
+    _until(loader, 1, load)
+    assert loader.take(1, "a") == "staged"
 
 
 def test_what_nobody_comes_for_is_dropped(monkeypatch):
-    ahead = Ahead()
+    loader = BackgroundLoader()
     for number in range(10):
-        _until(ahead, number, lambda: "staged")
-    assert all(ahead.take(number, "a") for number in range(5)), "many loads at a time"
-    monkeypatch.setattr("vllm_moe_lora.loading.background.FORGOTTEN", 0.0)
+        _until(loader, number, lambda: "staged")
+    assert all(loader.take(number, "a") for number in range(5)), "many loads at a time"
+    monkeypatch.setattr("vllm_moe_lora.loading.background.EXPIRE_SECONDS", 0.0)
     time.sleep(0.01)
-    _until(ahead, 99, lambda: "staged")
-    assert not any(ahead.take(number, "a") for number in range(5, 10))
+    _until(loader, 99, lambda: "staged")
+    assert not any(loader.take(number, "a") for number in range(5, 10))
 
 
 def test_collection_is_off_while_any_lives():
     assert gc.isenabled()
-    one, two = NoCollection(), NoCollection()
+    one, two = PausedGC(), PausedGC()
     del one
     assert not gc.isenabled()
     del two
     assert gc.isenabled()
-    with NoCollection() as three:
+    with PausedGC() as three:
         assert not gc.isenabled()
     assert gc.isenabled()
     three.release()
     assert gc.isenabled()
     gc.disable()
     try:
-        four = NoCollection()
+        four = PausedGC()
         del four
         assert not gc.isenabled(), "whoever switched it off wants it off"
     finally:

@@ -12,48 +12,48 @@ from vllm.lora.request import LoRARequest
 from vllm_moe_lora.adapters.errors import AdapterError
 from vllm_moe_lora.hooks import v1_engine_async_llm, v1_engine_llm_engine
 from vllm_moe_lora.loading import front_end
-from vllm_moe_lora.loading.background import MARK
+from vllm_moe_lora.loading.background import STAGE_PREFIX
 
 
 def request(number, path="/adapters/x", **more):
     return LoRARequest(f"name-{number}", number, path, **more)
 
 
-def load(known, asked):
+def load(held, asked):
     """The path it is loaded by."""
-    if known.full(asked.lora_int_id):
-        known.make_room(asked.lora_int_id, Counter())
-    copy, version = known.begin(asked)
-    known.done(asked, version)
+    if held.needs_room(asked.lora_int_id):
+        held.make_room(asked.lora_int_id, Counter())
+    copy, version = held.begin(asked)
+    held.done(asked, version)
     return copy.lora_path
 
 
 def test_as_many_as_the_workers_keep():
-    known = front_end.Known(2)
+    held = front_end.HeldAdapters(2)
     for number in (1, 2):
-        assert not known.has(request(number))
-        load(known, request(number))
-    assert known.has(request(1))
-    load(known, request(3))  # 2 was used least recently
-    assert known.has(request(1))
-    assert known.has(request(3))
-    assert not known.has(request(2))
+        assert not held.is_loaded(request(number))
+        load(held, request(number))
+    assert held.is_loaded(request(1))
+    load(held, request(3))  # 2 was used least recently
+    assert held.is_loaded(request(1))
+    assert held.is_loaded(request(3))
+    assert not held.is_loaded(request(2))
 
 
 def test_an_adapter_in_use_is_not_the_one_that_goes():
-    known = front_end.Known(2)
-    load(known, request(1))
-    load(known, request(2))
-    assert known.full(3)
-    assert known.idle(Counter({1: 2})) == 2
-    assert known.idle(Counter({1: 2, 2: 1})) is None
-    assert known.make_room(3, Counter({1: 2})) == 2
-    assert not known.full(3)
-    _, version = known.begin(request(3))
-    assert known.full(4), "the place is taken while the load goes on"
-    assert known.idle(Counter({1: 1})) is None, "what is being loaded is not idle"
-    known.failed(request(3), version)
-    assert not known.full(4)
+    held = front_end.HeldAdapters(2)
+    load(held, request(1))
+    load(held, request(2))
+    assert held.needs_room(3)
+    assert held.idle(Counter({1: 2})) == 2
+    assert held.idle(Counter({1: 2, 2: 1})) is None
+    assert held.make_room(3, Counter({1: 2})) == 2
+    assert not held.needs_room(3)
+    _, version = held.begin(request(3))
+    assert held.needs_room(4), "the place is taken while the load goes on"
+    assert held.idle(Counter({1: 1})) is None, "what is being loaded is not idle"
+    held.failed(request(3), version)
+    assert not held.needs_room(4)
 
 
 def weights(folder, text):
@@ -61,45 +61,45 @@ def weights(folder, text):
 
 
 def test_each_state_of_the_files_has_a_path_of_its_own(tmp_path):
-    known, path = front_end.Known(4), str(tmp_path)
+    held, path = front_end.HeldAdapters(4), str(tmp_path)
     weights(tmp_path, "0")
-    spellings = {load(known, request(1, path))}
+    spellings = {load(held, request(1, path))}
     again = request(1, path, load_inplace=True)
     for turn in range(3):
-        assert known.has(again), "the files are as they were read"
+        assert held.is_loaded(again), "the files are as they were read"
         weights(tmp_path, "1" * (turn + 2))
-        assert not known.has(again)
-        spelled = load(known, again)
+        assert not held.is_loaded(again)
+        spelled = load(held, again)
         assert again.lora_path == path, "the caller's object is the caller's"
         assert again.load_inplace
         assert spelled not in spellings
         assert (tmp_path / spelled).resolve() == tmp_path.resolve()
-        assert known.now(again).lora_path == spelled
-        assert not known.now(again).load_inplace
-        assert known.now(request(1, path)).lora_path == spelled
+        assert held.for_scheduler(again).lora_path == spelled
+        assert not held.for_scheduler(again).load_inplace
+        assert held.for_scheduler(request(1, path)).lora_path == spelled
         spellings.add(spelled)
     assert len(spelled) < len(path) + 10, "spellings do not pile up"
 
 
 def test_an_old_name_with_a_new_id_does_not_find_old_prefixes(tmp_path):
-    known = front_end.Known(1)
+    held = front_end.HeldAdapters(1)
     weights(tmp_path, "0")
     one, two = (LoRARequest("name", number, str(tmp_path)) for number in (1, 2))
-    first = load(known, one)
-    assert load(known, two) == first, "the same weights: their cached prefixes may be used"
+    first = load(held, one)
+    assert load(held, two) == first, "the same weights: their cached prefixes may be used"
     weights(tmp_path, "00")
-    assert load(known, one) != first
+    assert load(held, one) != first
 
 
 def test_where_files_cannot_be_seen_every_load_inplace_is_a_load():
-    known, asked = (
-        front_end.Known(4),
+    held, asked = (
+        front_end.HeldAdapters(4),
         request(1, "owner/repository-that-is-nowhere", load_inplace=True),
     )
-    _, version = known.begin(asked)
-    known.done(asked, version)
+    _, version = held.begin(asked)
+    held.done(asked, version)
     assert version.files is None
-    assert not known.has(asked)
+    assert not held.is_loaded(asked)
 
 
 @pytest.mark.parametrize(
@@ -114,18 +114,18 @@ def test_where_files_cannot_be_seen_every_load_inplace_is_a_load():
     ],
 )
 def test_the_sentence_is_found(text, want):
-    found = front_end.plainly(RuntimeError(text), request(3), request(3))
+    found = front_end.unwrapped_error(RuntimeError(text), request(3), request(3))
     assert isinstance(found, AdapterError)
     assert str(found) == want
 
 
 def test_other_errors_are_left_alone():
     error = RuntimeError("CUDA out of memory")
-    assert front_end.plainly(error, request(3), request(3)) is error
+    assert front_end.unwrapped_error(error, request(3), request(3)) is error
 
 
 def test_an_error_names_the_path_that_was_given():
-    error = front_end.plainly(
+    error = front_end.unwrapped_error(
         RuntimeError("no adapter at /x/./."), request(3, "/x/./."), request(3, "/x")
     )
     assert str(error) == "no adapter at /x"
@@ -143,7 +143,7 @@ class Core:
             raise RuntimeError("Worker failed with error 'LoRA adapter 1: why', please check x")
         return sum(
             call == self.calls[-1] for call in self.calls
-        ) >= 3 or not asked.lora_path.startswith(MARK)
+        ) >= 3 or not asked.lora_path.startswith(STAGE_PREFIX)
 
     def remove_lora(self, number):
         self.calls.append(("remove", number))
@@ -244,7 +244,7 @@ def test_staged_until_ready_then_loaded_once():
 
     assert asyncio.run(many()) == ["passed"] * 5
     paths = [call[2] for call in one.engine_core.calls]
-    assert paths == [f"{MARK}/adapters/x"] * 3 + ["/adapters/x"]
+    assert paths == [f"{STAGE_PREFIX}/adapters/x"] * 3 + ["/adapters/x"]
 
 
 async def _soon(task):
@@ -294,14 +294,14 @@ def test_a_load_waits_for_room_and_the_idle_one_goes():
         assert await load
         calls = one.engine_core.calls
         assert ("remove", 1) in calls
-        assert calls.index(("remove", 1)) < calls.index(("add", 3, f"{MARK}/adapters/x"))
+        assert calls.index(("remove", 1)) < calls.index(("add", 3, f"{STAGE_PREFIX}/adapters/x"))
         assert ("remove", 2) not in calls
 
     asyncio.run(scene())
 
 
 def test_steady_traffic_of_others_shuts_nobody_out(monkeypatch):
-    monkeypatch.setattr("vllm_moe_lora.loading.admit.ROOM", 0.1)
+    monkeypatch.setattr("vllm_moe_lora.loading.admit.ROOM_SECONDS", 0.1)
     one = Engine(v1_engine_async_llm)
 
     async def scene():

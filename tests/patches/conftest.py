@@ -10,27 +10,49 @@ import trees
 from trees import HERE
 
 from vllm_moe_lora import cli
-from vllm_moe_lora.patchset.series import pristine, series
-
-MORE = ("__init__.py", "_version.py", "version.py", "lora/__init__.py", "lora/utils.py")
+from vllm_moe_lora.patchset import change
+from vllm_moe_lora.patchset.tree import look
 
 
 @pytest.fixture(scope="session")
 def clean(tmp_path_factory):
     """The files of the installed release that are looked at, and a few more."""
-    source, folder = trees.original(HERE), tmp_path_factory.mktemp("clean")
-    read = {source / "vllm" / name for name in MORE}
-    series(source, HERE, lambda file: read.add(file) or pristine(file))
-    for file in read:
-        target = folder / file.relative_to(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, target)
+    return trees.copy(HERE, tmp_path_factory.mktemp("clean"))
+
+
+@pytest.fixture(scope="session")
+def done(clean, tmp_path_factory):
+    """The same, patched."""
+    folder = tmp_path_factory.mktemp("done") / "tree"
+    shutil.copytree(clean, folder)
+    assert change.apply(look(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def written(clean, tmp_path_factory):
+    """The folder that `patches write` writes for the installed release."""
+    folder = tmp_path_factory.mktemp("written")
+    assert cli.main(["patches", "write", "--tree", str(clean), str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def names(written):
+    """The patches of the installed release, in their order."""
+    return [name.removesuffix(".patch") for name in (written / "series").read_text().split()]
 
 
 @pytest.fixture
 def tree(clean, tmp_path):
+    """A tree to change."""
     return shutil.copytree(clean, tmp_path / "tree")
+
+
+@pytest.fixture
+def patched(done, tmp_path):
+    """A patched tree to change."""
+    return shutil.copytree(done, tmp_path / "tree")
 
 
 @pytest.fixture

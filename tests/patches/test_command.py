@@ -11,16 +11,10 @@ from pathlib import Path
 
 import pytest
 import trees
-from trees import HERE, MANAGER, PATCHES
+from trees import HERE, MANAGER
 
 from vllm_moe_lora import cli
 from vllm_moe_lora.patchset.series import HOME
-
-SERIES = PATCHES / f"v{HERE}" / "series"
-
-
-def names():
-    return [name.removesuffix(".patch") for name in SERIES.read_text().split()]
 
 
 def edit(file: Path, old: str, new: str):
@@ -29,11 +23,11 @@ def edit(file: Path, old: str, new: str):
     file.write_text(text.replace(old, new))
 
 
-def test_the_way_round(say, tree):
-    before, count = trees.snapshot(tree), len(names())
+def test_the_way_round(say, tree, names):
+    before, count = trees.snapshot(tree), len(names)
     code, out, err = say("list", tree)
     assert code == 0
-    assert [line.split()[:2] for line in out.splitlines()] == [["-", name] for name in names()]
+    assert [line.split()[:2] for line in out.splitlines()] == [["-", name] for name in names]
     assert f"vLLM {HERE} (vllm/_version.py says" in err
     assert say("check", tree)[:2] == (0, f"✓ {_where(tree)}: {count} patches apply\n")
     assert say("revert", tree)[:2] == (0, f"✓ {_where(tree)}: nothing to revert\n")
@@ -62,17 +56,17 @@ def _changed(tree, before):
     return sum(held != before.get(path) for path, held in after.items() if (tree / path).is_file())
 
 
-def test_json(say, tree):
+def test_json(say, tree, names):
     code, out, _ = say("list", tree, "--json")
     facts = json.loads(out)
     assert code == 0
     assert (facts["release"], facts["applied"], facts["problems"]) == (HERE, 0, [])
-    assert [patch["name"] for patch in facts["patches"]] == names()
+    assert [patch["name"] for patch in facts["patches"]] == names
     assert facts["patches"][1]["hooks"]
     assert MANAGER in facts["patches"][1]["files"]
     assert say("apply", tree, "--json")[0] == 0
     facts = json.loads(say("check", tree, "--json")[1])
-    assert facts["applied"] == len(names())
+    assert facts["applied"] == len(names)
     assert all(patch["applied"] for patch in facts["patches"])
     code, out, _ = say("apply", tree.parent, "--json")
     assert code == 1
@@ -98,7 +92,10 @@ def test_it_runs_without_vllm_and_torch(tree):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("args", [[], ["unpatch"], ["apply", "--tree"], ["apply", "--force"]])
+@pytest.mark.parametrize(
+    "args",
+    [[], ["unpatch"], ["apply", "--tree"], ["apply", "--force"], ["apply", "OUT"], ["write"]],
+)
 def test_usage(args):
     with pytest.raises(SystemExit) as stop:
         cli.main(["patches", *args])
@@ -109,17 +106,17 @@ def test_usage(args):
 
 
 def test_wrong_tree(refused, tree, tmp_path):
-    refused(
-        "apply", tmp_path / "nothing", "is no tree of vLLM", cure="name the folder that holds vllm/"
-    )
-    refused("apply", tree / "vllm", "is no tree of vLLM", cure=f"--tree {tree}")
+    text = "is not a tree of vLLM"
+    refused("apply", tmp_path / "nothing", text, cure="name the folder that contains vllm/")
+    refused("apply", tree / "vllm", text, cure=f"--tree {tree}")
 
 
 def test_unknown_release(say, refused, tree):
     (tree / "vllm/_version.py").write_text("__version__ = version = '9.9.9'\n")
     for action in ("list", "check", "apply", "revert"):
-        refused(action, tree, "is vLLM 9.9.9 (vllm/_version.py), not a release it knows", cure=HERE)
-    refused("apply", tree, "vLLM 9.9 is not a release it knows", "--release", "9.9")
+        text = "is vLLM 9.9.9 (vllm/_version.py), which is not a supported release"
+        refused(action, tree, text, cure=HERE)
+    refused("apply", tree, "vLLM 9.9 is not a supported release", "--release", "9.9")
     assert say("apply", tree, "--release", HERE)[0] == 0
 
 
@@ -130,7 +127,7 @@ def test_release_that_says_nothing(say, refused, tree):
     assert f"vLLM {HERE} (by its sources)" in say("check", tree)[1], "patched, it still is"
     assert say("revert", tree)[0] == 0
     edit(tree / MANAGER, "def _add_adapter(self, lora", "def _add_adapter(self, lara")
-    refused("apply", tree, "does not say its release", cure="--release X")
+    refused("apply", tree, "does not say which release it is", cure="--release X")
 
 
 @pytest.mark.parametrize("text", ["0.1.dev1+g123", "0.0.0", f"{HERE[:-1]}9.dev4+gabc"])
@@ -173,18 +170,17 @@ def test_source_that_moved(refused, tree):
     line = (tree / MANAGER).read_text().partition("def _add_adapter(self, other)")[0].count(
         "\n"
     ) + 1
-    err = refused(
-        "apply", tree, f"{MANAGER}:{line}: LoRAModelManager._add_adapter is not what vLLM"
-    )
+    text = f"{MANAGER}:{line}: LoRAModelManager._add_adapter is not as in vLLM"
+    err = refused("apply", tree, text)
     assert "      def _add_adapter(self, other):\n" in err, "what is there"
-    assert err.count("is not what vLLM") == 1
+    assert err.count("is not as in vLLM") == 1
     refused("check", tree, "do not apply")
 
 
 def test_source_that_is_gone(refused, tree):
     edit(tree / MANAGER, "def _add_adapter(self, lora: LoRAModel):", "def added(self, lora):")
-    refused("apply", tree, "LoRAModelManager._add_adapter: there is no such thing in this tree")
-    refused("revert", tree, "LoRAModelManager._add_adapter: there is no such thing in this tree")
+    refused("apply", tree, "LoRAModelManager._add_adapter does not exist in this tree")
+    refused("revert", tree, "LoRAModelManager._add_adapter does not exist in this tree")
 
 
 def test_edits_elsewhere_in_the_files_stay(say, tree):
@@ -204,8 +200,8 @@ def test_dirty_checkout(say, refused, tree):
     trees.repository(tree)
     file = tree / MANAGER
     file.write_text(file.read_text() + "\n# mine\n")
-    refused("apply", tree, f"changes that git does not have: {MANAGER}", cure="commit or stash")
-    refused("check", tree, f"changes that git does not have: {MANAGER}")
+    refused("apply", tree, f"uncommitted changes: {MANAGER}", cure="commit or stash")
+    refused("check", tree, f"uncommitted changes: {MANAGER}")
     trees.commit(tree, "commit", "-qam", "mine")
     (tree / "vllm/version.py").write_text("# a file that is not touched\n")
     before = trees.snapshot(tree)
@@ -216,13 +212,15 @@ def test_dirty_checkout(say, refused, tree):
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_half_a_series(say, refused, tree, count):
+def test_half_a_series(say, refused, tree, written, names, count):
     before = trees.snapshot(tree)
     trees.repository(tree)
-    for name in names()[:count]:
-        trees.commit(tree, "apply", "--index", str(SERIES.with_name(f"{name}.patch")))
+    some = [str(written / f"{name}.patch") for name in names[:count]]
+    trees.commit(tree, "apply", "--index", *some)
     trees.commit(tree, "commit", "-qm", "some")
-    half = f"half patched: {count} of {len(names())} are there ({', '.join(names()[:count])})"
+    half = (
+        f"only {count} of {len(names)} patches are applied to {tree} ({', '.join(names[:count])})"
+    )
     refused("apply", tree, half, cure=f"vllm-moe-lora patches revert --tree {tree}")
     refused("check", tree, half)
     assert [line[0] for line in say("list", tree)[1].splitlines()].count("+") == count
@@ -230,24 +228,23 @@ def test_half_a_series(say, refused, tree, count):
     assert trees.snapshot(tree) == before
 
 
-@pytest.mark.parametrize("action", ["apply", "revert", "check"])
 @pytest.mark.parametrize(
     ("path", "change", "said"),
     [
-        (f"{HOME}/store/fit.py", lambda text: text + "# mine\n", "another than it makes"),
-        (f"{HOME}/store/fit.py", None, f"not patched are {HOME}/store/fit.py"),
-        (f"{HOME}/store/new.py", lambda text: "", "is none of this version's"),
+        (f"{HOME}/fitting/fit.py", lambda text: text + "# mine\n", "neither unchanged nor as"),
+        (f"{HOME}/fitting/fit.py", None, f"not patched: {HOME}/fitting/fit.py"),
+        (f"{HOME}/fitting/new.py", lambda text: "", "is in none of this version's"),
         (
             "vllm/lora/request.py",
             lambda text: "from vllm.lora import moe_lora\n" + text,
-            "is none of",
+            "is in none of",
         ),
         (
             MANAGER,
             lambda text: text.replace("    @moe_lora.seam", "    # @moe_lora.seam"),
-            "another",
+            "neither unchanged",
         ),
-        (MANAGER, lambda text: re.sub(r" *@moe_lora\.seam.*\n", "", text, count=1), "another than"),
+        (MANAGER, lambda text: re.sub(r" *@moe_lora\.seam.*\n", "", text, count=1), "neither"),
         (MANAGER, lambda text: re.sub(r".*(import|@)( ?)moe_lora.*\n", "", text), MANAGER),
     ],
     ids=[
@@ -260,28 +257,28 @@ def test_half_a_series(say, refused, tree, count):
         "file-out",
     ],
 )
-def test_neither_fish_nor_fowl(say, refused, tree, action, path, change, said):
-    assert say("apply", tree)[0] == 0
-    file = tree / path
+def test_neither_fish_nor_fowl(refused, patched, tmp_path, path, change, said):
+    file = patched / path
     text = file.read_text() if file.exists() else ""
     file.unlink(missing_ok=True)
     if change is not None:
         assert change(text) != text or not text
         file.write_text(change(text))
-    err = refused(
-        action, tree, "is patched, but not as this version does it", cure="revert with the"
-    )
-    assert said in err
+    what, cure = "changes that are not those of this version", "revert with the"
+    for action in ("apply", "revert", "check"):
+        assert said in refused(action, patched, what, cure=cure)
+    assert said in refused("write", patched, what, str(tmp_path / "out"), cure=cure)
+    assert not (tmp_path / "out").exists()
 
 
 def test_our_folder_without_seams(refused, tree):
     (tree / HOME).mkdir()
     (tree / HOME / "__init__.py").write_text("# somebody's\n")
-    refused("apply", tree, f"{HOME}/__init__.py is another than it makes")
+    refused("apply", tree, f"{HOME}/__init__.py is neither unchanged nor as")
 
 
 def test_a_file_that_does_not_parse(refused, tree):
     (tree / MANAGER).write_text("def (\n")
-    refused("apply", tree, "LoRAModelManager._add_adapter: there is no such thing in this tree")
+    refused("apply", tree, "LoRAModelManager._add_adapter does not exist in this tree")
     (tree / MANAGER).write_bytes(b"\xff\xfe")
-    refused("apply", tree, "LoRAModelManager._add_adapter: there is no such thing in this tree")
+    refused("apply", tree, "LoRAModelManager._add_adapter does not exist in this tree")

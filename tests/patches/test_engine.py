@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 import trees
@@ -21,7 +22,8 @@ PROMPTS = [[1, 2, 3], [5, 9, 11, 300, 17, 44, 2, 8], list(range(20, 60))]
 
 
 @pytest.mark.parametrize("form", [None, "gptq"], ids=["fp32", "gptq-int4"])
-def test_the_same_bits(tmp_path, form):
+def test_the_same_bits(tmp_path, monkeypatch, form):
+    monkeypatch.setattr(engine, "launch", forks.launch)
     model = plain = models.build("qwen2_moe", tmp_path / "full")
     if form:
         model, plain = tmp_path / "int4", tmp_path / "plain"

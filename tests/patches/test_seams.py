@@ -242,7 +242,7 @@ def test_a_replacement_of_another_kind(hook, kind, name):
     with pytest.raises((HookError, RuntimeError)) as error:
         type("C", (), {"f": seams.seam("fix")(kind(f))})
     cause = error.value if isinstance(error.value, HookError) else error.value.__cause__
-    assert f"is no {name}" in str(cause)
+    assert f"is a {name}, but its replacement is" in str(cause)
 
 
 @pytest.mark.parametrize(

@@ -1,44 +1,45 @@
-"""patches/ against the hooks and the payload, for every tag there: equal, and git takes them."""
+"""The patches of several releases: equal to hooks and payload, and git takes them."""
 
 from __future__ import annotations
 
 import ast
 import email
 import importlib
-import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 
 import pytest
 import trees
-from tool import load
-from trees import PATCHES, ROOT, TAGS, seamed
+from trees import RELEASES, ROOT, seamed
 
-from vllm_moe_lora.patchset import change
+from vllm_moe_lora.patchset import change, export
 from vllm_moe_lora.patchset import tree as look
 from vllm_moe_lora.patchset.series import FIRST, HOME, hooks_of
 
 PACKAGE = ROOT / "vllm_moe_lora"
 
 
-@pytest.fixture(params=TAGS, scope="module")
+@pytest.fixture(params=RELEASES, scope="module")
 def case(request, tmp_path_factory):
-    """(tag, release, pristine copy, patched copy)."""
-    number = trees.known(request.param)
+    """(release, pristine copy, patched copy, the series as files)."""
+    number = request.param
     before = trees.copy(number, tmp_path_factory.mktemp("before"))
     after = tmp_path_factory.mktemp("after")
     shutil.copytree(before, after, dirs_exist_ok=True)
+    out = tmp_path_factory.mktemp("out")
+    export.export(look.look(before, number), out)
     assert change.apply(look.look(after, number))
-    return request.param, number, before, after
+    return number, before, after, out
 
 
-def test_the_tags_promised_are_there():
-    assert {"v0.11.1", "v0.11.2", "v0.24.0", "v0.32.0", "v0.33.0"} <= set(TAGS)
+def _names(out):
+    return (out / "series").read_text().split()
 
 
 def test_payload_is_the_package_byte_for_byte(case):
-    _, number, _, after = case
+    number, _, after, _ = case
     found = [path.relative_to(after / HOME) for path in sorted((after / HOME).rglob("*.py"))]
     assert len(found) > 8
     for path in found:
@@ -60,7 +61,7 @@ def _records_in(name):
 
 def test_payload_is_complete(case):
     """Every import of a file that is there finds one; of hooks files, what their make uses."""
-    _, number, _, after = case
+    number, _, after, _ = case
     makes = {
         (hook.make.__module__.rpartition(".")[2], hook.make.__name__) for hook in hooks_of(number)
     }
@@ -101,7 +102,7 @@ def test_hooks_import_nothing_heavy_when_they_are_imported():
 
 
 def test_changed_functions_are_the_hooks_targets(case):
-    _, number, before, after = case
+    number, before, after, _ = case
     changed = set()
     for file in sorted((after / "vllm").rglob("*.py")):
         path = file.relative_to(after)
@@ -129,17 +130,23 @@ def test_changed_functions_are_the_hooks_targets(case):
 
 
 def test_all_patches_together_are_the_recorded_features(case):
-    tag, number, _, _ = case
-    names = (PATCHES / tag / "series").read_text().split()
+    number, _, _, out = case
+    names = _names(out)
     assert names[0] == f"{FIRST}.patch"
     assert names[1:] == [
         f"{feature}.patch" for feature in sorted({h.feature for h in seamed(number)})
     ]
-    assert {file.name for file in (PATCHES / tag).iterdir()} == {*names, "series"}
+    assert {file.name for file in out.iterdir()} == {*names, "series"}
+
+
+def test_a_patched_tree_has_the_same_series(case, tmp_path):
+    number, _, after, out = case
+    export.export(look.look(after, number), tmp_path)
+    assert trees.snapshot(tmp_path) == trees.snapshot(out)
 
 
 def test_revert_leaves_no_difference(case, tmp_path):
-    _, number, before, after = case
+    number, before, after, _ = case
     shutil.copytree(after, tmp_path, dirs_exist_ok=True)
     (tmp_path / HOME / "__pycache__").mkdir()
     (tmp_path / HOME / "__pycache__" / "seams.cpython-311.pyc").write_bytes(b"python was here")
@@ -148,26 +155,38 @@ def test_revert_leaves_no_difference(case, tmp_path):
     assert trees.snapshot(tmp_path) == trees.snapshot(before)
 
 
-@pytest.mark.parametrize(
-    "how", [["am", "--keep-non-patch"], ["apply", "--index"]], ids=["am", "apply"]
-)
+def _line_of_the_readme():
+    """What patches/README.md says to do with a written folder, $dir."""
+    text = (ROOT / "patches" / "README.md").read_text()
+    return next(line.strip() for line in text.splitlines() if "xargs git am" in line)
+
+
+@pytest.mark.parametrize("how", ["am", "apply"])
 def test_git_makes_the_same_tree(case, tmp_path, how):
-    tag, _, before, after = case
+    _, before, after, out = case
     shutil.copytree(before, tmp_path, dirs_exist_ok=True)
     trees.repository(tmp_path)
-    names = (PATCHES / tag / "series").read_text().split()
-    for name in names:
-        trees.commit(tmp_path, *how, str(PATCHES / tag / name))
-    assert trees.snapshot(tmp_path) == trees.snapshot(after)
-    if how[0] == "am":
+    if how == "am":
+        for key, value in (("user.name", "a"), ("user.email", "a@b"), ("commit.gpgsign", "false")):
+            trees.commit(tmp_path, "config", key, value)
+        command = ["bash", "-euo", "pipefail", "-c", _line_of_the_readme()]
+        env = {**os.environ, "dir": str(out)}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        names = _names(out)
         log = trees.commit(tmp_path, "log", "--format=%an %s", f"-{len(names)}").splitlines()
         assert all(line.startswith("vllm-moe-lora [") for line in log), log
+    else:
+        trees.commit(tmp_path, "apply", "--index", *(str(out / name) for name in _names(out)))
+    assert trees.snapshot(tmp_path) == trees.snapshot(after)
 
 
 def test_messages_are_for_upstream(case):
-    tag, number, _, _ = case
-    for name in (PATCHES / tag / "series").read_text().split():
-        head = (PATCHES / tag / name).read_text().partition("\n---\n")[0]
+    number, _, _, out = case
+    for name in _names(out):
+        head = (out / name).read_text().partition("\n---\n")[0]
         body = email.message_from_string(head.partition("\n")[2])
         subject = body["Subject"].removeprefix("[PATCH] ")
         assert subject.startswith("["), subject
@@ -187,48 +206,6 @@ def test_messages_are_for_upstream(case):
                 assert " ".join(hook.why.split())[1:] in flat
                 assert f"Until: {hook.until}" in flat
                 assert f"Forwarded: {hook.upstream or 'not yet'}" in flat
-
-
-@pytest.fixture(scope="module")
-def refresh():
-    return load("refresh_patches")
-
-
-def test_what_is_committed_is_what_would_be_made(case, refresh, tmp_path, capsys):
-    tag, _, before, after = case
-    pair = f"{tag}={before}"
-    assert refresh.main(["--check", pair]) == 0, capsys.readouterr().err
-    # Of a patched tree, the same are made.
-    assert refresh.main(["--check", f"{tag}={after}"]) == 0, capsys.readouterr().err
-    shutil.copytree(PATCHES, tmp_path, dirs_exist_ok=True)
-    for path, edit in [
-        (f"{tag}/series", lambda text: text + "\n"),
-        (f"{tag}/{FIRST}.patch", lambda text: text.replace("seam", "beam", 1)),
-        ("README.md", lambda text: text + "more\n"),
-        (f"{tag}/stray.patch", lambda text: "left over"),
-    ]:
-        file = tmp_path / path
-        held = file.read_text() if file.exists() else None
-        file.write_text(edit(held or ""))
-        assert refresh.main(["--check", "--patches", str(tmp_path), pair]) == 1, path
-        assert f"patches/{path} differs" in capsys.readouterr().err
-        assert refresh.main(["--patches", str(tmp_path), pair]) == 0
-        assert trees.snapshot(tmp_path) == trees.snapshot(PATCHES), "written as committed"
-
-
-def test_a_tree_of_another_release_is_refused(refresh, tmp_path, capsys):
-    tree = trees.copy(trees.HERE, tmp_path)
-    file = tree / "vllm" / "lora" / "model_manager.py"
-    file.write_text(
-        file.read_text().replace("def _add_adapter(self, lora", "def _add_adapter(self, lara")
-    )
-    before = trees.snapshot(PATCHES)
-    assert refresh.main([f"v{trees.HERE}={tree}"]) == 1
-    assert "LoRAModelManager._add_adapter is not what vLLM" in capsys.readouterr().err
-    assert trees.snapshot(PATCHES) == before
-    with pytest.raises(SystemExit) as stop:
-        refresh.main(["v9.9.9=/tmp"])
-    assert stop.value.code == 2
 
 
 def _hooks_in(stem):

@@ -34,9 +34,9 @@ def test_read_only(say, tree, action):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
-    assert "nothing is changed, since this cannot be written" in done.stderr
+    assert "nothing was changed, as a file cannot be written" in done.stderr
     assert "Permission denied" in done.stderr
-    assert "cure: a user who may write there" in done.stderr
+    assert "cure: run it as a user who may write there" in done.stderr
     assert trees.snapshot(tree) == modes
     assert modes.keys() == before.keys()
 
@@ -67,7 +67,7 @@ def test_a_disk_that_fails_on_the_way(say, refused, tree, monkeypatch, action, a
             unlink(self, *args, **more)
 
         monkeypatch.setattr(Path, "unlink", stays)
-    refused(action, tree, "nothing is changed, since this cannot be written")
+    refused(action, tree, "nothing was changed, as a file cannot be written")
     monkeypatch.undo()
     assert not list(tree.rglob(f"*{TEMPORARY}"))
     assert say(action, tree)[0] == 0, "the next try gets through"

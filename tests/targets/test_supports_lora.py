@@ -67,11 +67,11 @@ def _wrapper(experts, **parallel):
 def test_experts_that_move_are_refused_at_start_and_at_load():
     cure = r"^layers\.0\.mlp\.experts: --enable-eplb moves .* Start without --enable-eplb"
     with pytest.raises(NotImplementedError, match=cure):
-        supports_lora.refuse(_wrapper(None, enable_eplb=True))
+        supports_lora.check_layer(_wrapper(None, enable_eplb=True))
     with pytest.raises(AdapterError, match=cure):
-        supports_lora.demand("layers.0.mlp.experts", _wrapper(None, enable_eplb=True))
-    supports_lora.refuse(_wrapper(None))
-    supports_lora.demand("layers.0.mlp.experts", _wrapper(None))
+        supports_lora.check_adapter("layers.0.mlp.experts", _wrapper(None, enable_eplb=True))
+    supports_lora.check_layer(_wrapper(None))
+    supports_lora.check_adapter("layers.0.mlp.experts", _wrapper(None))
 
 
 def test_experts_of_several_batches_are_refused_at_start_and_at_load():
@@ -80,20 +80,20 @@ def test_experts_of_several_batches_are_refused_at_start_and_at_load():
         r"parallelism, .* or without --enable-lora\."
     )
     with pytest.raises(NotImplementedError, match=rf"{cure} If no adapter .*--lora-target-modules"):
-        supports_lora.refuse(_wrapper(None, dp_size=4))
+        supports_lora.check_layer(_wrapper(None, dp_size=4))
     with pytest.raises(AdapterError, match=rf"{cure}$"):
-        supports_lora.demand("layers.0.mlp.experts", _wrapper(None, dp_size=4))
-    supports_lora.refuse(_wrapper(None, dp_size=1))
-    supports_lora.demand("layers.0.mlp.experts", _wrapper(None, dp_size=1))
+        supports_lora.check_adapter("layers.0.mlp.experts", _wrapper(None, dp_size=4))
+    supports_lora.check_layer(_wrapper(None, dp_size=1))
+    supports_lora.check_adapter("layers.0.mlp.experts", _wrapper(None, dp_size=1))
 
 
 def test_an_adapter_that_would_be_ignored_is_refused():
     def wrapper(name):
         return _wrapper(type(name, (), {})())
 
-    supports_lora.demand("layers.0.mlp.experts", wrapper("MarlinExperts"))
+    supports_lora.check_adapter("layers.0.mlp.experts", wrapper("MarlinExperts"))
     with pytest.raises(AdapterError, match=r"layers\.0.*TritonWNA16Experts.*--tensor-parallel"):
-        supports_lora.demand("layers.0.mlp.experts", wrapper("TritonWNA16Experts"))
+        supports_lora.check_adapter("layers.0.mlp.experts", wrapper("TritonWNA16Experts"))
 
 
 def test_experts_that_a_hook_has_taught_are_like_any_other():
@@ -105,4 +105,4 @@ def test_experts_that_a_hook_has_taught_are_like_any_other():
     assert not supports_lora.takes_lora(kind)
     setattr(apply, MARK, "a hook")
     assert supports_lora.takes_lora(kind)
-    supports_lora.demand("layers.0.mlp.experts", wrapper)
+    supports_lora.check_adapter("layers.0.mlp.experts", wrapper)

@@ -59,13 +59,15 @@ def test_a_release_without_the_flag():
 
 
 def test_by_the_declared_adapters():
-    assert not target_modules.may_target(config(**{target_modules.KEY: True}), LAYER)
+    assert not target_modules.may_target(config(**{target_modules.NO_EXPERTS_KEY: True}), LAYER)
     # Not called "experts": nothing was asked about its name.
     assert target_modules.may_target(
-        config(**{target_modules.KEY: True}), "model.layers.3.block_sparse_moe"
+        config(**{target_modules.NO_EXPERTS_KEY: True}), "model.layers.3.block_sparse_moe"
     )
     # The flag is the user's own word.
-    assert target_modules.may_target(config(["experts"], **{target_modules.KEY: True}), LAYER)
+    assert target_modules.may_target(
+        config(["experts"], **{target_modules.NO_EXPERTS_KEY: True}), LAYER
+    )
 
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
@@ -96,7 +98,7 @@ def test_a_dense_module_outside_the_flag_is_refused(monkeypatch):
     manager = types.SimpleNamespace(lora_config=one, packed_modules_mapping=PACKED)
     manager.modules, manager.model = {}, torch.nn.Module()
     # Even where some layers are on other ranks.
-    monkeypatch.setattr(strict, "may_be_elsewhere", lambda manager: True)
+    monkeypatch.setattr(strict, "is_pipeline_parallel", lambda: True)
     with pytest.raises(AdapterError) as found:
         strict.check(manager, lora, {"layers.0.self_attn.q_proj": None})
     assert "layers.0.self_attn.o_proj" in str(found.value)
@@ -133,16 +135,16 @@ def adapters(tmp_path):
 
 
 def said(*paths, enable_lora=True, flag=None, mm=None, **args):
-    """What `note` writes for a server with these --lora-modules."""
+    """What `record_no_experts` writes for a server with these --lora-modules."""
     modules = [types.SimpleNamespace(name=str(i), path=str(p)) for i, p in enumerate(paths)]
     parsed = argparse.Namespace(lora_modules=modules or None, **args)
     made = types.SimpleNamespace(
         enable_lora=enable_lora, lora_target_modules=flag, additional_config={"other": 1}
     )
     made.default_mm_loras = mm
-    server_adapters.note(parsed, made)
+    server_adapters.record_no_experts(parsed, made)
     assert made.additional_config["other"] == 1
-    return made.additional_config.get(target_modules.KEY, False)
+    return made.additional_config.get(target_modules.NO_EXPERTS_KEY, False)
 
 
 @pytest.fixture

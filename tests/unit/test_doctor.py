@@ -57,14 +57,15 @@ def test_experts_that_no_adapter_targets(model, tmp_path, capsys):
     code, out = doctor(capsys, "--model", model, "--adapter", queries)
     said = [found["what"] for found in out["findings"]]
     assert code == 0, said
-    assert any("experts not wrapped, as no adapter targets them" in what for what in said)
+    assert any("experts run without LoRA, as no adapter targets them" in what for what in said)
     assert any("(0.0 for routed experts)" in what for what in said)
     flag = ["--lora-target-modules", "q_proj"]
     code, out = doctor(capsys, "--model", model, "--adapter", queries, "--adapter", whole, *flag)
     assert code == 1
     assert "--lora-target-modules q_proj --lora-modules queries=" in out["command"]
     said = [found["what"] for found in out["findings"]]
-    assert any("experts not wrapped, --lora-target-modules leaves them" in what for what in said)
+    leaves_out = "experts run without LoRA, --lora-target-modules leaves them"
+    assert any(leaves_out in what for what in said)
     refused = [found for found in out["findings"] if not found["well"]]
     assert [found["cure"] for found in refused] == ["add experts to --lora-target-modules"]
 
@@ -139,7 +140,7 @@ def test_parallel_sizes(model, capsys):
     for size in (2, 4):
         mine = [what for what in said if what.startswith(f"tensor parallel {size}, experts too")]
         assert any(f"({whole / size:,.1f} for routed experts)" in what for what in mine), said
-        assert any("takes LoRA" in what for what in mine)
+        assert any("applies LoRA" in what for what in mine)
     assert "--max-loras 3" in out["command"]
     assert "--tensor-parallel-size 2 --enable-expert-parallel" in out["command"]
 

@@ -78,7 +78,7 @@ def test_imports_go_downward():
 
 
 def test_payload_can_move():
-    """patches/ puts these rooms into vllm/lora/moe_lora byte for byte."""
+    """The patches put these rooms into vllm/lora/moe_lora byte for byte."""
     for file, room in _modules():
         if room in PAYLOAD:
             assert "vllm_moe_lora." not in file.read_text(), file

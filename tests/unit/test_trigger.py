@@ -134,13 +134,13 @@ def test_the_entry_point_needs_no_import_and_nothing_happens_without_either(run)
 def test_an_import_counts_where_vllm_plugins_leaves_us_out(run, steps):
     rc, out = run(steps, installed=True, VLLM_PLUGINS="")
     assert (rc, "STATE ours" in out) == (0, True), out
-    assert "processes that vLLM spawns run without it" in out
+    assert "not in the processes that vLLM spawns" in out
     assert "Cure: add moe_lora to VLLM_PLUGINS" in out
 
 
 def test_a_package_only_on_the_path_is_told_about_spawned_processes_once(run):
     _, out = run(["us", "load", "load"], installed=False)
-    assert out.count("processes that vLLM spawns run without it") == 1
+    assert out.count("not in the processes that vLLM spawns") == 1
     assert "Cure: pip install" in out
     assert "spawns" not in run(["us", "load"], installed=True)[1]
 
@@ -176,7 +176,7 @@ def test_off_switch(run, installed, steps):
 
 
 @pytest.mark.parametrize(
-    ("mode", "reason"), [("1", "vLLM 1.2.3 is not a release it knows"), ("yes", "use one of auto")]
+    ("mode", "reason"), [("1", "vLLM 1.2.3 is not a supported release"), ("yes", "use one of auto")]
 )
 @pytest.mark.parametrize(
     ("steps", "installed"),

@@ -1,6 +1,7 @@
-"""What trainers write, as one canonical form: read, recognised, every tensor accounted for.
+"""Reads LoRA adapters as trainers write them and turns them into one canonical form.
 
-Knows tensors and names; imports neither vLLM nor Triton. Newcomer's path: `names` (what one tensor
-is), `group` (which belong together), `config` (scale), `flat` and `stacked` (the families of
-layouts), `canonical` (what all of them become).
+Open `canonical.py` first: it defines that form, for one MoE layer of one adapter. `folder.py` reads
+the files, `config.py` reads adapter_config.json, `names.py` and `spelling.py` read tensor names,
+`group.py` assigns each tensor a place. `layouts/` has one file per family of layouts, `offline/`
+is for the commands. Nothing here imports vLLM or Triton.
 """

@@ -1,4 +1,13 @@
-"""The one form that every layout becomes: factors of the routed experts of one layer."""
+"""The canonical form: LoRA on the routed experts of one MoE layer of one adapter.
+
+Every layout that a trainer writes is turned into this form, and everything else in the package
+works on it. For each projection, gate (w1), up (w3), down (w2) or fused gate_up (w13), it holds
+
+    a  [experts or 1, rank, in]    lora_A
+    b  [experts or 1, out, rank]   lora_B
+
+A first dimension of 1 means that all experts share the matrix. The dtype is that of the file.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +17,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-# n matrices of one shape: a tensor [n, rows, columns] (any strides), or one by one. n == 1 with
-# more than one expert is a factor that the experts share.
+# n matrices of the same shape: one tensor [n, rows, columns] with any strides, or a tuple of n
+# matrices. If n is 1 and there are several experts, all of them share the one matrix.
 Stack: TypeAlias = "torch.Tensor | tuple[torch.Tensor, ...]"
 
 
@@ -18,11 +27,12 @@ class Dims:
     """Sizes of a model's routed experts.
 
     Attributes:
-        experts: of one layer, over all ranks.
-        hidden: columns of w1 and w3, rows of w2.
-        inner: rows of w1 and of w3, columns of w2.
-        gated: there is a w3; without it w1 is the one matrix that leads up.
-        interleaved: rows of fused gate_up alternate (gpt-oss) instead of gate first, then up.
+        experts: number of routed experts in one layer, over all devices.
+        hidden: the model's hidden size: columns of w1 and w3, rows of w2.
+        inner: intermediate size of one expert: rows of w1 and of w3, columns of w2.
+        gated: an expert has gate (w1) and up (w3). If false there is only one matrix up, called w1.
+        interleaved: the rows of fused gate_up alternate between gate and up (gpt-oss). If false,
+            all rows of gate come first, then all rows of up.
     """
 
     experts: int
@@ -32,7 +42,7 @@ class Dims:
     interleaved: bool = False
 
     def shape(self, projection: str) -> tuple[int, int]:
-        """(out, in) of "w1", "w2", "w3" or "w13"."""
+        """(out, in) of one expert's weight for "w1", "w2", "w3" or "w13"."""
         if projection == "w2":
             return self.hidden, self.inner
         return (2 if projection == "w13" else 1) * self.inner, self.hidden
@@ -40,15 +50,15 @@ class Dims:
 
 @dataclass
 class Part:
-    """LoRA of one projection, of experts that have one rank and one scale.
+    """LoRA on one projection, for experts that have the same rank and the same scale.
 
     Attributes:
-        experts: their numbers, in the order of the stacks.
-        a: [n or 1, rank, in].
-        b: [n or 1, out, rank].
-        scale: on b @ a.
-        label: a tensor's name, for messages.
-        interleaved: (w13 only) rows of b alternate between gate and up.
+        experts: numbers of these n experts, in the order of the stacks.
+        a: lora_A, [n or 1, rank, in].
+        b: lora_B, [n or 1, out, rank].
+        scale: what b @ a is multiplied by (alpha / rank or alpha / sqrt(rank)).
+        label: name of one of the tensors, for messages.
+        interleaved: only for w13: the rows of b alternate between gate and up.
     """
 
     experts: Sequence[int]
@@ -63,7 +73,7 @@ class Part:
         return int(first(self.a).shape[0])
 
     def half(self, which: int) -> Part:
-        """Gate (0) or up (1) of a fused part; both keep the shared ``a``."""
+        """The gate half (``which`` 0) or the up half (1) of a w13 part; both keep ``a``."""
 
         def cut(b: torch.Tensor) -> torch.Tensor:
             rows = b.shape[-2] // 2
@@ -76,10 +86,11 @@ class Part:
         return replace(self, b=halves, interleaved=False)
 
     def trimmed(self) -> Part:
-        """Without the half of the rank whose columns of b are zero.
+        """The part without one half of its rank, if the columns of b are zero in that half.
 
-        PEFT writes gate and up of different ``a`` as one factor of twice the rank whose b is
-        block-diagonal; a half of it then has half of the columns empty.
+        If gate and up have different lora_A, PEFT writes them as one factor of twice the rank with
+        a block-diagonal lora_B. `half` of such a part has zeros in half of its columns. The part
+        itself is returned if neither half is zero.
         """
         rank = self.rank
         if rank % 2:
@@ -97,12 +108,13 @@ class Part:
 
 @dataclass
 class Experts:
-    """LoRA of the routed experts of one layer.
+    """LoRA on the routed experts of one MoE layer of one adapter, in the canonical form.
 
     Attributes:
-        prefix: the layer's experts, as the adapter calls them.
-        layout: the name of the family it was read from.
-        parts: "w1", "w2", "w3" or "w13" -> its parts. What is absent is not there.
+        prefix: what the adapter calls the layer's experts, as in "model.layers.0.mlp.experts".
+        layout: name of the layout it was read from, for messages and tables.
+        parts: "w1", "w2", "w3" or "w13" -> its parts, which cover different experts. A projection
+            or an expert without LoRA is left out.
     """
 
     prefix: str
@@ -115,7 +127,7 @@ class Experts:
                 yield projection, part
 
     def split(self) -> Experts:
-        """With w13 taken apart into w1 and w3."""
+        """The same LoRA with each w13 part split into w1 (gate) and w3 (up)."""
         parts = {name: list(found) for name, found in self.parts.items() if name != "w13"}
         for part in self.parts.get("w13", ()):
             for which, name in enumerate(("w1", "w3")):
@@ -124,17 +136,17 @@ class Experts:
 
 
 def first(stack: Stack) -> torch.Tensor:
-    """One matrix of a stack."""
+    """The first matrix of a stack. All of them have its shape."""
     return stack[0]
 
 
 def pick(stack: Stack, index: int) -> torch.Tensor:
-    """The matrix at a place of a stack; the one that is shared where there is only one."""
+    """The matrix at position ``index``, or the only one if all experts share it."""
     return stack[0 if len(stack) == 1 else index]
 
 
 def stacked(stack: Stack) -> torch.Tensor:
-    """As one tensor; copies where the matrices lie apart."""
+    """The stack as one tensor [n, rows, columns]; a tuple of matrices is copied."""
     return stack if isinstance(stack, torch.Tensor) else torch.stack(stack)
 
 
@@ -149,29 +161,30 @@ def same(one: Stack, other: Stack) -> bool:
 
 
 def gather(matrices: Sequence[torch.Tensor]) -> tuple[Stack, list[int]]:
-    """Matrices of one shape as a stack, without a copy where their storage allows.
+    """Make a stack of matrices of the same shape without copying them.
 
-    A safetensors file keeps the experts of one projection at equal distances, in the order of
-    their names ("0", "1", "10", "11", ...): seen as one strided tensor, a single copy moves all.
+    A safetensors file stores the experts of one projection at equal distances, ordered by name
+    ("0", "1", "10", "11", ...). One strided tensor can then view all of them, and a single copy
+    moves them all. If the matrices are not at equal distances, the stack is a tuple.
 
     Returns:
-        The stack, and for each of its places the index into ``matrices``.
+        The stack, and for each position in it the index into ``matrices``.
     """
     one = matrices[0]
     order = list(range(len(matrices)))
-    if len(matrices) > 1 and all(_alike(one, m) for m in matrices):
+    if len(matrices) > 1 and all(_in_same_storage(one, m) for m in matrices):
         offsets = [m.storage_offset() for m in matrices]
         order.sort(key=offsets.__getitem__)
         start, step = offsets[order[0]], offsets[order[1]] - offsets[order[0]]
         if step >= one.numel() and all(
-            offsets[i] == start + place * step for place, i in enumerate(order)
+            offsets[i] == start + position * step for position, i in enumerate(order)
         ):
             shape, stride = (len(matrices), *one.shape), (step, *one.stride())
             return one.as_strided(shape, stride, start), order
     return tuple(matrices[i] for i in order), order
 
 
-def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _in_same_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
     return (
         one.dtype == other.dtype
         and one.stride() == other.stride()
@@ -180,7 +193,7 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def describe(experts: Experts) -> dict[str, Any]:
-    """Facts for tables: ranks, experts, bytes."""
+    """One row of the table that `vllm-moe-lora inspect` prints: layout, ranks, bytes, ..."""
     parts = [part for _, part in experts]
     return {
         "layout": experts.layout,
@@ -188,9 +201,9 @@ def describe(experts: Experts) -> dict[str, Any]:
         "projections": sorted(experts.parts),
         "ranks": sorted({part.rank for part in parts}),
         "scales": sorted({part.scale for part in parts}),
-        "bytes": sum(_size(part.a) + _size(part.b) for part in parts),
+        "bytes": sum(_bytes(part.a) + _bytes(part.b) for part in parts),
     }
 
 
-def _size(stack: Stack) -> int:
+def _bytes(stack: Stack) -> int:
     return sum(matrix.numel() * matrix.element_size() for matrix in stack)

@@ -1,4 +1,8 @@
-"""adapter_config.json: rank, alpha and the patterns that override them; layout markers."""
+"""Reads adapter_config.json: rank, alpha, the patterns that override them, entries on the layout.
+
+PEFT defines the file (https://huggingface.co/docs/peft, LoraConfig). Some trainers add entries that
+say in which order they write fused experts, where tensor shapes do not show it.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,10 @@ from typing import Any
 
 from .errors import AdapterError
 
-# adapter_config.json, "moe_lora_layout": order of the columns of lora_B (and rows of lora_A) of
-# fused experts, where shapes cannot tell. name -> (A expert-major, B expert-major). PEFT's own is
-# A expert-major (row = expert * r + j), B rank-major (column = j * E + expert).
+# Values of "moe_lora_layout", an entry of this package's own. A fused tensor holds E experts of
+# rank r side by side, and its shape does not show in which order.
+# name -> (rows of lora_A are expert-major, columns of lora_B are expert-major).
+# Expert-major: index = expert * r + j. Rank-major: index = j * E + expert.
 ORDERS = {
     "peft": (True, False),
     "grouped-by-expert": (True, True),  # Unsloth before zoo #1269
@@ -26,14 +31,16 @@ ORDERS = {
 
 @dataclass
 class Config:
-    """What of adapter_config.json matters for LoRA.
+    """The entries of adapter_config.json that say how to read and scale LoRA.
 
     Attributes:
-        rank, alpha: for modules that no pattern names.
-        rslora: scale by alpha / sqrt(rank) (https://arxiv.org/abs/2312.03732).
-        rank_pattern, alpha_pattern: PEFT's: regex that a module's name ends with -> value.
+        rank, alpha: "r" and "lora_alpha", for modules that no pattern matches.
+        rslora: scale by alpha / sqrt(rank) instead of alpha / rank
+            (https://arxiv.org/abs/2312.03732).
+        rank_pattern, alpha_pattern: PEFT's patterns: a regex that must match the end of a module's
+            name -> the rank or alpha of that module.
         raw: the whole file.
-        markers: other files' statements about the layout (NeMo's automodel_peft_config.json).
+        nemo: the contents of NeMo AutoModel's automodel_peft_config.json, {} if there is none.
     """
 
     rank: int
@@ -42,14 +49,15 @@ class Config:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     raw: Mapping[str, Any] = field(default_factory=dict)
-    markers: Mapping[str, Any] = field(default_factory=dict)
+    nemo: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], markers: Mapping[str, Any] | None = None) -> Config:
-        """
+    def from_dict(cls, raw: Mapping[str, Any], nemo: Mapping[str, Any] | None = None) -> Config:
+        """Check the parsed files.
+
         Raises:
-            AdapterError: rank or alpha is missing or no usable number, a pattern is no regex, or a
-                marker has a value that is not known.
+            AdapterError: rank or alpha is missing or is not a usable number, a pattern is not a
+                regex, or an entry on the layout has an unknown value.
         """
         rank = raw.get("r")
         alpha = raw.get("lora_alpha")
@@ -62,90 +70,113 @@ class Config:
             _pattern(raw, "rank_pattern", whole=True),
             _pattern(raw, "alpha_pattern"),
             raw,
-            markers or {},
+            nemo or {},
         )
-        config.orders(), config.interleaved(), config.scale("", 1)  # whether they are needed or not
+        # These raise if an entry is wrong. Raise now, even if this adapter never needs the entry.
+        config.orders(), config.interleaved(), config.scale("", 1)
         return config
 
     @classmethod
     def from_folder(cls, folder: Path) -> Config:
-        """
+        """Read the files in an adapter's folder.
+
         Raises:
-            AdapterError: the file is missing or not a JSON table.
+            AdapterError: adapter_config.json is missing, or a file is not a JSON object. Also what
+                `from_dict` raises.
         """
-        return cls.from_dict(_read(folder / "adapter_config.json"), markers(folder))
+        return cls.from_dict(_read(folder / "adapter_config.json"), nemo_config(folder))
 
     def scale(self, module: str, rank: int) -> tuple[float, int]:
-        """(factor on lora_B @ lora_A of a module, the rank that the config says it has).
+        """The scale of a module's LoRA and the rank that the config gives it.
 
-        PEFT scales by the rank of the config, which is the tensor's. Megatron-Bridge's
-        normalize_moe_lora gives experts a smaller rank than the config has and scales by their
-        own, so the tensor's rank counts where the two differ.
+        The scale is alpha divided by the tensors' rank, not by the config's. The two ranks are the
+        same in files of PEFT. Megatron-Bridge's normalize_moe_lora gives experts a smaller rank
+        than the config says, and scales by that rank.
 
         Args:
-            module: its name without PEFT's prefix.
-            rank: of its tensors.
+            module: the module's name without PEFT's prefix.
+            rank: rank of the module's tensors.
+
+        Returns:
+            What lora_B @ lora_A is multiplied by, and the config's rank. The caller compares that
+            rank with the tensors'.
         """
         alpha = _match(self._alphas, module)
-        said = _match(self._ranks, module)
+        own_rank = _match(self._ranks, module)
         alpha = self.alpha if alpha is None else float(alpha)
         scale = alpha / (math.sqrt(rank) if self.rslora else rank)
-        return scale, self.rank if said is None else int(said)
+        return scale, self.rank if own_rank is None else int(own_rank)
 
     def orders(self) -> tuple[bool, bool] | None:
-        """(A expert-major, B expert-major) of fused experts where the adapter says so.
+        """The order of fused experts, as a value of `ORDERS`; None if no entry gives it.
 
         Raises:
-            AdapterError: a marker has a value that is not known.
+            AdapterError: the entry has an unknown value.
         """
-        tag = self._tag()
-        if tag:
-            return ORDERS[tag[0]]
-        order = self.raw.get("lora_B_layout")  # Unsloth from 2026.10 on
+        entry = self._layout_entry()
+        if entry:
+            return ORDERS[entry[0]]
+        order = self.raw.get("lora_B_layout")  # written by Unsloth since 2026.10
         if order is not None:
             known = {"rank_major": ORDERS["peft"], "grouped_by_expert": ORDERS["megatron-bridge"]}
             if order not in known:
-                raise AdapterError(f'adapter_config.json: "lora_B_layout": {order!r} is not known')
+                raise AdapterError(
+                    f'adapter_config.json: "lora_B_layout": {order!r} is not known. It is '
+                    '"rank_major" or "grouped_by_expert".'
+                )
             return known[order]
         return None
 
     def transposed(self) -> bool | None:
-        """Whether in and out of fused experts are swapped (PEFT up to 0.19.0), where it says so."""
-        tag = self._tag()
-        if tag and tag[1] is not None:
-            return tag[1]
-        stamp = str(self.markers.get("paramwrapper_layout", ""))  # NeMo AutoModel
+        """Whether in and out of fused experts are swapped, as PEFT up to 0.19.0 writes them.
+
+        None if no entry says so, which is usual: the shapes of the tensors then decide.
+        """
+        entry = self._layout_entry()
+        if entry and entry[1] is not None:
+            return entry[1]
+        stamp = str(self.nemo.get("paramwrapper_layout", ""))
         return {"peft-0.18": True, "peft-0.19.1": False}.get(stamp)
 
     def interleaved(self) -> bool | None:
-        """Whether fused gate_up rows alternate, where "moe_lora_gate_up" says so."""
+        """Whether the rows of fused gate_up alternate between gate and up.
+
+        None if there is no entry "moe_lora_gate_up", an entry of this package's own.
+
+        Raises:
+            AdapterError: the entry has an unknown value.
+        """
         value = self.raw.get("moe_lora_gate_up")
         if value is None:
             return None
         if value not in ("interleaved", "concatenated"):
             raise AdapterError(
-                f'adapter_config.json: "moe_lora_gate_up": {value!r}; it is "interleaved" or '
-                '"concatenated"'
+                f'adapter_config.json: "moe_lora_gate_up": {value!r} is not known. It is '
+                '"interleaved" or "concatenated".'
             )
         return bool(value == "interleaved")
 
-    def _tag(self) -> tuple[str, bool | None] | None:
-        tag = self.raw.get("moe_lora_layout")
-        if tag is None:
+    def _layout_entry(self) -> tuple[str, bool | None] | None:
+        """The entry "moe_lora_layout" as (key of `ORDERS`, in and out are swapped or not given)."""
+        entry = self.raw.get("moe_lora_layout")
+        if entry is None:
             return None
-        base, transposed = str(tag), None
+        base, transposed = str(entry), None
         for suffix, value in (("-transposed", True), ("-standard", False)):
             if base.endswith(suffix):
                 base, transposed = base.removesuffix(suffix), value
         if base not in ORDERS:
             raise AdapterError(
-                f'adapter_config.json: "moe_lora_layout": {tag!r} is not known. It is one of '
-                f"{', '.join(ORDERS)}, each also with -standard or -transposed."
+                f'adapter_config.json: "moe_lora_layout": {entry!r} is not known. It is one of '
+                f"{', '.join(ORDERS)}, each also with -standard or -transposed appended."
             )
         return base, transposed
 
     def written_by_megatron_bridge(self) -> bool:
-        """Megatron-Bridge's save_hf_adapter: full parameter names, and no version of PEFT."""
+        """Whether Megatron-Bridge's save_hf_adapter wrote the file.
+
+        It does not say so, but it writes full parameter names and no version of PEFT.
+        """
         names = self.raw.get("target_parameters") or []
         full = [*names, *self.rank_pattern]
         return (
@@ -163,8 +194,14 @@ class Config:
         return _compiled("alpha_pattern", self.alpha_pattern)
 
 
-def markers(folder: Path) -> dict[str, Any]:
-    """What NeMo AutoModel says of the layout, in a file of its own."""
+def nemo_config(folder: Path) -> dict[str, Any]:
+    """NeMo AutoModel's own file beside adapter_config.json; {} if there is none.
+
+    Its entry "paramwrapper_layout" says whether in and out of fused experts are swapped.
+
+    Raises:
+        AdapterError: the file is not a JSON object.
+    """
     return _read(folder / "automodel_peft_config.json", optional=True)
 
 
@@ -178,14 +215,14 @@ def _read(file: Path, optional: bool = False) -> dict[str, Any]:
     except (OSError, RecursionError, ValueError) as error:
         raise AdapterError(f"{file} cannot be read: {error}") from error
     if not isinstance(raw, dict):
-        raise AdapterError(f"{file} holds no JSON table")
+        raise AdapterError(f"{file} is not a JSON object")
     return raw
 
 
 def _pattern(raw: Mapping[str, Any], key: str, whole: bool = False) -> Mapping[str, Any]:
     pattern = raw.get(key) or {}
     if not isinstance(pattern, Mapping):
-        raise AdapterError(f"adapter_config.json: {key} is {pattern!r}, not a table")
+        raise AdapterError(f"adapter_config.json: {key} is {pattern!r}, not a JSON object")
     for name, value in pattern.items():
         _number(f"{key}[{name!r}]", value, whole=whole)
     return pattern
@@ -201,11 +238,11 @@ def _number(what: str, value: object, whole: bool = False) -> None:
 
 
 def _compiled(what: str, pattern: Mapping[str, float]) -> list[tuple[re.Pattern[str], float]]:
-    # PEFT's get_pattern_key: a key matches the end of a name, from a dot on; the first one wins.
+    # As PEFT's get_pattern_key: a key must match a name's end, from a dot on. The first match wins.
     try:
         return [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in pattern.items()]
     except re.error as error:
-        raise AdapterError(f"adapter_config.json: {what} holds no regex: {error}") from error
+        raise AdapterError(f"adapter_config.json: {what} has an invalid regex: {error}") from error
 
 
 def _match(pattern: list[tuple[re.Pattern[str], float]], module: str) -> float | None:

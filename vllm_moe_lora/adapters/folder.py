@@ -1,4 +1,7 @@
-"""An adapter's folder: its tensors without a copy, its config."""
+"""Reads the weights in an adapter's folder, without copying them.
+
+The format of safetensors: https://github.com/huggingface/safetensors#format
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from .names import touches_experts
 WEIGHTS = "adapter_model.safetensors"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
 
-# safetensors' names (its format documentation) for what a factor can be.
+# The dtypes that LoRA factors may have, by their names in a safetensors header.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -24,15 +27,16 @@ DTYPES = {
     "BF16": torch.bfloat16,
 }
 
+# A larger header is refused. An adapter on all experts of Kimi-K2 has 141,000 tensors and a header
+# of 21 MB; reading ten times as many tensors takes a minute.
+MAX_HEADER_BYTES = 50_000_000
 
-# Kimi-K2's experts make 141,000 tensors and a header of 21 MB. Ten times as many take a minute.
-MOST_BYTES = 50_000_000
 
+def files_state(path: str) -> tuple[Any, ...] | None:
+    """A value that changes whenever the adapter's files change; None if there is no such folder.
 
-def state(path: str) -> tuple[Any, ...] | None:
-    """What tells one state of an adapter's files from another; None if there is no such folder.
-
-    The files are opened: a network file system answers for a closed one from what it remembers.
+    It is made of inode, size and times of each file. The files are opened for that, because a
+    network file system may answer from its cache for a file that is not open.
     """
     folder = Path(path).expanduser().absolute()
     if not folder.is_dir():
@@ -49,19 +53,22 @@ def state(path: str) -> tuple[Any, ...] | None:
     return tuple(found)
 
 
-def with_experts(folder: Path) -> dict[str, torch.Tensor] | None:
-    """`tensors`, or None for an adapter that leaves routed experts alone or cannot be read.
+def tensors_if_experts(folder: Path) -> dict[str, torch.Tensor] | None:
+    """The adapter's `tensors` if it has LoRA on routed experts, else None.
+
+    For None the caller lets vLLM read the adapter. None is also returned if the safetensors file
+    is damaged or there is no file, because vLLM then raises its own error.
 
     Raises:
-        AdapterError: it has routed experts, and a dtype that is no factor's; a damaged pickle; a
-            header above `MOST_BYTES`.
+        AdapterError: the adapter has routed experts and a dtype not in `DTYPES`; a pickle is
+            damaged; the header is larger than `MAX_HEADER_BYTES`.
     """
     if (folder / WEIGHTS).is_file():
-        _no_bomb(folder / WEIGHTS)
+        _check_header_size(folder / WEIGHTS)
         try:
             header, start = _header(folder / WEIGHTS)
         except AdapterError:
-            return None  # upstream's own error says what is wrong with the file
+            return None  # vLLM's own error says what is wrong with the file
         return _views(folder / WEIGHTS, header, start) if touches_experts(header) else None
     if not any((folder / name).is_file() for name in _PICKLES):
         return None
@@ -70,23 +77,26 @@ def with_experts(folder: Path) -> dict[str, torch.Tensor] | None:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter: views of the mapped file, read when they are first touched.
+    """The tensors of an adapter by name, on the CPU.
 
-    A view may not outlive the file's contents: copy what is kept.
+    Those of a safetensors file are views of the memory-mapped file and are read when they are first
+    used. Copy what must stay valid after the file changes.
 
     Raises:
-        AdapterError: no file, a damaged file, a tensor twice, a dtype that is no factor's, or rows
-            for a larger vocabulary.
+        AdapterError: there is no weights file, it is damaged or names a tensor twice, a dtype is
+            not in `DTYPES`, the header is larger than `MAX_HEADER_BYTES`, or the adapter has
+            embedding rows for new tokens.
     """
     for name in ("new_embeddings.safetensors", "new_embeddings.bin"):
         if (folder / name).is_file():
             raise AdapterError(
-                f"{folder / name}: rows for new tokens, which vLLM dropped with 0.12 and we do not "
-                "read. Train without new tokens, or merge the adapter into the model."
+                f"{folder / name} holds embedding rows for new tokens. vLLM does not support them "
+                "since 0.12, and vllm-moe-lora does not read them. Train without new tokens, or "
+                "merge the adapter into the model."
             )
     file = folder / WEIGHTS
     if file.is_file():
-        _no_bomb(file)
+        _check_header_size(file)
         return _views(file, *_header(file))
     for name in _PICKLES:
         if (folder / name).is_file():
@@ -95,28 +105,33 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
             except Exception as error:  # a damaged pickle may raise anything
                 raise AdapterError(f"{folder / name} cannot be read: {error}") from error
             if not isinstance(found, dict):
-                raise AdapterError(f"{folder / name} holds no table of tensors")
+                raise AdapterError(f"{folder / name} does not hold a dictionary of tensors")
             return found
-    raise AdapterError(f"{folder} has no {WEIGHTS}")
+    raise AdapterError(f"{folder} has no {WEIGHTS}: is this the folder of an adapter?")
 
 
 def _views(file: Path, header: dict[str, Any], start: int) -> dict[str, torch.Tensor]:
-    """Each tensor as a view of the mapped file."""
+    """Memory-map the file and make each tensor a view of the mapping.
+
+    Args:
+        header: the parsed header.
+        start: offset in bytes of the data in the file.
+    """
     size = file.stat().st_size
     storage = torch.UntypedStorage.from_file(str(file), False, size)
-    flat: dict[str, torch.Tensor] = {}
+    by_dtype: dict[str, torch.Tensor] = {}
     out: dict[str, torch.Tensor] = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         code, shape, offset = entry["dtype"], entry["shape"], start + entry["data_offsets"][0]
-        whole = flat.get(code)
+        whole = by_dtype.get(code)
         if whole is None:
-            whole = flat[code] = _as_dtype(file, name, code, storage)
+            whole = by_dtype[code] = _as_dtype(file, name, code, storage)
         offset, rest = divmod(offset, whole.itemsize)
         if rest:
-            return _unaligned(file)
-        if len(shape) == 2:  # all of them, nearly
+            return _copied(file)
+        if len(shape) == 2:  # the common case, and this is the fastest way
             out[name] = whole.as_strided(shape, (shape[1], 1), offset)
         else:
             numbers = math.prod(shape)
@@ -128,20 +143,24 @@ def _as_dtype(file: Path, name: str, code: str, storage: torch.UntypedStorage) -
     dtype = DTYPES.get(code)
     if dtype is None:
         raise AdapterError(
-            f"{file.name}: {name} is {code}; LoRA factors are float32, bfloat16 or float16. Save "
-            "the adapter in one of them."
+            f"{file.name}: {name} is {code}, but LoRA factors must be float32, bfloat16 or "
+            "float16. Save the adapter in one of these."
         )
     length = storage.nbytes() // dtype.itemsize
     return torch.empty(0, dtype=dtype).set_(storage, 0, (length,))
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """The header of a file that safetensors accepts, and where its data begins."""
+    """The parsed header of a safetensors file, and the offset in bytes where its data begins.
+
+    Raises:
+        AdapterError: safetensors itself does not accept the file.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
-        # Checks sizes and offsets; as tensors must fill the file without a gap or an overlap,
-        # no name can be there twice.
+        # This checks sizes and offsets. Tensors must fill the file without gaps or overlaps, so it
+        # also makes sure that json.loads does not drop a tensor whose name is there twice.
         with safe_open(file, framework="pt"):
             pass
         with file.open("rb") as data:
@@ -152,18 +171,21 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _no_bomb(file: Path) -> None:
+def _check_header_size(file: Path) -> None:
     with file.open("rb") as data:
         length = int.from_bytes(data.read(8), "little")
-    if MOST_BYTES < length < file.stat().st_size:
+    if MAX_HEADER_BYTES < length < file.stat().st_size:
         raise AdapterError(
-            f"{file} has a header of {length:,} bytes, above {MOST_BYTES:,}: more tensors than "
-            "the adapters of any model have"
+            f"{file} has a header of {length:,} bytes, above the limit of {MAX_HEADER_BYTES:,}. No "
+            "model's adapter has that many tensors: the file is damaged or is not an adapter."
         )
 
 
-def _unaligned(file: Path) -> dict[str, torch.Tensor]:
-    """safetensors aligns data, but its format does not demand it: then every tensor is copied."""
+def _copied(file: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors as copies, because their data is not aligned and cannot be viewed.
+
+    safetensors writes aligned data, but its format does not require that.
+    """
     from safetensors.torch import load_file
 
     return load_file(file)

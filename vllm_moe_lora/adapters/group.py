@@ -1,6 +1,7 @@
-"""Tensors of one adapter -> ordinary modules, and the tensors of each layer's routed experts.
+"""Assigns each tensor of an adapter a place: a dense module, or the routed experts of one layer.
 
-Strict accounting starts here: each tensor gets one place, and a tensor without one is an error.
+This is the first step of strict accounting: every tensor gets exactly one place. A tensor without a
+place, or two tensors for the same place, are errors. Nothing is dropped.
 """
 
 from __future__ import annotations
@@ -22,20 +23,22 @@ _MERGE = (
     "(`vllm-moe-lora convert SRC DST --merge-into MODEL`) or train without it."
 )
 
-# (expert or None, projection) -> {"A": ..., "B": ...}
+# The tensors of one layer's routed experts as they are in the file:
+# (expert's number, or None for all experts; projection) -> {"A" or "B": (tensor's name, tensor)}
 Tensors = dict[tuple[int | None, str], dict[str, tuple[str, torch.Tensor]]]
 
 
 @dataclass
 class Grouped:
-    """An adapter's tensors by where they belong.
+    """An adapter's tensors, sorted by where they belong.
 
     Attributes:
-        dense: tensors of all other modules, named as PEFT names them.
-        experts: prefix of a layer's routed experts -> its tensors.
-        full: what is no LoRA factor (modules_to_save, copies of embeddings), by name.
-        magnitude: DoRA's vectors by module.
-        bias: lora_B's biases by module.
+        dense: lora_A and lora_B of all modules that are not routed experts, by PEFT's full names.
+        experts: prefix of a layer's routed experts ("model.layers.0.mlp.experts") -> its tensors.
+        full: tensors that are not LoRA factors, by name: whole weights (PEFT's modules_to_save),
+            copies of embeddings, tensors of routed experts in an unknown layout.
+        magnitude: DoRA's magnitude vectors, by module.
+        bias: biases of lora_B, by module.
     """
 
     dense: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -46,10 +49,14 @@ class Grouped:
 
 
 def group(tensors: Mapping[str, torch.Tensor]) -> Grouped:
-    """Give each tensor its place.
+    """Assign each tensor its place.
+
+    Args:
+        tensors: all tensors of the adapter, by their names in the file.
 
     Raises:
-        AdapterError: names the tensors that are doubled, or whose counterpart is missing.
+        AdapterError: a factor is there twice, lora_A is there without lora_B or the reverse, or the
+            file holds two adapters. The message names the tensors.
     """
     out = Grouped()
     adapters: dict[str, str] = {}
@@ -68,21 +75,25 @@ def group(tensors: Mapping[str, torch.Tensor]) -> Grouped:
                 continue
             sides = out.experts.setdefault(where.prefix, {}).setdefault(where[1:], {})
             if name.side in sides:
-                raise AdapterError(f"{key} and {sides[name.side][0]} are the same factor twice")
+                raise AdapterError(_twice(key, sides[name.side][0]))
             sides[name.side] = (key, tensor)
     if len(adapters) > 1:
         raise AdapterError(
             f"{' and '.join(sorted(adapters.values()))} belong to two adapters in one file. Save "
-            "one adapter (PEFT's save_pretrained does)."
+            "one adapter per file, as PEFT's save_pretrained does."
         )
-    _refuse_lonely(out)
+    _refuse_unpaired(out)
     return out
 
 
 def refuse_what_is_not_lora(found: Grouped) -> None:
-    """
+    """Refuse an adapter with tensors that vLLM cannot serve.
+
+    Copies of the base model's embeddings (`EMBEDDING_COPIES`) are accepted and ignored.
+
     Raises:
-        AdapterError: the adapter has DoRA, biases or whole modules; names them and the cure.
+        AdapterError: the adapter has DoRA magnitudes, biases or whole weights. The message names
+            them and says how to merge them.
     """
     for what, tensors in (("DoRA magnitudes", found.magnitude), ("LoRA biases", found.bias)):
         if tensors:
@@ -91,39 +102,43 @@ def refuse_what_is_not_lora(found: Grouped) -> None:
     if lost:
         near = any(".experts" in key for key in lost)
         raise AdapterError(
-            f"{listed(lost)}: no LoRA factors (modules_to_save?). "
-            + (f"Layouts of routed experts that are known: {LAYOUTS}." if near else _MERGE)
+            f"{listed(lost)}: not LoRA factors (modules_to_save?). "
+            + (f"The layouts of routed experts that can be read: {LAYOUTS}." if near else _MERGE)
         )
 
 
-# PEFT stores them beside LoRA on an embedding; they are the base model's own weights.
+# PEFT stores these with LoRA on an embedding. They are the base model's weights, unchanged.
 EMBEDDING_COPIES = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 
 
 def _put_dense(out: Grouped, key: str, name: Name, tensor: torch.Tensor) -> None:
     if ".experts" in name.module and ".shared_experts" not in name.module:
-        out.full[key] = tensor  # routed experts under a name that is not known
+        out.full[key] = tensor  # routed experts in an unknown layout: refused later, by name
         return
     leaf = f"lora_embedding_{name.side}" if name.embedding else f"lora_{name.side}.weight"
     plain = f"{PREFIX}{name.module}.{leaf}"
     if plain in out.dense:
-        raise AdapterError(f"{key} and {plain} are the same factor twice")
+        raise AdapterError(_twice(key, plain))
     out.dense[plain] = tensor
 
 
-def _refuse_lonely(out: Grouped) -> None:
-    """Every A has its B and the reverse; factors of shared-outer experts may pair across names."""
-    lonely = [name for name in out.dense if _counterpart(name) not in out.dense]
+def _twice(key: str, other: str) -> str:
+    return f"{key} and {other} are the same factor twice. The file must have it once."
+
+
+def _refuse_unpaired(out: Grouped) -> None:
+    """Check that every lora_A has its lora_B and the reverse."""
+    unpaired = [name for name in out.dense if _counterpart(name) not in out.dense]
     for tensors in out.experts.values():
         for (expert, projection), sides in tensors.items():
             for side, (key, _) in sides.items():
                 other = "B" if side == "A" else "A"
-                if other in sides or _across(tensors, expert, projection, other):
+                if other in sides or _has_shared_side(tensors, expert, projection, other):
                     continue
-                lonely.append(key)
-    if lonely:
+                unpaired.append(key)
+    if unpaired:
         raise AdapterError(
-            f"{listed(lonely)}: lora_A without lora_B or the reverse. The file is damaged or "
+            f"{listed(unpaired)}: lora_A without lora_B or the reverse. The file is damaged or "
             "was cut."
         )
 
@@ -134,7 +149,12 @@ def _counterpart(name: str) -> str:
     return f"{head}.lora_{swapped}"
 
 
-def _across(tensors: Tensors, expert: int | None, projection: str, side: str) -> bool:
+def _has_shared_side(tensors: Tensors, expert: int | None, projection: str, side: str) -> bool:
+    """Whether the other factor exists under the other kind of name.
+
+    In Megatron-Bridge's experts_shared_outer_loras one side is a tensor that all experts share
+    (``expert`` is None) and the other side is one tensor per expert.
+    """
     if expert is not None:
         return side in tensors.get((None, projection), {})
     return any(

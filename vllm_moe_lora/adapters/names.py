@@ -1,4 +1,4 @@
-"""What a tensor's name says: which module, which factor, which expert, which projection."""
+"""Parses the names of an adapter's tensors: module, lora_A or lora_B, expert, projection."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import NamedTuple
 PREFIX = "base_model.model."
 EXPERTS = ".experts"
 
-# Names of an expert's matrices, in checkpoints and adapters -> vLLM's: w1 gate, w3 up, w2 down.
+# What checkpoints and adapters call an expert's matrices -> vLLM's names: w1 is gate, w3 is up,
+# w2 is down, w13 is gate and up fused into one matrix.
 PROJECTIONS = {
     "gate_proj": "w1",
     "up_proj": "w3",
@@ -22,15 +23,16 @@ PROJECTIONS = {
     "linear": "w1",  # Grok
     "linear_v": "w3",
     "linear_1": "w2",
-    # PEFT's nested ParamWrappers: the inner one is `experts.base_layer`, the outer `experts`.
+    # PEFT's target_parameters nests two ParamWrappers in one module. Their tensors do not name the
+    # projection: the inner wrapper is `experts.base_layer`, the outer one is `experts` itself.
     "base_layer": "inner",
     "": "outer",
 }
 
-# What a projection is called where we write it.
+# What we call a projection in files that we write.
 WORDS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj", "w13": "gate_up_proj"}
 
-# What `convert` writes.
+# The layouts that the `convert` command can write.
 LAYOUTS = ("per-expert", "peft-fused", "packed")
 
 _SIDES = {
@@ -43,13 +45,15 @@ _SIDES = {
 
 
 class Name(NamedTuple):
-    """One tensor of an adapter.
+    """The parsed name of one tensor.
 
     Attributes:
-        module: the module's name, without PEFT's prefix.
-        side: "A", "B", "magnitude" (DoRA), "bias" (of lora_B) or "full" (no LoRA at all).
-        adapter: PEFT's adapter name where the file still has it ("default"), else "".
-        embedding: a factor of an embedding, whose A and B are the other way round.
+        module: the module's name without PEFT's prefix. For side "full" it is the tensor's name.
+        side: "A" (lora_A), "B" (lora_B), "magnitude" (DoRA's vector), "bias" (of lora_B), or
+            "full" for a tensor that is none of these, as from PEFT's modules_to_save.
+        adapter: PEFT's adapter name ("default") if the tensor's name still has it, else "".
+        embedding: the tensor is lora_embedding_A or lora_embedding_B. These are the transposes of
+            what lora_A and lora_B of a linear layer would be.
     """
 
     module: str
@@ -59,12 +63,12 @@ class Name(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where in the routed experts of which layer.
+    """Which routed experts and which projection a module name means.
 
     Attributes:
-        prefix: the layer's experts, "model.layers.0.mlp.experts".
-        expert: the expert's number, or None for a tensor that holds several.
-        projection: a value of `PROJECTIONS`.
+        prefix: the layer's experts, as in "model.layers.0.mlp.experts".
+        expert: the expert's number, or None if the tensor holds several experts.
+        projection: one of the values of `PROJECTIONS`.
     """
 
     prefix: str
@@ -73,7 +77,11 @@ class Place(NamedTuple):
 
 
 def parse(tensor: str) -> Name:
-    """Split a tensor's name. Forms: ``[base_model.model.]M.lora_A[.default][.weight]`` and kin."""
+    """Parse a tensor's name.
+
+    PEFT writes ``base_model.model.MODULE.lora_A.weight``. The prefix and ``.weight`` may be
+    missing, and PEFT's adapter name may follow ``lora_A``: ``MODULE.lora_A.default.weight``.
+    """
     name = tensor.removeprefix(PREFIX)
     module, _, tail = name.rpartition(".lora_")
     side, adapter, embedding = _tail(tail) if module else _FULL
@@ -83,7 +91,7 @@ def parse(tensor: str) -> Name:
 _FULL = ("full", "", False)
 
 
-@lru_cache(maxsize=1024)  # a file has thousands of names, and a handful of tails
+@lru_cache(maxsize=1024)  # a file has thousands of names, but few different tails
 def _tail(tail: str) -> tuple[str, str, bool]:
     word, *rest = ("lora_" + tail).split(".")
     leaf = rest.pop() if rest and rest[-1] in ("weight", "bias") else ""
@@ -94,13 +102,13 @@ def _tail(tail: str) -> tuple[str, str, bool]:
 
 
 def place(module: str) -> Place | None:
-    """The routed experts that a module belongs to, None for any other module."""
+    """Parse a module's name as one of routed experts; None if it is any other module."""
     prefix, found, rest = module.rpartition(EXPERTS)
     where = _expert(rest) if found else None
     return None if where is None else Place(prefix + EXPERTS, *where)
 
 
-@lru_cache(maxsize=8192)  # every layer has the same
+@lru_cache(maxsize=8192)  # the names repeat in every layer
 def _expert(rest: str) -> tuple[int | None, str] | None:
     if rest[:1] not in ("", "."):
         return None
@@ -113,5 +121,5 @@ def _expert(rest: str) -> tuple[int | None, str] | None:
 
 
 def touches_experts(tensors: Iterable[str]) -> bool:
-    """Whether any of these names is of routed experts."""
+    """Whether any of these tensor names belongs to routed experts."""
     return any(f"{EXPERTS}." in name for name in tensors)

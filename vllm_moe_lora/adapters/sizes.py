@@ -1,4 +1,8 @@
-"""Sizes of a model's experts without the engine: from its config.json, or from an adapter alone."""
+"""Finds the sizes of a model's routed experts without an engine, for the commands.
+
+They come from the model's config.json (`from_model`), or from the shapes of an adapter's tensors if
+the model's folder is not there (`from_adapter`).
+"""
 
 from __future__ import annotations
 
@@ -13,37 +17,46 @@ from .errors import AdapterError
 from .group import Tensors
 from .names import WORDS
 
-_COUNT = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
-_INNER = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
-INTERLEAVED = ("gpt_oss",)
-_NO_GATE = ("nemotron_h",)
+# What families of models call these in config.json: number of experts, intermediate size of one.
+_EXPERT_COUNT = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+_EXPERT_SIZE = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+# Values of "model_type".
+INTERLEAVED = ("gpt_oss",)  # rows of fused gate_up alternate between gate and up
+_NOT_GATED = ("nemotron_h",)  # experts have no gate, only up and down
 
 
 def from_model(folder: Path) -> Dims:
-    """
+    """The sizes that a model's config.json gives.
+
+    Args:
+        folder: the model's folder.
+
     Raises:
-        AdapterError: no config.json, or no experts in it.
+        AdapterError: config.json cannot be read, or does not describe routed experts.
     """
     text = text_config(folder)
-    experts = next((text[key] for key in _COUNT if text.get(key)), None)
-    inner = next((text[key] for key in _INNER if text.get(key)), None)
+    experts = next((text[key] for key in _EXPERT_COUNT if text.get(key)), None)
+    inner = next((text[key] for key in _EXPERT_SIZE if text.get(key)), None)
     if experts is None or inner is None:
-        raise AdapterError(f"{folder / 'config.json'} names no routed experts")
+        raise AdapterError(f"{folder / 'config.json'} does not describe routed experts")
     kind = str(text.get("model_type", ""))
     return Dims(
         int(experts),
         int(text["hidden_size"]),
         int(inner),
-        gated=kind not in _NO_GATE,
+        gated=kind not in _NOT_GATED,
         interleaved=kind in INTERLEAVED,
     )
 
 
 def text_config(folder: Path) -> dict[str, Any]:
-    """A model's config.json, of a multimodal one the language model's; quantisation of either.
+    """The config of a model's language part.
+
+    For a multimodal model that is "text_config" in config.json, else all of config.json.
+    "quantization_config" is included wherever it is.
 
     Raises:
-        AdapterError: it cannot be read.
+        AdapterError: config.json cannot be read.
     """
     try:
         config = dict(json.loads((folder / "config.json").read_text()))
@@ -54,10 +67,10 @@ def text_config(folder: Path) -> dict[str, Any]:
 
 
 def shards(folder: Path) -> dict[str, list[str]]:
-    """A model's files -> the names of their weights.
+    """The names of a model's weights, for each of its safetensors files.
 
     Raises:
-        AdapterError: it has no safetensors.
+        AdapterError: the folder has no safetensors files.
     """
     from safetensors import safe_open
 
@@ -67,7 +80,7 @@ def shards(folder: Path) -> dict[str, list[str]]:
     else:
         files = sorted(file.name for file in folder.glob("*.safetensors"))
     if not files:
-        raise AdapterError(f"{folder} has no safetensors")
+        raise AdapterError(f"{folder} has no safetensors files")
     found = {}
     for file in files:
         with safe_open(folder / file, framework="pt") as data:
@@ -76,7 +89,14 @@ def shards(folder: Path) -> dict[str, list[str]]:
 
 
 def from_adapter(layers: Mapping[str, Tensors], config: Config) -> Dims:
-    """
+    """The sizes that the shapes of an adapter's tensors show.
+
+    The number of experts is a lower bound if each tensor holds one expert.
+
+    Args:
+        layers: prefix of a layer's experts -> its tensors (`group.Grouped.experts`).
+        config: for the ranks.
+
     Raises:
         AdapterError: the tensors do not show all sizes.
     """
@@ -94,25 +114,28 @@ def from_adapter(layers: Mapping[str, Tensors], config: Config) -> Dims:
                     experts = max(experts, tensor.shape[0] // _rank(config, prefix, projection))
                 out_or_in = tensor.shape[-1] if side == "A" else tensor.shape[-2]
                 if expert is None and tensor.ndim == 2 and side == "B":
-                    continue  # rows of all experts
+                    continue  # the rows of all experts together: not the rows of one
                 half = 2 if projection == "w13" and side == "B" else 1
                 if (projection == "w2") == (side == "B"):
                     hidden = out_or_in
                 else:
                     inner = out_or_in // half
-        flat = _flat(prefix, tensors, config)
-        if flat is not None:
-            return flat
+        fused = _from_peft_fused(prefix, tensors, config)
+        if fused is not None:
+            return fused
     if not experts or not hidden or not inner:
         raise AdapterError(
-            "the sizes of the model's experts do not show in this adapter: name the model's folder "
-            "(--base)"
+            "this adapter's tensors do not show the sizes of the model's experts. Give the model's "
+            "folder with --base."
         )
     return Dims(experts, hidden, inner)
 
 
-def _flat(prefix: str, tensors: Tensors, config: Config) -> Dims | None:
-    """From `experts.base_layer` and `experts` together; one of them alone does not tell enough."""
+def _from_peft_fused(prefix: str, tensors: Tensors, config: Config) -> Dims | None:
+    """From PEFT's `experts.base_layer` (gate_up) and `experts` (down), if the layer has both.
+
+    One of the two does not show enough.
+    """
     pairs = [tensors.get((None, name), {}) for name in ("inner", "outer")]
     if any(len(pair) != 2 for pair in pairs):
         return None
@@ -123,7 +146,7 @@ def _flat(prefix: str, tensors: Tensors, config: Config) -> Dims | None:
         for pair, projection in zip(pairs, ("w13", "w2"), strict=True)
     }
     if len(counts) != 1 or not min(counts).is_integer():
-        return None  # the ranks are not what adapter_config.json says
+        return None  # the ranks do not agree with adapter_config.json
     for hidden, inner, wide in (
         (columns[0], columns[1], rows[0]),  # gate_up [2 I, H], down [H, I]
         (rows[0], rows[1], columns[0]),  # in and out swapped
@@ -134,5 +157,5 @@ def _flat(prefix: str, tensors: Tensors, config: Config) -> Dims | None:
 
 
 def _rank(config: Config, prefix: str, projection: str) -> int:
-    """What adapter_config.json says of one projection's rank."""
+    """The rank that adapter_config.json gives a projection."""
     return config.scale(f"{prefix}.{WORDS[projection]}", 1)[1]

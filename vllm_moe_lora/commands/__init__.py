@@ -1,1 +1,4 @@
-"""One module for each subcommand: `add_arguments(parser)` and `run(args) -> exit code`."""
+"""The subcommands of `vllm-moe-lora`, one module each.
+
+A module defines `add_arguments(parser)` and `run(args) -> exit code`; cli.py imports and calls it.
+"""

@@ -1,4 +1,7 @@
-"""`vllm-moe-lora convert`: an adapter in another layout, or merged into a model."""
+"""`vllm-moe-lora convert`: writes an adapter in another layout, or merges it into a model.
+
+Merging is the way out for adapters that vLLM cannot serve, for example with DoRA.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +17,32 @@ from vllm_moe_lora.adapters.names import LAYOUTS
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("src", type=Path, help="folder of the adapter")
-    parser.add_argument("dst", type=Path, help="folder to write")
+    parser.add_argument("dst", type=Path, help="folder to write to")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--to", choices=LAYOUTS, help="layout of the routed experts")
+    what.add_argument("--to", choices=LAYOUTS, help="new layout of the routed experts")
     what.add_argument(
         "--merge-into",
         type=Path,
         metavar="MODEL",
-        help="write MODEL (full precision) with the adapter merged into its weights",
+        help="write the unquantised MODEL with the adapter merged into its weights",
     )
-    parser.add_argument("--base", type=Path, help="folder of the model (its config.json is read)")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be written")
-    parser.add_argument("--force", action="store_true", help="replace DST")
+    parser.add_argument(
+        "--base", type=Path, help="folder of the model; only its config.json is read"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="write nothing; say what would be")
+    parser.add_argument("--force", action="store_true", help="replace DST if it exists")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Convert or merge; return the exit code."""
     from vllm_moe_lora.adapters.errors import AdapterError
     from vllm_moe_lora.adapters.offline import merge
     from vllm_moe_lora.adapters.offline.convert import convert, read, save
 
     if args.dst.exists() and not args.force and not args.dry_run:
-        print(f"✗ {args.dst} exists. Cure: another name, or --force.", file=sys.stderr)
+        cure = "choose another name, or add --force to replace it"
+        print(f"✗ {args.dst} exists. Cure: {cure}.", file=sys.stderr)
         return 1
     try:
         adapter = read(args.src, args.base or args.merge_into)
@@ -68,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _progress(items: Iterable[Any], what: str) -> Iterable[Any]:
-    """A bar on a terminal, nothing elsewhere."""
+    """Yield ``items``, with a progress bar titled ``what`` if stderr is a terminal."""
     if not sys.stderr.isatty():
         return items
     try:

@@ -1,4 +1,9 @@
-"""`vllm-moe-lora demo`: bare vLLM's error, then the plugin's answers beside the merged oracle."""
+"""`vllm-moe-lora demo`: shows on a tiny model that the plugin applies an adapter correctly.
+
+It builds a random INT4 MoE model and an adapter, and runs them in vLLM twice: without the plugin,
+which ends in an error, and with it. The expected log-probs (the "oracle") come from Hugging Face
+transformers in fp32, with the adapter merged into the dequantised weights.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 PROMPTS = [[1, 2, 3], [5, 9, 11, 300, 17, 44, 2, 8], list(range(20, 60))]
-TOP = 40  # log-probs are compared over this many of the oracle's likeliest tokens
-SHARE = 0.10  # INT4 in bf16: the mean difference may be this share of the adapter's mean effect
+TOP = 40  # compare the log-probs of this many tokens: the oracle's likeliest
+# vLLM runs INT4 in bf16, so it cannot be exact. The mean difference may be this share of the mean
+# change that the adapter makes.
+TOLERANCE = 0.10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    say = _Speaker(args.verbose)
+    """Run the demo and print its table; return 0 if the plugin's answers are right."""
+    say = _Progress(args.verbose)
     with tempfile.TemporaryDirectory(prefix="vllm-moe-lora-demo-") as folder:
         rows, bare = _measure(Path(folder), say)
     right = all(row["right"] for row in rows)
@@ -34,7 +42,9 @@ def run(args: argparse.Namespace) -> int:
     return 0 if right else 1
 
 
-class _Speaker:
+class _Progress:
+    """Prints the demo's steps to stderr and, with --verbose, vLLM's own output."""
+
     def __init__(self, verbose: bool) -> None:
         self.verbose = verbose
 
@@ -46,7 +56,12 @@ class _Speaker:
             self(text)
 
 
-def _measure(folder: Path, say: _Speaker) -> tuple[list[dict[str, Any]], str]:
+def _measure(folder: Path, say: _Progress) -> tuple[list[dict[str, Any]], str]:
+    """Build, run and compare.
+
+    Returns:
+        One row per prompt (see `_row`), and what vLLM without the plugin says.
+    """
     from vllm_moe_lora.tiny import adapters, engine, models, oracle, quantise
 
     say("1/4 building a random Qwen2-MoE (GPTQ INT4, shared expert) and an adapter")
@@ -55,8 +70,8 @@ def _measure(folder: Path, say: _Speaker) -> tuple[list[dict[str, Any]], str]:
     quantise.quantise(full, packed, plain, form="gptq", group_size=64)
     adapter = adapters.write(plain, folder / "adapter")
     merged = oracle.merge(plain, adapter, folder / "merged")
-    say("2/4 oracle: Hugging Face fp32, adapter merged into the dequantised weights")
-    base, want = oracle.log_probs(plain, PROMPTS), oracle.log_probs(merged, PROMPTS)
+    say("2/4 oracle: Hugging Face in fp32, adapter merged into the dequantised weights")
+    base, expected = oracle.log_probs(plain, PROMPTS), oracle.log_probs(merged, PROMPTS)
 
     job = engine.Job(
         model=str(packed),
@@ -64,19 +79,19 @@ def _measure(folder: Path, say: _Speaker) -> tuple[list[dict[str, Any]], str]:
         rounds=[[(p, name) for p in PROMPTS for name in (None, "demo")]],
         options={"dtype": "bfloat16"},
     )
-    say("3/4 bare vLLM")
+    say("3/4 vLLM without the plugin")
     try:
         _, _, log = engine.run(job, {"VLLM_MOE_LORA": "0", "VLLM_PLUGINS": ""})
         bare = "started without error"
     except engine.EngineError as error:
         log, bare = error.log, str(error)
     say.log(log)
-    say("4/4 vLLM with vllm-moe-lora")
+    say("4/4 vLLM with the plugin")
     answers, _, log = engine.run(job, {"VLLM_MOE_LORA": "1"})
     say.log(log)
     got = [logprobs[-1] for _, logprobs in answers[0]]
     rows = [
-        _row(PROMPTS[i], got[2 * i], got[2 * i + 1], base[i][-1], want[i][-1])
+        _row(PROMPTS[i], got[2 * i], got[2 * i + 1], base[i][-1], expected[i][-1])
         for i in range(len(PROMPTS))
     ]
     return rows, bare
@@ -87,21 +102,28 @@ def _row(
     got_base: torch.Tensor,
     got: torch.Tensor,
     base: torch.Tensor,
-    want: torch.Tensor,
+    expected: torch.Tensor,
 ) -> dict[str, Any]:
-    top = want.topk(TOP).indices
-    difference, effect = (got - want)[top].abs(), (base - want)[top].abs()
+    """Compare the next token's log-probs after one prompt.
+
+    Args:
+        prompt: token ids.
+        got_base, got: [vocab] of vLLM, without and with the adapter.
+        base, expected: [vocab] of the oracle, without and with the adapter.
+    """
+    top = expected.topk(TOP).indices
+    difference, effect = (got - expected)[top].abs(), (base - expected)[top].abs()
     shown = top[:3].tolist()
     return {
         "prompt_tokens": len(prompt),
         "tokens": shown,
         "base": [round(got_base[t].item(), 3) for t in shown],
         "adapter": [round(got[t].item(), 3) for t in shown],
-        "oracle": [round(want[t].item(), 3) for t in shown],
+        "oracle": [round(expected[t].item(), 3) for t in shown],
         "max_difference": difference.max().item(),
         "mean_difference": difference.mean().item(),
         "mean_effect": effect.mean().item(),
-        "right": bool(difference.mean() <= SHARE * effect.mean()),
+        "right": bool(difference.mean() <= TOLERANCE * effect.mean()),
     }
 
 
@@ -110,7 +132,8 @@ def _table(bare: str, rows: list[dict[str, Any]], right: bool) -> None:
     from rich.table import Table
 
     console = Console()
-    console.print(f"\nbare vLLM: {bare}\n", style="red" if "rror" in bare else None, markup=False)
+    style = "red" if "rror" in bare else None
+    console.print(f"\nvLLM without the plugin: {bare}\n", style=style, markup=False)
     table = Table(title="log-probs of the oracle's three likeliest tokens (vLLM bf16 / INT4, CPU)")
     for name in ("prompt", "base", "adapter", "merged oracle", "max diff", "mean diff / effect"):
         table.add_column(name)
@@ -126,5 +149,5 @@ def _table(bare: str, rows: list[dict[str, Any]], right: bool) -> None:
     console.print(table)
     console.print(
         f"{'✓ adapter == merged' if right else '✗ adapter differs from merged'} (mean difference "
-        f"at most {SHARE:.0%} of the adapter's own effect, over the {TOP} likeliest tokens)"
+        f"at most {TOLERANCE:.0%} of the adapter's effect, over the {TOP} likeliest tokens)"
     )

@@ -1,4 +1,8 @@
-"""`vllm-moe-lora doctor`: is the plugin active here, and will these adapters load on this model?"""
+"""`vllm-moe-lora doctor`: checks whether the plugin is active in this environment.
+
+It starts a fresh Python process in which vLLM loads its plugins, and reports the state there. With
+--model it does the same as `vllm-moe-lora plan`.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,12 @@ from vllm_moe_lora.report import Finding, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, help="folder of a model: as `plan` does")
-    plan.options(parser)
+    parser.add_argument("--model", type=Path, help="folder of a model; then do as `plan` does")
+    plan.add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the report; return 0 if there is no problem, 1 if there is one, 2 for wrong usage."""
     if args.adapter and not args.model:
         print("doctor: --adapter needs --model", file=sys.stderr)
         return 2
@@ -26,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
     return show(findings, command, args)
 
 
-# Runs in a fresh process, where vLLM itself calls the entry point as it does in every engine.
-_PROBE = """
+# Runs in a fresh process, in which vLLM calls the plugin's entry point, as in every engine process.
+_SCRIPT = """
 import importlib.metadata, json, sys
 import torch, vllm
 from vllm.platforms import current_platform
@@ -49,41 +54,40 @@ print("@" + json.dumps({
     "platform": current_platform.device_type,
     "entry_points": [e.name for e in plugins],
     "status": vllm_moe_lora.status(),
-    "strangers": patching.strangers(),
+    "replaced_by_others": patching.replaced_by_others(),
 }))
 """
 
 
 def _environment() -> list[Finding]:
+    """Run `_SCRIPT` and turn what it prints into findings."""
     done = subprocess.run(
-        [sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-c", _SCRIPT], capture_output=True, text=True, check=False, timeout=300
     )
     line = next((text for text in done.stdout.splitlines() if text.startswith("@")), None)
     if line is None:
-        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        return [Finding(False, f"vLLM does not start here: {last}", "repair this environment")]
+        last = (done.stderr.strip().splitlines() or ["the process printed nothing"])[-1]
+        return [Finding(False, f"vLLM cannot be imported here: {last}", "repair this environment")]
     facts: dict[str, Any] = json.loads(line[1:])
     versions = ("python", "vllm", "torch", "triton", "platform")
     findings = [Finding(True, ", ".join(f"{key} {facts[key]}" for key in versions))]
     if "moe_lora" in facts["entry_points"]:
         findings.append(Finding(True, "vLLM finds the plugin by its entry point"))
     else:
-        cure = "pip install vllm-moe-lora into the environment that vLLM runs in"
+        cure = "pip install vllm-moe-lora in the environment in which vLLM runs"
         findings.append(Finding(False, "vLLM does not find the plugin by its entry point", cure))
     if not facts["status"]:
         warnings = [text for text in done.stderr.splitlines() if "vllm-moe-lora:" in text]
-        said = warnings[-1].partition("vllm-moe-lora:")[2].strip() if warnings else "it is off"
-        findings.append(
-            Finding(False, f"the plugin is not active: {said}", "see VLLM_MOE_LORA, VLLM_PLUGINS")
-        )
+        why = warnings[-1].partition("vllm-moe-lora:")[2].strip() if warnings else "it is off"
+        cure = "look at the environment variables VLLM_MOE_LORA and VLLM_PLUGINS"
+        findings.append(Finding(False, f"the plugin is not active: {why}", cure))
     for feature, state in facts["status"].items():
         harmless = state == "on" or "platform" in state or "not needed" in state
         cure = "" if harmless else "upgrade vllm-moe-lora to a release made for this vLLM"
         if "VLLM_MOE_LORA" in state:
             cure = "unset VLLM_MOE_LORA"
         findings.append(Finding(harmless, f"{feature}: {state}", cure))
-    for target, owner in facts["strangers"].items():
-        findings.append(
-            Finding(False, f"{target} was replaced by {owner} after us", f"start without {owner}")
-        )
+    for target, owner in facts["replaced_by_others"].items():
+        what = f"{owner} replaced {target} after the plugin did, so LoRA may not be applied there"
+        findings.append(Finding(False, what, f"start without {owner}"))
     return findings

@@ -1,4 +1,4 @@
-"""`vllm-moe-lora inspect`: what an adapter holds, layer by layer."""
+"""`vllm-moe-lora inspect`: prints what an adapter contains. It reads no weights of a model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", type=Path, help="folder of the adapter")
-    parser.add_argument("--base", type=Path, help="folder of the model (its config.json is read)")
+    parser.add_argument(
+        "--base", type=Path, help="folder of the model; only its config.json is read"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the table; return 1 if the adapter cannot be read."""
     from vllm_moe_lora.adapters.errors import AdapterError
     from vllm_moe_lora.adapters.offline.convert import read
 
@@ -38,20 +41,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _experts(adapter: Any) -> list[dict[str, Any]]:
+    """Return one row per layer with LoRA on routed experts."""
     from vllm_moe_lora.adapters.canonical import describe
 
     return [{"module": found.prefix, **describe(found)} for found in adapter.experts]
 
 
 def _dense(adapter: Any) -> list[dict[str, Any]]:
-    """All layers' modules of one kind in one row."""
+    """Return one row for all other modules of a name, such as "*.q_proj" for those of all layers.
+
+    Tensors that are no LoRA factors get a row each.
+    """
     rows: dict[str, dict[str, Any]] = {}
     for key, tensor in adapter.found.dense.items():
         module, _, side = key.rpartition(".lora_")
-        word = module.rpartition(".")[2]
+        name = module.rpartition(".")[2]
         row = rows.setdefault(
-            word,
-            {"module": f"*.{word}", "layout": "matrix", "experts": 0, "projections": []}
+            name,
+            {"module": f"*.{name}", "layout": "matrix", "experts": 0, "projections": []}
             | {"ranks": [], "scales": [], "bytes": 0, "modules": 0},
         )
         row["bytes"] += tensor.numel() * tensor.element_size()
@@ -69,6 +76,7 @@ def _dense(adapter: Any) -> list[dict[str, Any]]:
 
 
 def _table(rows: list[dict[str, Any]]) -> None:
+    """Print ``rows`` in aligned columns."""
     heads = ("module", "layout", "experts", "projections", "ranks", "scales", "MiB")
     lines = [heads]
     for row in rows:

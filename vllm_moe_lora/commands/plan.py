@@ -1,6 +1,8 @@
-"""`vllm-moe-lora plan`: will these adapters be served on this model, how, and in how much memory?
+"""`vllm-moe-lora plan`: says whether vLLM can serve adapters on a model, and how.
 
-No weights are read: config.json, the headers of files, and vLLM's own choices (`probe`).
+The report names the backend, the memory per device and the command to serve with. The command
+reads config.json and the headers of the safetensors files, but no weights. It asks vLLM itself for
+the backend and the sizes; see probe.py.
 """
 
 from __future__ import annotations
@@ -20,36 +22,41 @@ GIB = 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, help="folder of the model (no weights are read)")
-    options(parser)
+    parser.add_argument("model", type=Path, help="folder of the model; no weights are read")
+    add_options(parser)
 
 
-def options(parser: argparse.ArgumentParser) -> None:
-    """What `doctor --model` takes too."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `plan` and `doctor --model` share."""
     parser.add_argument(
-        "--adapter", type=Path, action="append", default=[], help="folder of an adapter; repeat"
+        "--adapter", type=Path, action="append", default=[], help="an adapter's folder (repeatable)"
     )
     parser.add_argument(
-        "--tensor-parallel-size", "-tp", type=int, action="append", help="default 1; repeat"
+        "--tensor-parallel-size", "-tp", type=int, action="append", help="default: 1 (repeatable)"
     )
     parser.add_argument("--enable-expert-parallel", action="store_true")
     parser.add_argument("--max-loras", type=int, help="default: the number of adapters")
     parser.add_argument("--max-lora-rank", type=int, help="default: what the adapters need, or 16")
     parser.add_argument(
-        "--lora-target-modules", nargs="+", help="as for vllm serve: what may have LoRA"
+        "--lora-target-modules", nargs="+", help="the modules that may have LoRA, as for vllm serve"
     )
-    parser.add_argument("--memory", type=float, help="GiB of one device; default: of this machine")
+    parser.add_argument("--memory", type=float, help="GiB of one device; default: of this one")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the report; return 1 if it contains a problem."""
     findings, command = report(args)
     return show(findings, command, args)
 
 
 def report(args: argparse.Namespace) -> tuple[list[Finding], str | None]:
-    """The findings, and the command to serve by (None where nothing can be served)."""
+    """Check the model and the adapters.
+
+    Returns:
+        The findings, and the command that serves the model; None if vLLM refuses the model.
+    """
     from vllm_moe_lora.adapters import sizes
     from vllm_moe_lora.adapters.errors import AdapterError
     from vllm_moe_lora.adapters.offline import check
@@ -57,61 +64,79 @@ def report(args: argparse.Namespace) -> tuple[list[Finding], str | None]:
     try:
         sizes.text_config(args.model)
     except AdapterError as error:
-        return [Finding(False, str(error), "name the folder of a model")], None
-    findings, needed, lean = _adapters(args.model, args.adapter, args.lora_target_modules)
+        return [Finding(False, str(error), "pass the folder of a model")], None
+    findings, needed, no_experts = _check_adapters(
+        args.model, args.adapter, args.lora_target_modules
+    )
     rank = args.max_lora_rank or (check.smallest_rank(needed) if needed else 16)
     if needed > rank:
         what = f"an adapter has rank {needed}, above --max-lora-rank {rank}"
         findings.append(Finding(False, what, f"--max-lora-rank {check.smallest_rank(needed)}"))
-    loras, worlds = args.max_loras or max(1, len(args.adapter)), args.tensor_parallel_size or [1]
-    answers = {size: _ask(args, size, loras, rank, lean) for size in worlds}
+    max_loras = args.max_loras or max(1, len(args.adapter))
+    tp_sizes = args.tensor_parallel_size or [1]
+    answers = {size: _ask(args, size, max_loras, rank, no_experts) for size in tp_sizes}
     for size, answer in answers.items():
-        findings += _device(args, size, answer, loras, rank, needed)
+        findings += _check_device(args, size, answer, max_loras, rank, needed)
     if any(answer.error for answer in answers.values()):
         return findings, None
-    parts = [f"vllm serve {args.model} --enable-lora --max-loras {loras} --max-lora-rank {rank}"]
-    parts += [f"--tensor-parallel-size {worlds[0]}"] if worlds[0] > 1 else []
+    parts = [f"vllm serve {args.model} --enable-lora"]
+    parts += [f"--max-loras {max_loras} --max-lora-rank {rank}"]
+    parts += [f"--tensor-parallel-size {tp_sizes[0]}"] if tp_sizes[0] > 1 else []
     parts += ["--enable-expert-parallel"] if args.enable_expert_parallel else []
     flag = args.lora_target_modules
     parts += [f"--lora-target-modules {' '.join(flag)}"] if flag else []
-    parts += [f"--lora-modules {_modules(args.adapter)}"] if args.adapter else []
+    parts += [f"--lora-modules {_lora_modules(args.adapter)}"] if args.adapter else []
     return findings, " ".join(parts)
 
 
-def _modules(adapters: Sequence[Path]) -> str:
+def _lora_modules(adapters: Sequence[Path]) -> str:
+    """Return the value of --lora-modules."""
     return " ".join(f"{path.name}={path}" for path in adapters)
 
 
-def _adapters(
+def _check_adapters(
     model: Path, adapters: Sequence[Path], flag: Sequence[str] | None
 ) -> tuple[list[Finding], int, bool]:
-    """Whether each will load, the highest rank of those that will, whether none has experts."""
+    """Check whether each adapter will load on the model.
+
+    Args:
+        model: its folder.
+        adapters: their folders.
+        flag: the modules of --lora-target-modules, if it is set.
+
+    Returns:
+        The findings, the highest rank of the adapters that load, and whether all adapters load and
+        none has LoRA on routed experts (False without adapters).
+    """
     from vllm_moe_lora.adapters.errors import AdapterError
     from vllm_moe_lora.adapters.offline import check
 
-    findings, rank, lean = [], 0, bool(adapters)
+    findings, rank, no_experts = [], 0, bool(adapters)
     for adapter in adapters:
         try:
             fit = check.fits(adapter, model)
             check.smallest_rank(fit.rank)
         except AdapterError as error:
-            cure = "`vllm-moe-lora inspect` shows what it holds; see the README's layouts"
+            cure = "`vllm-moe-lora inspect` shows what it contains; the README lists the layouts"
             findings.append(Finding(False, f"{adapter}: {error}", cure))
-            lean = False
+            no_experts = False
             continue
-        rank, lean = max(rank, fit.rank), lean and not fit.layers
+        rank, no_experts = max(rank, fit.rank), no_experts and not fit.layers
         if flag and fit.layers and not any("experts" in word.split(".") for word in flag):
-            what = f"{adapter}: it has routed experts, which --lora-target-modules leaves out"
+            what = f"{adapter}: it targets routed experts, which --lora-target-modules leaves out"
             findings.append(Finding(False, what, "add experts to --lora-target-modules"))
             continue
         layout = f"experts {', '.join(fit.layouts)} in {fit.layers} layers" if fit.layers else ""
-        what = f"{adapter}: every tensor has a place; rank {fit.rank}; {layout or 'no experts'}"
+        what = f"{adapter}: will load; rank {fit.rank}; {layout or 'no LoRA on routed experts'}"
         findings.append(Finding(True, what))
         findings += [Finding(True, f"{adapter}: {note}") for note in fit.notes]
-    return findings, rank, lean
+    return findings, rank, no_experts
 
 
-def _ask(args: argparse.Namespace, size: int, loras: int, rank: int, lean: bool) -> Answer:
+def _ask(
+    args: argparse.Namespace, size: int, max_loras: int, rank: int, no_experts: bool
+) -> Answer:
+    """Ask vLLM what it would do at the tensor parallel size ``size``."""
     from vllm_moe_lora import probe
 
     flag = args.lora_target_modules
@@ -119,23 +144,31 @@ def _ask(args: argparse.Namespace, size: int, loras: int, rank: int, lean: bool)
         str(args.model),
         size,
         args.enable_expert_parallel,
-        max_loras=loras,
+        max_loras=max_loras,
         max_lora_rank=rank,
         lora_target_modules=tuple(flag) if flag else None,
-        no_experts=lean and not flag,
+        no_experts=no_experts and not flag,
     )
     return probe.ask(question)
 
 
-def _device(
-    args: argparse.Namespace, size: int, found: Answer, loras: int, rank: int, needed: int
+def _check_device(
+    args: argparse.Namespace, size: int, found: Answer, max_loras: int, rank: int, needed: int
 ) -> list[Finding]:
-    """Backend and memory of one device at one tensor parallel size."""
+    """Check the backend and the memory of one device.
+
+    Args:
+        args: of the command line.
+        size: the tensor parallel size.
+        found: vLLM's answer for it.
+        max_loras, rank: the settings --max-loras and --max-lora-rank.
+        needed: the highest rank of the adapters.
+    """
     from vllm_moe_lora.targets.supports_lora import IGNORING
 
     parallel = f"tensor parallel {size}" + (", experts too" if args.enable_expert_parallel else "")
     if found.error:
-        cure = "the README's matrix has what runs where; without an engine here, ask where it is"
+        cure = "see the table in the README; run this command on the machine that will serve"
         return [Finding(False, f"{parallel}: vLLM refuses this model: {found.error}", cure)]
     findings = []
     for name, layers in found.backends.items():
@@ -143,38 +176,51 @@ def _device(
             why = (
                 "--lora-target-modules leaves them out"
                 if args.lora_target_modules
-                else "as no adapter targets them, while the server can be given no others"
+                else "as no adapter targets them and no other adapter can be added to the server"
             )
-            what = f"{parallel}: {layers} MoE layers by {name}: experts not wrapped, {why}"
+            what = f"{parallel}: {layers} MoE layers by {name}: experts run without LoRA, {why}"
             findings.append(Finding(True, what))
         elif found.takes_lora:
-            findings.append(Finding(True, f"{parallel}: {layers} MoE layers by {name}: takes LoRA"))
+            what = f"{parallel}: {layers} MoE layers by {name}: it applies LoRA"
+            findings.append(Finding(True, what))
         else:
-            what = f"{parallel}: {layers} MoE layers by {name}: no LoRA on routed experts"
-            why = IGNORING.get(name.rpartition(", ")[2], "another quantisation or backend")
+            what = f"{parallel}: {layers} MoE layers by {name}: it cannot apply LoRA to experts"
+            why = IGNORING.get(name.rpartition(", ")[2], "use another quantisation or backend")
             findings.append(Finding(False, what, why))
     if not found.backends:
         findings.append(Finding(True, f"{parallel}: no routed experts"))
     memory = args.memory * GIB if args.memory else found.memory
     free = memory * args.gpu_memory_utilization - found.weights
-    slots = loras * found.slot
+    slots = max_loras * found.slot
     what = (
-        f"{parallel}: a slot of rank {rank} takes {found.slot / 2**20:,.1f} MiB of a device "
-        f"({found.slot_experts / 2**20:,.1f} for routed experts), {loras} take "
-        f"{slots / GIB:,.2f} GiB; weights {found.weights / GIB:,.2f} of {memory / GIB:,.1f} GiB"
+        f"{parallel}: a LoRA slot of rank {rank} takes {found.slot / 2**20:,.1f} MiB per device "
+        f"({found.slot_experts / 2**20:,.1f} for routed experts), {max_loras} take "
+        f"{slots / GIB:,.2f} GiB; weights: {found.weights / GIB:,.2f} of {memory / GIB:,.1f} GiB"
     )
     if slots < free:
         left = f"; {(free - slots) / GIB:,.1f} GiB are left for the KV cache and activations"
         findings.append(Finding(True, what + left))
     else:
         findings.append(
-            Finding(False, f"{what}: does not fit", _smaller(found.slot, free, rank, needed, size))
+            Finding(
+                False,
+                f"{what}: this does not fit",
+                _smaller_setting(found.slot, free, rank, needed, size),
+            )
         )
     return findings
 
 
-def _smaller(slot: int, free: float, rank: int, needed: int, size: int) -> str:
-    """A setting that does fit into ``free`` bytes, where a slot of ``rank`` takes ``slot``."""
+def _smaller_setting(slot: int, free: float, rank: int, needed: int, size: int) -> str:
+    """Return options that fit into the memory.
+
+    Args:
+        slot: bytes of one slot with the rank ``rank``.
+        free: bytes of the device that are free for slots.
+        rank: --max-lora-rank.
+        needed: the highest rank of the adapters.
+        size: the tensor parallel size.
+    """
     from vllm_moe_lora.adapters.offline.check import RANKS
 
     if free > slot:

@@ -1,4 +1,4 @@
-"""Refusals as one sentence: which adapter, which tensor, and the cure."""
+"""Words the error for an adapter that failed to load: which adapter, which tensor, what to do."""
 
 from __future__ import annotations
 
@@ -7,40 +7,44 @@ from typing import Any
 
 from ..adapters import folder as files
 from ..adapters.config import Config
-from ..adapters.errors import AdapterError, head, rank_text
+from ..adapters.errors import AdapterError, message_prefix, rank_text
 from ..adapters.group import group, refuse_what_is_not_lora
 from ..adapters.layouts.recognise import resolve
 from .moe_layers import dims_of, is_experts
 
 
 def refusal(manager: Any, request: Any, error: Exception) -> Exception:
-    """What the caller is to get for an adapter whose load ended in ``error``.
+    """The error to raise for an adapter whose load raised ``error``.
+
+    If vLLM or a library raised it, the adapter is read again by this package, which may find a
+    better reason.
 
     Args:
         manager: vLLM's `LoRAModelManager` of a MoE model.
         request: the LoRARequest.
-        error: this package's, upstream's, or what a library raised.
+        error: raised by this package, by vLLM or by a library.
 
     Returns:
-        An `AdapterError` that begins with "LoRA adapter N: ", by which the front end knows it;
-        ``error`` itself where no adapter was found at all, which upstream tells its callers well.
+        An `AdapterError` whose message starts with `errors.message_prefix`. The front end finds the
+        message by it. If the adapter's folder was not found, ``error`` itself: vLLM's servers
+        already answer that one well.
     """
-    named = head(request.lora_int_id)
-    if str(error).startswith(named) or type(error).__name__ == "LoRAAdapterNotFoundError":
+    prefix = message_prefix(request.lora_int_id)
+    if str(error).startswith(prefix) or type(error).__name__ == "LoRAAdapterNotFoundError":
         return error
     better = error
     if not isinstance(error, AdapterError):
         better = _reason(manager, Path(request.lora_path), error) or error
-    text = str(better) if isinstance(better, AdapterError) else _said(better)
-    return AdapterError(named + text)
+    text = str(better) if isinstance(better, AdapterError) else _generic_text(better)
+    return AdapterError(prefix + text)
 
 
-def _said(error: Exception) -> str:
+def _generic_text(error: Exception) -> str:
     return f"it cannot be loaded: {type(error).__name__}: {error}".rstrip(": ")
 
 
 def _reason(manager: Any, folder: Path, error: Exception) -> AdapterError | None:
-    """What our reader says of an adapter that upstream refused, None where it has no objection."""
+    """Our reader's reason why an adapter that vLLM refused cannot load; None if it has none."""
     try:
         config = Config.from_folder(folder)
         found = group(files.tensors(folder))

@@ -1,4 +1,8 @@
-"""A loaded adapter -> the model it is for, or an error before anything has changed."""
+"""Fits a loaded adapter to the model, or raises an error before anything in the engine changes.
+
+Module names are changed to the model's own, every tensor is checked, and the tensors of routed
+experts are staged: built in the form that a slot of the LoRA layer takes.
+"""
 
 from __future__ import annotations
 
@@ -7,100 +11,106 @@ from typing import Any
 
 from ..adapters.canonical import Experts
 from ..adapters.config import Config
-from ..adapters.errors import AdapterError, about, listed
+from ..adapters.errors import AdapterError, listed, prefixed
 from ..adapters.group import Tensors
 from ..adapters.layouts.recognise import resolve
 from ..adapters.spelling import Spellings
 from ..log import get_logger
 from ..targets import supports_lora
 from . import merged_projections, strict
-from .memory import NoCollection
-from .moe_layers import as_taken, dims_of, is_experts, serves_moe, slots_of
+from .memory import PausedGC
+from .moe_layers import dims_of, for_set_lora, is_experts, serves_moe, slots_of
 from .stage import stage
 
 logger = get_logger(__name__)
 
 
 @dataclass
-class Pending:
-    """Tensors of routed experts that wait for their model. Set as ``LoRAModel.moe_lora``.
+class PendingExperts:
+    """Tensors of routed experts that were read but not yet fitted to the model.
+
+    They are the attribute ``moe_lora`` of vLLM's `LoRAModel`, between `read.read` and `fit`.
 
     Attributes:
-        layers: prefix of a layer's experts, as the adapter calls them -> tensors.
-        mapped: that prefix -> what vLLM's weights mapper makes of it.
-        config: of the adapter.
-        quiet: keeps the garbage collector off meanwhile.
-        refused: why upstream did not take the adapter, None where it had no objection.
+        layers: what the adapter calls a layer's experts -> their tensors.
+        mapped: the same name -> that name after vLLM's weights mapper.
+        config: the adapter's.
+        paused_gc: keeps the garbage collector off until `fit` has run.
+        refused: the error with which vLLM refused the adapter's names; None if it did not.
     """
 
     layers: dict[str, Tensors]
     mapped: dict[str, str]
     config: Config
-    quiet: NoCollection
+    paused_gc: PausedGC
     refused: ValueError | None = None
 
 
 def fit(manager: Any, lora: Any) -> None:
-    """Give every module of the adapter the model's name, and stage its routed experts.
+    """Change an adapter's module names to the model's, check it, and stage its routed experts.
+
+    A second call for the same ``lora`` does nothing.
 
     Args:
-        manager: vLLM's `LoRAModelManager`, its modules wrapped.
-        lora: a `LoRAModel` before upstream packs it. Staged experts go into ``lora.loras`` under
-            the wrapper's name, in the form that `set_lora` takes.
+        manager: vLLM's `LoRAModelManager`. Its modules are already wrapped in LoRA layers.
+        lora: a `LoRAModel` that vLLM has not packed yet. The staged experts go into ``lora.loras``
+            under the name of the LoRA layer, in the form that the layer's `set_lora` takes.
 
     Raises:
-        AdapterError: a tensor has no place, or does not fit it. Nothing has changed then but
-            ``lora`` itself. A second call does nothing.
+        AdapterError: a tensor has no module in the model, or does not fit it. Then nothing has
+            changed except ``lora``.
     """
-    if getattr(lora, "moe_lora_fits", False):
+    if getattr(lora, "moe_lora_fitted", False):
         return
-    lora.moe_lora_fits = True
-    pending: Pending | None = getattr(lora, "moe_lora", None)
+    lora.moe_lora_fitted = True
+    pending: PendingExperts | None = getattr(lora, "moe_lora", None)
     if pending is None and strict.is_warm_up(lora):
-        return _local_warm_up(manager, lora)
+        return _stage_warm_up(manager, lora)
     try:
-        with about(lora.id):
+        with prefixed(lora.id):
             _fit(manager, lora, pending)
     finally:
         if pending is not None:
-            pending.quiet.release()
+            pending.paused_gc.release()
     return None
 
 
-def _local_warm_up(manager: Any, lora: Any) -> None:
-    """Zeros of this rank's experts where vLLM made some that it takes for all experts'.
+def _stage_warm_up(manager: Any, lora: Any) -> None:
+    """Replace the experts of vLLM's warm-up adapter by zeros for the experts on this device.
 
-    Up to 0.32 its warm-up adapter has the experts of one rank where gate and up are fused, and it
-    takes that apart by the number of all experts.
+    If gate and up are fused, the warm-up adapter of vLLM up to 0.32 holds only the experts of one
+    device, but vLLM then splits it by the number of all experts.
     """
     staged = {}
     for name, wrapper in manager.modules.items():
         if is_experts(wrapper) and lora.loras.pop(f"{name}.base_layer", None) is not None:
             nothing = stage(Experts(name, "warm-up"), slots_of(manager, wrapper))
-            staged[name] = as_taken(manager, wrapper, nothing)
-    _deliver(lora, staged)
+            staged[name] = for_set_lora(manager, wrapper, nothing)
+    _put_staged(lora, staged)
 
 
-def _fit(manager: Any, lora: Any, pending: Pending | None) -> None:
+def _fit(manager: Any, lora: Any, pending: PendingExperts | None) -> None:
     if pending is not None and pending.refused is not None and not serves_moe(manager):
         raise pending.refused
-    places = strict.places(manager)
-    spellings = Spellings(places)
-    for name in [name for name in lora.loras if name not in places]:
+    shapes = strict.module_shapes(manager)
+    spellings = Spellings(shapes)
+    for name in [name for name in lora.loras if name not in shapes]:
         own = spellings.find(name)
         if own is not None and own in lora.loras:
-            raise AdapterError(f"{name} and {own} are one module")
+            raise AdapterError(
+                f"{name} and {own} are the same module of the model. Keep one of them."
+            )
         if own is not None:
             lora.loras[own] = lora.loras.pop(name)
             lora.loras[own].module_name = own
-    strict.check(manager, lora, places)
+    strict.check(manager, lora, shapes)
     merged_projections.merge(manager, lora)
     if pending is None:
         return
     wrappers = {name: m for name, m in manager.modules.items() if is_experts(m)}
-    fitted = _wrappers_of(manager, lora, pending, wrappers)
+    fitted = _match_layers(manager, pending, wrappers)
     for name in fitted.values():
-        supports_lora.demand(name, wrappers[name])
+        supports_lora.check_adapter(name, wrappers[name])
     if fitted:
         dims = dims_of(manager, next(iter(wrappers.values())))
         layers = {prefix: pending.layers[prefix] for prefix in fitted}
@@ -109,20 +119,23 @@ def _fit(manager: Any, lora: Any, pending: Pending | None) -> None:
         for found in resolved:
             wrapper = wrappers[fitted[found.prefix]]
             tensors = stage(found, slots_of(manager, wrapper))
-            staged[fitted[found.prefix]] = as_taken(manager, wrapper, tensors)
+            staged[fitted[found.prefix]] = for_set_lora(manager, wrapper, tensors)
         for note in notes:
             logger.warning("LoRA adapter %d: %s", lora.id, note)
         logger.debug("LoRA adapter %d: %s", lora.id, {found.layout for found in resolved})
-        _deliver(lora, staged)
+        _put_staged(lora, staged)
     if not lora.loras:
-        raise AdapterError("it has no tensor for this model")
-    del lora.moe_lora  # and with it the views of the file
+        raise AdapterError("none of its tensors is for this model. Was it trained on another one?")
+    del lora.moe_lora  # frees the views of the file
 
 
-def _wrappers_of(
-    manager: Any, lora: Any, pending: Pending, wrappers: dict[str, Any]
+def _match_layers(
+    manager: Any, pending: PendingExperts, wrappers: dict[str, Any]
 ) -> dict[str, str]:
-    """Prefix in the adapter -> name of the model's layer."""
+    """What the adapter calls a layer's experts -> name of the model's LoRA layer.
+
+    With pipeline parallelism, layers on other devices are left out.
+    """
     spellings = Spellings(wrappers)
     fitted: dict[str, str] = {}
     lost = []
@@ -131,23 +144,27 @@ def _wrappers_of(
         if own is None:
             lost.append(prefix)
         elif own in fitted.values():
-            raise AdapterError(f"{prefix} is there under two names")
+            other = next(name for name, layer in fitted.items() if layer == own)
+            raise AdapterError(
+                f"{prefix} and {other} are the same layer of the model, {own}. Keep one of them."
+            )
         else:
             fitted[prefix] = own
-    if not lost or strict.may_be_elsewhere(manager):
+    if not lost or strict.is_pipeline_parallel():
         return fitted
     if not wrappers:
         raise AdapterError(
-            f"it has routed experts ({listed(lost)}), this model has none "
+            f"it has LoRA on routed experts ({listed(lost)}), but this model has no routed experts "
             "that take LoRA. Nothing was loaded."
         )
     raise AdapterError(
-        f"this model has no place for {listed(lost)}. Nothing was loaded. "
-        f"Its routed experts are {listed(wrappers)}."
+        f"no routed experts of this model are called {listed(lost)}. Nothing was loaded. The "
+        f"model's routed experts are {listed(wrappers)}."
     )
 
 
-def _deliver(lora: Any, staged: dict[str, Any]) -> None:
+def _put_staged(lora: Any, staged: dict[str, Any]) -> None:
+    """Put staged tensors into ``lora.loras``, where vLLM finds them at activation."""
     from vllm.lora.lora_weights import PackedLoRALayerWeights
 
     for name, (a, b) in staged.items():

@@ -1,4 +1,8 @@
-"""Tensors of an adapter -> vLLM's LoRAModel, with the routed experts set apart."""
+"""Turns an adapter's tensors into vLLM's LoRAModel.
+
+vLLM's own code makes the entries of dense modules. The tensors of routed experts are kept aside in
+`fit.PendingExperts`, because how to read them depends on the model, which is not known here.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,11 @@ from dataclasses import asdict
 from typing import Any
 
 from ..adapters.config import Config
-from ..adapters.errors import AdapterError, about
+from ..adapters.errors import AdapterError, prefixed
 from ..adapters.group import group, refuse_what_is_not_lora
 from ..adapters.names import parse
-from .fit import Pending
-from .memory import NoCollection
+from .fit import PendingExperts
+from .memory import PausedGC
 
 
 def read(
@@ -22,20 +26,23 @@ def read(
     peft_helper: Any,
     **more: Any,
 ) -> Any:
-    """A LoRAModel whose routed experts wait for their model (`store.fit`).
+    """Make a LoRAModel whose routed experts are pending until `fit.fit`.
 
     Args:
-        cls: vLLM's `LoRAModel`; its `from_lora_tensors` gets all other modules.
-        refused: why upstream did not take the names; raised where the model has no experts.
-        lora_model_id: of the adapter.
-        tensors: by name, on the CPU. They are neither changed nor kept.
+        cls: vLLM's `LoRAModel`. Its `from_lora_tensors` reads all other modules.
+        refused: the error with which vLLM refused the adapter's names, if it did. It is raised
+            later if the model turns out to have no routed experts.
+        lora_model_id: the adapter's id.
+        tensors: all tensors by name, on the CPU. They are not changed. Those of routed experts are
+            kept until `fit.fit`, all others are copied.
         peft_helper: vLLM's `PEFTHelper` of the adapter.
-        more: what else `from_lora_tensors` takes.
+        more: the other arguments of `from_lora_tensors`.
 
     Raises:
-        AdapterError: a tensor that is no LoRA factor, or has no counterpart.
+        AdapterError: a tensor is not a LoRA factor, or lora_A is there without lora_B or the
+            reverse.
     """
-    with NoCollection(), about(lora_model_id):
+    with PausedGC(), prefixed(lora_model_id):
         return _read(cls, refused, lora_model_id, tensors, peft_helper, more)
 
 
@@ -48,10 +55,10 @@ def _read(
     more: dict[str, Any],
 ) -> Any:
     raw = getattr(peft_helper, "moe_lora_raw", None) or asdict(peft_helper)
-    if skipped := more.get("skip_prefixes"):  # 0.16 and later
+    if skipped := more.get("skip_prefixes"):  # vLLM 0.16 and later
         tensors = {k: t for k, t in tensors.items() if not cls._should_skip_module(k, skipped)}
     try:
-        config = Config.from_dict(raw, getattr(peft_helper, "moe_lora_markers", None))
+        config = Config.from_dict(raw, getattr(peft_helper, "moe_lora_nemo", None))
         found = group(tensors)
         heads = tuple(f".{name}" for name in getattr(peft_helper, "modules_to_save", None) or ())
         saved = {k: t for k, t in found.full.items() if k.rpartition(".")[0].endswith(heads)}
@@ -61,33 +68,36 @@ def _read(
         if refused is None:
             raise
         raise refused from error
-    # Copies: upstream scales them in place, and these are the caller's, or views of a file.
+    # Copies, because vLLM scales them in place, and these are the caller's or views of a file.
     dense = {key: tensor.clone() for key, tensor in {**found.dense, **saved}.items()}
-    peft_helper.moe_lora_ready = True  # for the next line, which ends in the hook above
+    # The next call reaches our hook, which sees this and lets vLLM's own code read the tensors.
+    peft_helper.moe_lora_ready = True
     try:
         lora = cls.from_lora_tensors(lora_model_id, dense, peft_helper, **more)
     finally:
         peft_helper.moe_lora_ready = False
     mapper = more.get("weights_mapper")
-    if not hasattr(peft_helper, "get_rank_and_scaling"):  # up to 0.31: no patterns
-        _scale(lora, found.dense, config, mapper, peft_helper)
+    if not hasattr(peft_helper, "get_rank_and_scaling"):  # vLLM up to 0.31 ignores patterns
+        _apply_patterns(lora, found.dense, config, mapper, peft_helper)
     mapped = {p: mapper._map_name(p) if mapper is not None else p for p in found.experts}
-    lora.moe_lora = Pending(found.experts, mapped, config, NoCollection(), refused)
+    lora.moe_lora = PendingExperts(found.experts, mapped, config, PausedGC(), refused)
     return lora
 
 
-def _scale(lora: Any, dense: dict[str, Any], config: Config, mapper: Any, helper: Any) -> None:
-    """Each tensor's own scale, where upstream gave all of them the adapter's."""
+def _apply_patterns(
+    lora: Any, dense: dict[str, Any], config: Config, mapper: Any, helper: Any
+) -> None:
+    """Give each dense module its own scale, where vLLM gave all modules the same one."""
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
     given = helper.vllm_lora_scaling_factor
     for key in dense:
-        word = parse(key)
-        if word.side != "B":
+        name = parse(key)
+        if name.side != "B":
             continue
         weights = lora.loras[parse_fine_tuned_lora_name(key, mapper)[0]]
-        right, _ = config.scale(word.module, weights.lora_b.shape[1])
+        right, _ = config.scale(name.module, weights.lora_b.shape[1])
         if weights.scaling == given != 1:
             weights.scaling = right
         elif right != given:
-            weights.lora_b = weights.lora_b * (right / given)  # 0.11 has folded it in already
+            weights.lora_b = weights.lora_b * (right / given)  # vLLM 0.11 has multiplied it in

@@ -1,7 +1,8 @@
-"""Canonical experts -> the tensors that a LoRA layer of vLLM copies into a slot.
+"""Stages the routed experts of one layer: builds the tensors that vLLM copies into a slot.
 
-One copy moves a tensor from the file (or the trainer's memory) to where it stays: in the order of
-the experts, in the slots' dtype, scaled.
+Each matrix is copied once, from the file or the trainer's memory into the staged tensor. On the way
+the experts are put into the order of the device's weights, lora_b is scaled, and the dtype becomes
+that of the slots. NaN and infinite values are refused.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ from .memory import empty
 
 @dataclass(frozen=True)
 class Slots:
-    """What one layer's wrapper takes.
+    """The form of the tensors that the LoRA layer of one MoE layer takes.
 
     Attributes:
-        local: numbers of the experts on this rank, in the order of its buffers.
-        fused: gate and up share one lora_a (vLLM's 3-D wrapper).
-        dims: of the model's experts.
-        dtype: of the buffers.
-        limit: max_lora_rank.
-        shared: w13's lora_a and w2's lora_b are one for all experts (--enable-moe-shared-loras).
-        multiple: ranks are filled up with zeros to a multiple of it (--fully-sharded-loras cuts
-            them into as many pieces as there are devices).
+        local: numbers of the experts on this device, in the order of its weights.
+        fused: the layer takes w13, in which gate and up share one lora_a (FusedMoE3DWithLoRA). If
+            false it takes w1 and w3.
+        dims: sizes of the model's experts.
+        dtype: of the slots.
+        limit: the engine's max_lora_rank.
+        shared: a slot has only one lora_a of gate and up, and one lora_b of down, for all experts
+            (--enable-moe-shared-loras).
+        rank_multiple: the rank is padded with zeros to a multiple of this, because
+            --fully-sharded-loras splits it over the devices.
     """
 
     local: Sequence[int]
@@ -37,68 +40,81 @@ class Slots:
     dtype: torch.dtype
     limit: int
     shared: bool = False
-    multiple: int = 1
+    rank_multiple: int = 1
 
 
 @dataclass
 class _Piece:
-    """Some rows and ranks of a buffer, for some experts."""
+    """A stack and where it goes in a staged tensor. One staged tensor may be made of several.
+
+    Attributes:
+        part: the part that the stack belongs to.
+        stack: the part's ``a`` or ``b``.
+        offset: where the part's rank begins in the staged tensor's rank.
+        rows: for lora_b: which rows it fills; None means all.
+    """
 
     part: Part
     stack: Stack
-    offset: int = 0  # in the rank
-    rows: slice | None = None  # of lora_b
+    offset: int = 0
+    rows: slice | None = None
 
 
 def stage(experts: Experts, slots: Slots) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Tensors for `set_lora`: [w1, w2, w3] or, for fused slots, [w13, w2].
+    """Build the tensors for the LoRA layer's `set_lora`.
 
     Args:
-        experts: of one layer.
-        slots: of its wrapper.
+        experts: the layer's experts in the canonical form.
+        slots: the form that the LoRA layer takes.
 
     Returns:
-        lora_a ([local experts, rank, in] each) and lora_b ([local experts, out, rank]), scale
-        folded into lora_b. What the adapter leaves out is a zero of the smallest rank, without
-        memory.
+        lora_a, each [local experts, rank, in], and lora_b, each [local experts, out, rank], of
+        [w1, w2, w3], or of [w13, w2] if ``slots.fused``. The scale is multiplied into lora_b. A
+        projection that the adapter leaves out is an expanded zero, which takes no memory.
 
     Raises:
-        AdapterError: the rank is above the limit, a number is not finite, or factors differ where
-            the engine stores one for all experts.
+        AdapterError: a rank is above the limit, a value is NaN or infinite, or experts have
+            different factors but ``slots.shared`` allows one for all.
     """
     if slots.fused:
         names = ["w13", "w2"]
-        pieces = {"w13": _fused(experts, slots), "w2": _plain(experts.parts.get("w2", []))}
+        pieces = {"w13": _fuse(experts, slots), "w2": _pieces(experts.parts.get("w2", []))}
     else:
         names = ["w1", "w2", "w3"] if slots.dims.gated else ["w1", "w2"]
         whole = experts.split()
-        pieces = {name: _plain(whole.parts.get(name, [])) for name in names}
+        pieces = {name: _pieces(whole.parts.get(name, [])) for name in names}
     out_a, out_b = [], []
     for name in names:
-        a, b = _filled(name, *pieces[name], slots)
+        a, b = _build(name, *pieces[name], slots)
         if slots.shared:
             every = replace(slots, local=range(slots.dims.experts))
-            factors = _filled(name, *pieces[name], every)
-            _demand_shared(name, factors[name == "w2"], pieces[name][0])
+            factors = _build(name, *pieces[name], every)
+            _check_shared(name, factors[name == "w2"], pieces[name][0])
         elif len(slots.local) < slots.dims.experts:
-            _demand_finite_elsewhere(*pieces[name], slots)
+            _check_finite_elsewhere(*pieces[name], slots)
         out_a.append(a)
         out_b.append(b)
     if not slots.fused and not slots.dims.gated:
-        out_a.append(out_a[0])  # upstream's list has three; it copies two
+        out_a.append(out_a[0])  # vLLM expects three entries, but copies only two
         out_b.append(out_b[0])
     return out_a, out_b
 
 
-def _plain(parts: list[Part]) -> tuple[list[_Piece], list[_Piece]]:
+def _pieces(parts: list[Part]) -> tuple[list[_Piece], list[_Piece]]:
+    """Pieces of lora_a and of lora_b that fill all rows."""
     return [_Piece(p, p.a) for p in parts], [_Piece(p, p.b) for p in parts]
 
 
-def _fused(experts: Experts, slots: Slots) -> tuple[list[_Piece], list[_Piece]]:
-    """Gate and up in one factor: as they are, over a shared lora_a, or side by side in the rank."""
+def _fuse(experts: Experts, slots: Slots) -> tuple[list[_Piece], list[_Piece]]:
+    """Pieces of lora_a and lora_b of w13.
+
+    They are the adapter's w13 if its rows are in the model's order. Else they are made of gate and
+    up: with the same lora_a if both have the same, else next to each other in the rank, which is
+    then the sum of both.
+    """
     parts = experts.parts.get("w13", [])
     if all(part.interleaved == slots.dims.interleaved for part in parts) and parts:
-        return _plain(parts)
+        return _pieces(parts)
     halves = experts.split()
     gates, ups = halves.parts.get("w1", []), halves.parts.get("w3", [])
     inner = slots.dims.inner
@@ -119,13 +135,20 @@ def _fused(experts: Experts, slots: Slots) -> tuple[list[_Piece], list[_Piece]]:
     return a, b
 
 
-def _filled(
+def _build(
     name: str, a: list[_Piece], b: list[_Piece], slots: Slots
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Staged lora_a and lora_b of one projection.
+
+    If the rank is above the limit, halves of the rank that are zero are left out first.
+
+    Raises:
+        AdapterError: the rank is still above the limit, or a value is NaN or infinite.
+    """
     out, inn = slots.dims.shape(name)
     local = len(slots.local)
     if not a:
-        zero, rank = torch.zeros(1, 1, 1, dtype=slots.dtype), slots.multiple
+        zero, rank = torch.zeros(1, 1, 1, dtype=slots.dtype), slots.rank_multiple
         return zero.expand(local, rank, inn), zero.expand(local, out, rank)
     rank = max(piece.offset + piece.part.rank for piece in a)
     if rank > slots.limit:
@@ -133,24 +156,24 @@ def _filled(
             widest = a[0]
         else:
             parts = [p.part.trimmed() if p.part.rank > slots.limit else p.part for p in a]
-            a, b = _plain(parts)
+            a, b = _pieces(parts)
             rank = max(part.rank for part in parts)
             widest = max(a, key=lambda piece: piece.part.rank)
         if rank > slots.limit:
-            raise AdapterError(_too_wide(widest, rank, slots))
-    rank += -rank % slots.multiple
+            raise AdapterError(_rank_message(widest, rank, slots))
+    rank += -rank % slots.rank_multiple
     return (
         _buffer(a, (local, rank, inn), slots, is_a=True),
         _buffer(b, (local, out, rank), slots, is_a=False),
     )
 
 
-def _too_wide(piece: _Piece, rank: int, slots: Slots) -> str:
+def _rank_message(piece: _Piece, rank: int, slots: Slots) -> str:
     if piece.part.rank >= rank:
         return rank_text(piece.part.label, rank, slots.limit)
     return (
-        f"{piece.part.label}: gate and up have different lora_A, and vLLM stores this model's "
-        f"gate_up as one, so together they have rank {rank}, above max_lora_rank={slots.limit}. "
+        f"{piece.part.label}: gate and up have different lora_A, but vLLM stores one lora_A for "
+        f"both in this model, so they need rank {rank}, above max_lora_rank={slots.limit}. "
         f"Start the engine with --enable-mixed-moe-lora-format, or with --max-lora-rank {rank} or "
         "higher."
     )
@@ -159,18 +182,20 @@ def _too_wide(piece: _Piece, rank: int, slots: Slots) -> str:
 def _buffer(
     pieces: list[_Piece], shape: tuple[int, int, int], slots: Slots, is_a: bool
 ) -> torch.Tensor:
+    """Staged lora_a or lora_b of one projection: [local experts, rank, in] or [.., out, rank]."""
     local = slots.local
     one = pieces[0]
     axis = 1 if is_a else 2
     alone = len(pieces) == 1 and one.rows is None and one.part.rank == shape[axis]
     scale = 1.0 if is_a else one.part.scale
+    # A single piece that fills the tensor is copied directly, without writing zeros first.
     if alone and len(one.stack) == 1 and _covers(one.part, local):
         row = _scaled(first(one.stack)[None].clone(), scale, slots.dtype)
-        _demand_finite(row, one, local)
+        _check_finite(row, one, local)
         return row.expand(shape)
     if alone and _covers(one.part, local):
         result = _scaled(_select(one, local), scale, slots.dtype)
-        _demand_finite(result, one, local)
+        _check_finite(result, one, local)
         return result
     result = torch.zeros(shape, dtype=slots.dtype)
     for piece in pieces:
@@ -180,7 +205,7 @@ def _buffer(
             continue
         factor = 1.0 if is_a else piece.part.scale
         values = _scaled(_select(piece, [local[i] for i in here]), factor, slots.dtype)
-        _demand_finite(values, piece, [local[i] for i in here])
+        _check_finite(values, piece, [local[i] for i in here])
         ranks = slice(piece.offset, piece.offset + piece.part.rank)
         target = result[:, ranks] if is_a else result[:, piece.rows or slice(None), ranks]
         target[here] = values
@@ -188,14 +213,15 @@ def _buffer(
 
 
 def _covers(part: Part, local: Sequence[int]) -> bool:
+    """Whether a part has LoRA on all experts of this device."""
     return len(part.experts) >= len(local) and set(local) <= set(part.experts)
 
 
 def _select(piece: _Piece, numbers: Sequence[int]) -> torch.Tensor:
-    """A new tensor with the matrices of ``numbers``, in their order."""
+    """A new tensor [len(numbers), ...] with the matrices of these experts, in this order."""
     stack = piece.stack
     if len(stack) == 1:
-        # A clone: of one number, what is contiguous would be the adapter's own tensor.
+        # Clone, because `contiguous` would return the adapter's own tensor if there is one expert.
         whole = first(stack)[None].expand(len(numbers), *first(stack).shape)
         return whole.clone(memory_format=torch.contiguous_format)
     position = {number: i for i, number in enumerate(piece.part.experts)}
@@ -209,25 +235,28 @@ def _select(piece: _Piece, numbers: Sequence[int]) -> torch.Tensor:
 
 
 def _scaled(values: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """In ``dtype``; scaled before rounding to it. ``values`` is ours to change."""
+    """Scale, then convert to ``dtype``, so that values are rounded once. ``values`` may change."""
     if scale != 1.0:
         values.mul_(scale)
     return values if values.dtype == dtype else empty(values.shape, dtype).copy_(values)
 
 
-def _demand_finite(values: torch.Tensor, piece: _Piece, numbers: Sequence[int]) -> None:
+def _check_finite(values: torch.Tensor, piece: _Piece, numbers: Sequence[int]) -> None:
     low, high = torch.aminmax(values)
     if torch.isfinite(low) and torch.isfinite(high):
         return
     bad = int((~torch.isfinite(values)).nonzero()[0][0])
     raise AdapterError(
-        f"{piece.part.label}: NaN or infinite numbers (expert {numbers[bad]}, as {values.dtype}). "
-        "The training run diverged or the file is damaged."
+        f"{piece.part.label} has NaN or infinite numbers (expert {numbers[bad]}, as "
+        f"{values.dtype}). The training run diverged or the file is damaged."
     )
 
 
-def _demand_finite_elsewhere(a: list[_Piece], b: list[_Piece], slots: Slots) -> None:
-    """Refuse what another rank will refuse, or ranks would go on with different adapters."""
+def _check_finite_elsewhere(a: list[_Piece], b: list[_Piece], slots: Slots) -> None:
+    """Check the values of experts on other devices too.
+
+    All devices must refuse an adapter if one does. Else they would go on with different adapters.
+    """
     here, step = set(slots.local), max(1, len(slots.local))
     for piece, scale in [(p, 1.0) for p in a] + [(p, p.part.scale) for p in b]:
         others = [number for number in piece.part.experts if number not in here]
@@ -235,10 +264,11 @@ def _demand_finite_elsewhere(a: list[_Piece], b: list[_Piece], slots: Slots) -> 
             others = others[:1]
         for start in range(0, len(others), step):
             numbers = others[start : start + step]
-            _demand_finite(_scaled(_select(piece, numbers), scale, slots.dtype), piece, numbers)
+            _check_finite(_scaled(_select(piece, numbers), scale, slots.dtype), piece, numbers)
 
 
-def _demand_shared(name: str, values: torch.Tensor, pieces: list[_Piece]) -> None:
+def _check_shared(name: str, values: torch.Tensor, pieces: list[_Piece]) -> None:
+    """Check that all experts have the same factor, as --enable-moe-shared-loras requires."""
     if pieces and values.stride(0) and not torch.equal(values, values[:1].expand_as(values)):
         side = "lora_B" if name == "w2" else "lora_A"
         raise AdapterError(

@@ -1,4 +1,4 @@
-"""vllm/engine/arg_utils.py"""
+"""vllm/engine/arg_utils.py: tells the engine if no adapter of --lora-modules has routed experts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _from_cli_args(original: MethodType) -> Any:
         from ..targets import server_adapters
 
         made = original.__func__(cls, args)
-        server_adapters.note(args, made)
+        server_adapters.record_no_experts(args, made)
         return made
 
     return classmethod(from_cli_args)
@@ -25,10 +25,11 @@ HOOKS = (
         target="vllm.engine.arg_utils:EngineArgs.from_cli_args",
         make=_from_cli_args,
         releases=">=0.11.1,<0.34",
-        why="the adapters of --lora-modules are not known to the engine, which therefore keeps "
-        "room for LoRA on experts that none of them has",
+        why="the engine does not know the adapters of --lora-modules, so it runs the routed "
+        "experts with a LoRA backend and allocates LoRA buffers for them, even if none of these "
+        "adapters has LoRA on experts",
         upstream="",
-        until="upstream asks for each layer whether LoRA may target it",
+        until="upstream enables LoRA for each layer only if an adapter may target it",
         layers=True,
     ),
 )

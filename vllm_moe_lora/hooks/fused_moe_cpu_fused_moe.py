@@ -1,4 +1,4 @@
-"""vllm/model_executor/layers/fused_moe/cpu_fused_moe.py (gone with 0.28)"""
+"""vllm/model_executor/layers/fused_moe/cpu_fused_moe.py (up to 0.27): keeps weights unpacked."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ HOOKS = (
         make=_check_grouped_gemm,
         releases=">=0.24,<0.28",
         platforms=("cpu",),
-        why="it packs the experts' weights, and LoRA needs them plain",
+        why="it decides to pack the experts' weights, but layers/cpu/torch_experts.py, which adds "
+        "LoRA in these releases, needs unpacked weights",
         upstream="",
-        until="0.30, whose packed weights layers/cpu/unquantized.py can widen",
+        until="0.28, which does not have this file any more",
     ),
 )

@@ -1,4 +1,7 @@
-"""vllm/model_executor/layers/fused_moe/fused_marlin_moe.py, from 0.21 on experts/marlin_moe.py"""
+"""vllm/model_executor/layers/fused_moe/fused_marlin_moe.py: AWQ's zero points.
+
+From 0.21 on the file is experts/marlin_moe.py.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ def _apply(original: Callable[..., Any]) -> Callable[..., Any]:
     def apply(self: Any, *args: Any, **more: Any) -> Any:
         from ..layers.quantised import marlin_zero_points
 
-        with marlin_zero_points.given(self):
+        with marlin_zero_points.passing(self):
             return original(self, *args, **more)
 
     return apply
@@ -33,7 +36,7 @@ def _quant_type_id(original: Any) -> property:
     def quant_type_id(self: Any) -> int:
         from ..layers.quantised import marlin_zero_points
 
-        if marlin_zero_points.has(self):
+        if marlin_zero_points.has_zero_points(self):
             return marlin_zero_points.quant_type_id()
         return int(original.__get__(self))
 
@@ -44,11 +47,11 @@ def _hooks(file: str, releases: str) -> list[Hook]:
     common: dict[str, Any] = {
         "feature": "quantised-experts",
         "releases": releases,
-        "why": "MarlinExperts, which LoRA runs AWQ layers with, reads their weights as if they had "
-        "no zero points: the base model's answers are wrong",
+        "why": "with LoRA, AWQ layers run MarlinExperts, which ignores the zero points of their "
+        "weights, so even requests without an adapter get wrong answers",
         "upstream": "https://github.com/vllm-project/vllm/blob/v0.22.0/vllm/model_executor/layers/"
         "fused_moe/experts/marlin_moe.py",
-        "until": "0.22, where MarlinExperts knows zero points",
+        "until": "0.22, where MarlinExperts supports zero points",
         "layers": True,
     }
     makes: dict[str, Callable[[Any], Any]] = {

@@ -1,4 +1,4 @@
-"""vllm/model_executor/layers/fused_moe/fused_moe_modular_method.py"""
+"""vllm/model_executor/layers/fused_moe/fused_moe_modular_method.py: router weights on the input."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def _apply(original: Callable[..., Any]) -> Callable[..., Any]:
         from ..layers.gpu import router_weights_on_input
 
         experts = self.moe_kernel.fused_experts
-        tokens, weights = router_weights_on_input.moved(experts, layer, x, topk_weights)
+        tokens, weights = router_weights_on_input.multiply(experts, layer, x, topk_weights)
         if tokens is not x and more.get("shared_experts_input", x) is None:
-            more["shared_experts_input"] = x
+            more["shared_experts_input"] = x  # shared experts get the tokens without weights
         return original(self, layer, tokens, weights, *args, **more)
 
     return apply
@@ -28,10 +28,10 @@ HOOKS = (
         "FusedMoEModularMethod.apply",
         make=_apply,
         releases=">=0.20,<0.34",
-        why="where router weights go on the experts' input (Llama-4), gate's and up's factors get "
-        "tokens without them, and down's change is multiplied by them once more",
+        why="if the router weights are applied on the experts' input (Llama-4), the LoRA of gate "
+        "and up is computed without them, and the LoRA of down is multiplied with them twice",
         upstream="",
-        until="upstream's LoRA kernels are told of apply_router_weight_on_input",
+        until="upstream's LoRA kernels support apply_router_weight_on_input",
         layers=True,
     ),
 )

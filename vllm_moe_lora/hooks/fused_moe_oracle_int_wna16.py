@@ -1,4 +1,4 @@
-"""vllm/model_executor/layers/fused_moe/oracle/int_wna16.py"""
+"""vllm/model_executor/layers/fused_moe/oracle/int_wna16.py: INT4 experts with LoRA on the CPU."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ def _backends(original: Callable[..., Any]) -> Callable[..., Any]:
     def backend_to_kernel_cls(backend: Any) -> Any:
         from ..layers.cpu.subclasses import with_lora
 
-        # The twins say no where LoRA is off, so upstream's class is then chosen as ever.
+        # Upstream takes the first class that supports the layer. Our subclasses come first, but
+        # support a layer only if LoRA is on.
         classes = original(backend)
-        return [twin for twin in map(with_lora, classes) if twin is not None] + classes
+        return [one for one in map(with_lora, classes) if one is not None] + classes
 
     return backend_to_kernel_cls
 
@@ -28,19 +29,20 @@ def _make_kernel(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         from ..layers.cpu.subclasses import upstream_of
 
-        plain = upstream_of(experts_cls)
-        if plain is None:
+        upstream_cls = upstream_of(experts_cls)
+        if upstream_cls is None:
             return original(moe_quant_config, moe_config, experts_cls, *args, **kwargs)
-        # Upstream checks the class by identity before it builds it: let it build its own, then
-        # build the kernel again around the twin.
-        kernel = original(moe_quant_config, moe_config, plain, *args, **kwargs)
+        # Upstream's function asserts that it knows the class. So let it make a kernel with its own
+        # class, and then make that kernel again with the subclass.
+        kernel = original(moe_quant_config, moe_config, upstream_cls, *args, **kwargs)
         experts = experts_cls(moe_config=moe_config, quant_config=moe_quant_config)
         return type(kernel)(kernel.prepare_finalize, experts)
 
     return make_wna16_moe_kernel
 
 
-def _names(name: str) -> tuple[str, ...]:
+def _copies(name: str) -> tuple[str, ...]:
+    """Return the targets of the modules that import the function by its name."""
     modules = (
         "auto_gptq",
         "auto_awq",
@@ -62,15 +64,16 @@ HOOKS = (
     Hook(
         target=f"{_ORACLE}:backend_to_kernel_cls",
         make=_backends,
-        why="no CPU experts class takes LoRA, so with LoRA on an INT4 MoE model does not load: "
-        "No WNA16 MoE backend supports the deployment configuration",
+        why="no CPU experts class supports LoRA, so an INT4 MoE model does not load with "
+        "--enable-lora: No WNA16 MoE backend supports the deployment configuration",
         **_COMMON,
     ),
     Hook(
         target=f"{_ORACLE}:make_wna16_moe_kernel",
         make=_make_kernel,
-        also=_names("make_wna16_moe_kernel"),
-        why="it asserts that the experts class is one of upstream's own",
+        also=_copies("make_wna16_moe_kernel"),
+        why="it asserts that the experts class is one of upstream's own, so it refuses a subclass "
+        "that supports LoRA",
         **_COMMON,
     ),
 )

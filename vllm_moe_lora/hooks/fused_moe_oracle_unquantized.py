@@ -1,4 +1,4 @@
-"""vllm/model_executor/layers/fused_moe/oracle/unquantized.py"""
+"""vllm/model_executor/layers/fused_moe/oracle/unquantized.py: which backend runs experts."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ _ORACLE = "vllm.model_executor.layers.fused_moe.oracle.unquantized"
 
 
 def _select(original: Callable[..., Any]) -> Callable[..., Any]:
+    """From 0.30 on: select the backend as without LoRA, and a subclass with LoRA support."""
+
     def select_unquantized_moe_backend(moe_config: Any) -> Any:
         if not moe_config.is_lora_enabled:
             return original(moe_config)
-        from ..layers.cpu.subclasses import lora_choice
+        from ..layers.cpu.subclasses import select_with_lora
 
-        # The choice upstream makes without LoRA, in its LoRA-capable form.
-        return lora_choice(original, moe_config, moe_config)
+        return select_with_lora(original, moe_config, moe_config)
 
     return select_unquantized_moe_backend
 
 
-def _select_plain(original: Callable[..., Any]) -> Callable[..., Any]:
+def _select_monolithic(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Up to 0.27: select the backend as without LoRA. layers/cpu/torch_experts.py adds LoRA."""
+
     def select_unquantized_moe_backend(moe_config: Any, *args: Any, **more: Any) -> Any:
         from ..layers.without_lora import lora_off
 
@@ -50,26 +53,27 @@ _COMMON: dict[str, Any] = {
         "select_unquantized_moe_backend",
     ),
     "platforms": ("cpu",),
-    "why": "with LoRA it returns the Triton experts on every platform; a CPU has no Triton, so "
-    "the first token dies with: module 'triton.language' has no attribute 'bfloat16'",
+    "why": "with LoRA it selects the Triton experts on every platform, but there is no Triton on a "
+    "CPU: the first forward pass fails with: module 'triton.language' has no attribute 'bfloat16'",
     "upstream": "https://github.com/vllm-project/vllm/pull/21229",
     "until": "upstream's CPU experts support LoRA",
 }
 
 HOOKS = (
-    # Up to 0.29 the CPU's experts route for themselves (monolithic), which LoRA layers refuse.
+    # The CPU experts of 0.28 and 0.29 are monolithic, and there is no LoRA for them here.
     Hook(make=_select, releases=">=0.30,<0.34", **_COMMON),
-    Hook(make=_select_plain, releases=">=0.24,<0.28", **_COMMON),
+    Hook(make=_select_monolithic, releases=">=0.24,<0.28", **_COMMON),
     Hook(
         feature="gpu-experts",
         target=f"{_ORACLE}:_trtllm_bf16_lora_supported",
         make=_trtllm_supported,
         releases=">=0.26,<0.28",
-        why="with LoRA all bf16 experts on Blackwell are computed as SwiGLU without a bias, "
-        "gpt-oss's too, also for base requests",
+        why="with LoRA all bf16 experts on Blackwell run a kernel for SwiGLU without bias, even "
+        "those with another activation (gpt-oss), so requests without an adapter get wrong "
+        "answers, too",
         upstream="https://github.com/vllm-project/vllm/blob/v0.28.0/vllm/model_executor/layers/"
         "fused_moe/oracle/unquantized.py",
-        until="0.28, which asks the experts for what they support",
+        until="0.28, which asks the experts class whether it supports the activation",
         layers=True,
     ),
 )

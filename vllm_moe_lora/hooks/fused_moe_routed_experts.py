@@ -1,4 +1,7 @@
-"""vllm/model_executor/layers/fused_moe/routed_experts.py, up to 0.23 layer.py"""
+"""vllm/model_executor/layers/fused_moe/routed_experts.py: experts that no adapter may target.
+
+Up to 0.23 the file is layer.py.
+"""
 
 from __future__ import annotations
 
@@ -25,24 +28,24 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
     return __init__
 
 
-def _init_whole(original: Callable[..., Any]) -> Callable[..., Any]:
+def _init_up_to_0_23(original: Callable[..., Any]) -> Callable[..., Any]:
     def __init__(self: Any, *args: Any, **more: Any) -> None:
         from ..layers import without_lora
 
         without_lora.build_experts(more.get("prefix", ""), lambda: original(self, *args, **more))
 
-    # Who looks for the arguments of this release finds them.
+    # Other code inspects the parameters, which differ between releases.
     __init__.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     return __init__
 
 
 _COMMON: dict[str, Any] = {
     "feature": "untargeted-experts",
-    "why": "LoRA anywhere moves the routed experts of every layer to a backend that takes LoRA, "
-    "slower for all requests, or ends the start where there is none: also where "
-    "lora_target_modules leaves experts out",
+    "why": "with LoRA the routed experts of every layer get a backend that supports LoRA, even if "
+    "lora_target_modules leaves them out: that backend may be slower for all requests, and if "
+    "there is none the start fails",
     "upstream": "",
-    "until": "upstream asks for each layer whether LoRA may target it",
+    "until": "upstream enables LoRA for each layer only if an adapter may target it",
     "layers": True,
 }
 
@@ -55,7 +58,7 @@ HOOKS = (
     ),
     Hook(
         target=f"{_FILE}.layer:FusedMoE.__init__",
-        make=_init_whole,
+        make=_init_up_to_0_23,
         releases=">=0.11.1,<0.24",
         **_COMMON,
     ),

@@ -1,4 +1,7 @@
-"""vllm/model_executor/layers/fused_moe/fused_moe.py, from 0.21 on experts/triton_moe.py"""
+"""vllm/model_executor/layers/fused_moe/fused_moe.py: the Triton experts.
+
+From 0.21 on the experts classes are in experts/triton_moe.py.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +14,32 @@ from ..patching import Hook
 _FILE = "vllm.model_executor.layers.fused_moe"
 
 
-# w1, w2, topk_weights, topk_ids of one call.
+# w1, w2, topk_weights and topk_ids of one call.
 Given = tuple[Any, Any, Any, Any]
 
 
-def _consuming(original: Callable[..., Any]) -> Callable[..., Any]:
+def _apply_adding_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     def prepare(experts: Any, tokens: Any, scale: Any, given: Given, expert_map: Any) -> Any:
-        from ..layers.quantised.lora_context import consuming
+        from ..layers.quantised.lora_context import adding_lora
 
-        return consuming(experts, tokens, *given, expert_map), tokens, scale
+        return adding_lora(experts, tokens, *given, expert_map), tokens, scale
 
-    return _after(prepare, original)
+    return _prepared(prepare, original)
 
 
-def _quantising(original: Callable[..., Any]) -> Callable[..., Any]:
+def _apply_quantising(original: Callable[..., Any]) -> Callable[..., Any]:
     def prepare(experts: Any, tokens: Any, scale: Any, given: Given, expert_map: Any) -> Any:
-        from ..layers.quantised.unquantised_tokens import quantised
+        from ..layers.quantised.unquantised_tokens import quantise
 
-        return quantised(experts, tokens, scale)
+        return quantise(experts, tokens, scale)
 
-    return _after(prepare, original)
+    return _prepared(prepare, original)
 
 
-def _after(prepare: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
-    """``original`` with the experts, tokens and scales that ``prepare`` gives for one call."""
+def _prepared(prepare: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """Call ``original`` with the experts, tokens and scales that ``prepare`` returns."""
 
-    # The names are upstream's: its callers give all of them.
+    # The parameters have upstream's names, because callers pass them by name.
     def apply(
         self: Any,
         output: Any,
@@ -60,42 +63,48 @@ def _after(prepare: Callable[..., Any], original: Callable[..., Any]) -> Callabl
     return apply
 
 
-def _tailed(original: Callable[..., Any]) -> Callable[..., Any]:
+def _apply_deferring(original: Callable[..., Any]) -> Callable[..., Any]:
     def apply(self: Any, *args: Any, **more: Any) -> Any:
         if self._lora_context is None:
             return original(self, *args, **more)
         from ..layers.gpu import moe_kernels
 
-        with moe_kernels.applying(self):
+        with moe_kernels.deferring(self):
             return original(self, *args, **more)
 
     return apply
 
 
-def _putting_off(original: Callable[..., Any]) -> Callable[..., Any]:
+def _deferrable(original: Callable[..., Any]) -> Callable[..., Any]:
     names = tuple(inspect.signature(original).parameters)
 
     def invoke_fused_moe_triton_kernel(*args: Any, **more: Any) -> None:
         from ..layers.gpu import base_product
 
-        if base_product.wanted():
+        if base_product.is_deferring():
             given = {"B_bias": None, **dict(zip(names, args, strict=False)), **more}
-            if base_product.put_off(lambda: original(*args, **more), given):
+            if base_product.defer(lambda: original(*args, **more), given):
                 return
         original(*args, **more)
 
     return invoke_fused_moe_triton_kernel
 
 
-def _hooks(file: str, consuming: str, quantising: str) -> list[Hook]:
+def _hooks(file: str, adding_lora: str, quantising: str) -> list[Hook]:
+    """Return the hooks for quantised experts.
+
+    Args:
+        file: the module of the experts classes.
+        adding_lora, quantising: the releases of the two hooks.
+    """
     return [
         Hook(
             feature="quantised-experts",
             target=f"{file}:TritonWNA16Experts.apply",
-            make=_consuming,
-            releases=consuming,
-            why="it inherits that it takes LoRA and never looks at it: adapters on INT4 and INT8 "
-            "experts that Marlin does not take are ignored without a word",
+            make=_apply_adding_lora,
+            releases=adding_lora,
+            why="the class inherits supports_lora() == True but its apply does not add LoRA: an "
+            "adapter is silently ignored on INT4 and INT8 experts that Marlin does not support",
             upstream="",
             until="TritonWNA16Experts.apply reads _lora_context",
             layers=True,
@@ -103,13 +112,13 @@ def _hooks(file: str, consuming: str, quantising: str) -> list[Hook]:
         Hook(
             feature="quantised-experts",
             target=f"{file}:TritonExperts.apply",
-            make=_quantising,
+            make=_apply_quantising,
             releases=quantising,
-            why="FP8 and INT8 tokens are multiplied with gate's and up's factors without their "
-            "scale",
+            why="with FP8 and INT8 weights, lora_a of gate and up is multiplied with the quantised "
+            "tokens without their scale",
             upstream="https://github.com/vllm-project/vllm/blob/v0.24.0/vllm/model_executor/"
             "layers/fused_moe/experts/triton_moe.py",
-            until="0.24, which keeps the tokens as they were",
+            until="0.24, which keeps the unquantised tokens for LoRA",
             layers=True,
         ),
     ]
@@ -120,18 +129,18 @@ _TAIL: dict[str, Any] = {
     "releases": ">=0.28,<0.34",
     "platforms": ("cuda",),  # as in hooks/lora_punica_gpu.py
     "layers": True,
-    "why": "LoRA reads and writes all that the base's product wrote once more; with "
-    "VLLM_MOE_LORA_KERNELS=tail it is a part of that product",
+    "why": "after the base GEMM, LoRA reads and writes the whole output once more; with "
+    "VLLM_MOE_LORA_KERNELS=tail one kernel computes both",
     "upstream": "",
-    "until": "upstream's kernels are as fast",
+    "until": "upstream's kernels are as fast as ours",
 }
 
 HOOKS = (
-    Hook(target=f"{_FILE}.experts.triton_moe:TritonExperts.apply", make=_tailed, **_TAIL),
+    Hook(target=f"{_FILE}.experts.triton_moe:TritonExperts.apply", make=_apply_deferring, **_TAIL),
     Hook(
         target=f"{_FILE}.fused_moe:invoke_fused_moe_triton_kernel",
         also=(f"{_FILE}.experts.triton_moe:invoke_fused_moe_triton_kernel",),
-        make=_putting_off,
+        make=_deferrable,
         **_TAIL,
     ),
     *_hooks(f"{_FILE}.fused_moe", ">=0.20,<0.21", ">=0.20,<0.21"),

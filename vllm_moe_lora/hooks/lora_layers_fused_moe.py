@@ -1,4 +1,12 @@
-"""vllm/lora/layers/fused_moe.py"""
+"""vllm/lora/layers/fused_moe.py: the LoRA layers of routed experts.
+
+`FusedMoEWithLoRA` has separate factors for gate and up, `FusedMoE3DWithLoRA` has them fused. What
+they do changed much between releases:
+
+- 0.11 to 0.19: the constructor calls `_inject_lora_into_fused_moe`, which wraps functions around
+  the methods of the experts' kernel;
+- 0.20 and later: they give the experts a `MoELoRAContext`, and the experts add the LoRA.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +18,9 @@ from ..patching import Hook
 _FILE = "vllm.lora.layers.fused_moe"
 
 
-def _init(original: Callable[..., Any]) -> Callable[..., Any]:
+def _init_0_11(original: Callable[..., Any]) -> Callable[..., Any]:
+    """In 0.11: give INT4 weights the names that the constructor reads."""
+
     def __init__(self: Any, base_layer: Any) -> None:
         from ..layers.quantised.weight_names import alias_weights
 
@@ -20,13 +30,15 @@ def _init(original: Callable[..., Any]) -> Callable[..., Any]:
     return __init__
 
 
-def _init_asking(original: Callable[..., Any]) -> Callable[..., Any]:
+def _init_0_12_to_0_27(original: Callable[..., Any]) -> Callable[..., Any]:
+    """In 0.12 to 0.27: make INT4 layers and CPU experts work, and explain errors."""
+
     def __init__(self: Any, base_layer: Any) -> None:
         from ..layers.cpu import torch_experts
         from ..layers.quantised import select_experts
 
-        if torch_experts.routes_alone(base_layer):
-            return torch_experts.prepare(self, base_layer)
+        if torch_experts.is_monolithic(base_layer):
+            return torch_experts.init_wrapper(self, base_layer)
         with select_experts.explained(base_layer):
             select_experts.prepare(base_layer)
             original(self, base_layer)
@@ -35,7 +47,9 @@ def _init_asking(original: Callable[..., Any]) -> Callable[..., Any]:
     return __init__
 
 
-def _init_explained(original: Callable[..., Any]) -> Callable[..., Any]:
+def _init_explaining(original: Callable[..., Any]) -> Callable[..., Any]:
+    """From 0.28 on: only explain errors."""
+
     def __init__(self: Any, base_layer: Any) -> None:
         from ..layers.quantised import select_experts
 
@@ -49,14 +63,15 @@ def _set_mapping(original: Callable[..., Any]) -> Callable[..., Any]:
     def set_mapping(self: Any, punica_wrapper: Any) -> None:
         if hasattr(self, "_moe_kernel"):
             return original(self, punica_wrapper)
-        self.punica_wrapper = punica_wrapper  # the rest is for a kernel
+        # A layer from torch_experts.init_wrapper has no kernel to set up.
+        self.punica_wrapper = punica_wrapper
         return None
 
     return set_mapping
 
 
 class _Classes(tuple[type, ...]):
-    """Classes for `isinstance`; unlike a plain tuple it can carry the mark of a replacement."""
+    """Classes for `isinstance`. Unlike a tuple, an instance can have the attribute `MARK`."""
 
 
 def _with_marlin(original: Any) -> Any:
@@ -65,7 +80,9 @@ def _with_marlin(original: Any) -> Any:
     return _Classes((original, MarlinExperts))
 
 
-def _inject(original: Callable[..., Any]) -> Callable[..., Any]:
+def _inject_0_11(original: Callable[..., Any]) -> Callable[..., Any]:
+    """In 0.11: also choose the experts class, and add LoRA on the CPU."""
+
     def _inject_lora_into_fused_moe(self: Any) -> None:
         from ..layers.cpu import torch_experts
         from ..layers.gpu import router_weights_on_input
@@ -73,9 +90,9 @@ def _inject(original: Callable[..., Any]) -> Callable[..., Any]:
 
         if vllm_0_11.on_cpu(self):
             return torch_experts.install(self, self.base_layer, self.base_layer)
-        with vllm_0_11.chosen(self.base_layer):
+        with vllm_0_11.experts_for(self.base_layer):
             original(self)
-        vllm_0_11.in_one_piece(self.base_layer)
+        vllm_0_11.disable_chunking(self.base_layer)
         router_weights_on_input.install(self.base_layer)
         return None
 
@@ -86,12 +103,14 @@ def _modular_triton(original: Callable[..., Any]) -> Callable[..., Any]:
     def modular_triton_fused_moe(quant_config: Any, shared_experts: Any = None) -> Any:
         from ..layers.quantised import vllm_0_11
 
-        return vllm_0_11.kernel(shared_experts) or original(quant_config, shared_experts)
+        return vllm_0_11.make_kernel(shared_experts) or original(quant_config, shared_experts)
 
     return modular_triton_fused_moe
 
 
-def _inject_weighted(original: Callable[..., Any]) -> Callable[..., Any]:
+def _inject_0_14_to_0_19(original: Callable[..., Any]) -> Callable[..., Any]:
+    """In 0.14 to 0.19: correct the router weights on the input."""
+
     def _inject_lora_into_fused_moe(self: Any) -> None:
         from ..layers.gpu import router_weights_on_input
 
@@ -101,7 +120,9 @@ def _inject_weighted(original: Callable[..., Any]) -> Callable[..., Any]:
     return _inject_lora_into_fused_moe
 
 
-def _inject_in_order(original: Callable[..., Any]) -> Callable[..., Any]:
+def _inject_0_12_and_0_13(original: Callable[..., Any]) -> Callable[..., Any]:
+    """In 0.12 and 0.13: correct the router weights on the input, and the order of rows."""
+
     def _inject_lora_into_fused_moe(self: Any) -> None:
         from ..layers.gpu import router_weights_on_input, triton_kernels_experts
 
@@ -116,23 +137,27 @@ def _ep_check(original: Callable[..., Any]) -> Callable[..., Any]:
     def _ep_check(self: Any) -> None:
         from ..targets import supports_lora
 
-        supports_lora.refuse(self)
+        supports_lora.check_layer(self)
         original(self)
 
     return _ep_check
 
 
-def _create_refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+def _create_checked(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Up to 0.20: refuse what `_ep_check` refuses later."""
+
     def create_lora_weights(self: Any, max_loras: int, *args: Any, **more: Any) -> None:
         from ..targets import supports_lora
 
-        supports_lora.refuse(self)
+        supports_lora.check_layer(self)
         original(self, max_loras, *args, **more)
 
     return create_lora_weights
 
 
-def _create(original: Callable[..., Any]) -> Callable[..., Any]:
+def _create_0_21(original: Callable[..., Any]) -> Callable[..., Any]:
+    """In 0.21: correct n_slices, by which the warm-up adapter is made."""
+
     def create_lora_weights(self: Any, max_loras: int, *args: Any, **more: Any) -> None:
         original(self, max_loras, *args, **more)
         self.n_slices = len(self.lora_a_stacked) // max_loras
@@ -140,11 +165,11 @@ def _create(original: Callable[..., Any]) -> Callable[..., Any]:
     return create_lora_weights
 
 
-def _inner(original: property) -> property:
+def _intermediate_size(original: property) -> property:
     def intermediate_size_per_partition(self: Any) -> int:
         from ..layers.gpu import padding
 
-        return padding.inner(self, original.__get__(self))
+        return padding.padded_size(self, original.__get__(self))
 
     return property(intermediate_size_per_partition)
 
@@ -153,7 +178,7 @@ def _slice_w13_b(original: Callable[..., Any]) -> Callable[..., Any]:
     def _slice_w13_b(self: Any, w13_lora_b: Any) -> Any:
         from ..layers.gpu import padding
 
-        return padding.of_rank(self, w13_lora_b, 1)
+        return padding.rank_slice(self, w13_lora_b, 1)
 
     return _slice_w13_b
 
@@ -162,9 +187,9 @@ def _slice_w13_b_fused(original: Callable[..., Any]) -> Callable[..., Any]:
     def _slice_w13_b(self: Any, w13_lora_b: Any) -> Any:
         from ..layers.gpu import padding
 
-        # Upstream knows the one model whose gate and up alternate by its name, too.
+        # Like upstream: only gpt-oss interleaves gate and up.
         interleaved = self._base_model == "GptOssForCausalLM"
-        return padding.of_rank_fused(self, w13_lora_b, interleaved)
+        return padding.rank_slice_fused(self, w13_lora_b, interleaved)
 
     return _slice_w13_b
 
@@ -173,7 +198,7 @@ def _slice_w2_a(original: Callable[..., Any]) -> Callable[..., Any]:
     def _slice_w2_a(self: Any, w2_lora_a: Any) -> Any:
         from ..layers.gpu import padding
 
-        return padding.of_rank(self, w2_lora_a, 2)
+        return padding.rank_slice(self, w2_lora_a, 2)
 
     return _slice_w2_a
 
@@ -186,48 +211,53 @@ _V0_11: dict[str, Any] = {
     "layers": True,
 }
 
-_PLAIN: dict[str, Any] = {
+_CPU: dict[str, Any] = {
     "feature": "cpu-experts",
     "releases": ">=0.24,<0.28",
     "platforms": ("cpu",),
-    "why": "it wants a kernel; the CPU's experts of these releases have none and route alone",
+    "why": "it needs a modular kernel, but the CPU experts of these releases are monolithic: one "
+    "function does the routing and the experts",
     "upstream": "",
     "until": "upstream's CPU experts support LoRA",
     "layers": True,
 }
-_ASKING: dict[str, Any] = {
+_QUANTISED: dict[str, Any] = {
     "feature": "quantised-experts",
     "upstream": "https://github.com/vllm-project/vllm/blob/v0.27.1/vllm/model_executor/layers/"
     "quantization/moe_wna16.py",
     "layers": True,
 }
 
-_WEIGHTED: dict[str, Any] = {
+_ROUTER_WEIGHTS: dict[str, Any] = {
     "feature": "gpu-experts",
     "target": f"{_FILE}:FusedMoEWithLoRA._inject_lora_into_fused_moe",
-    "why": "where router weights go on the experts' input (Llama-4), gate's and up's factors get "
-    "tokens without them, and down's change is multiplied by them once more",
+    "why": "if the router weights are applied on the experts' input (Llama-4), the LoRA of gate "
+    "and up is computed without them, and the LoRA of down is multiplied with them twice",
     "upstream": "",
-    "until": "0.20, where the kernel takes LoRA (hooks/fused_moe_modular_method.py)",
+    "until": "0.20, where hooks/fused_moe_modular_method.py corrects it",
     "layers": True,
 }
 
 _PARALLEL: dict[str, Any] = {"feature": "parallel-experts", "layers": True}
-_RANKS: dict[str, Any] = {
+_CHECKED: dict[str, Any] = {
     **_PARALLEL,
-    "make": _create_refusing,
-    "why": "with --data-parallel-size experts are spread over ranks of which each takes its own "
-    "tokens for all, with or without adapters (up to 0.19), or the factors do not fit",
+    "make": _create_checked,
+    "why": "with --data-parallel-size above 1 the experts are split over the ranks of all engines, "
+    "but the LoRA layer assumes the ranks of one engine: up to 0.19 all answers are wrong, even "
+    "without adapters, and up to 0.20 the factors of an adapter do not fit the experts of a rank",
     "upstream": "",
-    "until": "0.21, see _ep_check",
+    "until": "0.21, where the hook of _ep_check refuses it",
 }
 _PADDED: dict[str, Any] = {
     **_PARALLEL,
-    "releases": ">=0.12,<0.34",
-    "why": "where a weight format pads the experts' inner dimension, a rank of tensor parallelism "
-    "takes its part of an adapter from the wrong place, and up's rows lie where gate's padding is",
+    "why": "if the weight format pads the intermediate size of the experts, a rank of tensor "
+    "parallelism takes the wrong part of an adapter",
     "upstream": "https://github.com/vllm-project/vllm/blob/v0.33.0/vllm/lora/layers/fused_moe.py",
-    "until": "upstream's slices are right with one rank and fused factors, too",
+}
+_PADDED_2D: dict[str, Any] = {
+    **_PADDED,
+    "releases": ">=0.12,<0.33",
+    "until": "0.33, which slices an adapter by the size without padding",
 }
 
 HOOKS = (
@@ -235,95 +265,109 @@ HOOKS = (
         target=f"{_FILE}:FusedMoEWithLoRA._ep_check",
         make=_ep_check,
         releases=">=0.21,<0.34",
-        why="experts that EPLB moves leave their factors behind, and data parallel ranks take "
-        "each other's slots for their own, both without a word",
+        why="two things give silently wrong answers: EPLB moves experts to other devices but not "
+        "their LoRA factors; and with data parallelism, tokens arrive with slot numbers of another "
+        "engine, which may have another adapter in that slot",
         upstream="",
-        until="EPLB moves LoRA's stacks with the experts and ranks agree on slots, or upstream "
-        "refuses them",
+        until="upstream moves the factors with the experts, and uses the same slots in all "
+        "engines; or refuses both",
         **_PARALLEL,
     ),
     Hook(
         target=f"{_FILE}:FusedMoEWithLoRA.create_lora_weights",
         releases=">=0.11.1,<0.21",
-        **_RANKS,
+        **_CHECKED,
     ),
     Hook(
         target=f"{_FILE}:FusedMoE3DWithLoRA.create_lora_weights",
         releases=">=0.12,<0.21",
-        **_RANKS,
+        **_CHECKED,
     ),
     Hook(
         target=f"{_FILE}:FusedMoEWithLoRA.create_lora_weights",
-        make=_create,
+        make=_create_0_21,
         releases=">=0.21,<0.22",
-        why="IndexError at start: with expert parallelism the warm-up adapter is made for all "
-        "experts, not for this rank's",
+        why="with expert parallelism the start fails with an IndexError, because the warm-up "
+        "adapter is made for all experts instead of the local ones",
         upstream="https://github.com/vllm-project/vllm/blob/v0.22.0/vllm/lora/layers/fused_moe.py",
-        until="0.22, which counts a rank's experts",
+        until="0.22, which makes it for the local experts",
         **_PARALLEL,
     ),
     Hook(
         target=f"{_FILE}:FusedMoEWithLoRA.intermediate_size_per_partition",
-        make=_inner,
+        make=_intermediate_size,
         releases=">=0.25,<0.34",
-        why="Marlin pads experts to its tiles and tells nobody: up's delta is written into gate's "
-        "padding, and down's lora_a is read past its rows",
+        why="Marlin pads the intermediate size of experts, but the layer's config keeps the size "
+        "without padding: the LoRA of up is added to the padding of gate, and lora_a of down is "
+        "read beyond its end",
         upstream="https://github.com/vllm-project/vllm/blob/v0.33.0/vllm/model_executor/layers/"
         "fused_moe/oracle/int_wna16.py",
-        until="Marlin's padding is in moe_config.intermediate_size_per_partition",
+        until="moe_config.intermediate_size_per_partition includes Marlin's padding",
         **_PARALLEL,
     ),
-    Hook(target=f"{_FILE}:FusedMoEWithLoRA._slice_w13_b", make=_slice_w13_b, **_PADDED),
-    Hook(target=f"{_FILE}:FusedMoE3DWithLoRA._slice_w13_b", make=_slice_w13_b_fused, **_PADDED),
-    Hook(target=f"{_FILE}:FusedMoEWithLoRA._slice_w2_a", make=_slice_w2_a, **_PADDED),
-    Hook(make=_inject_weighted, **_WEIGHTED, releases=">=0.14,<0.20"),
+    Hook(target=f"{_FILE}:FusedMoEWithLoRA._slice_w13_b", make=_slice_w13_b, **_PADDED_2D),
+    Hook(target=f"{_FILE}:FusedMoEWithLoRA._slice_w2_a", make=_slice_w2_a, **_PADDED_2D),
     Hook(
-        make=_inject_in_order,
+        target=f"{_FILE}:FusedMoE3DWithLoRA._slice_w13_b",
+        make=_slice_w13_b_fused,
+        releases=">=0.12,<0.34",
         **{
-            **_WEIGHTED,
-            "why": f"{_WEIGHTED['why']}; and rows of gpt-oss' MXFP4 experts in "
-            "Triton lie by expert and get the changes of other tokens "
-            "(https://github.com/vllm-project/vllm/pull/30585)",
+            **_PADDED,
+            "why": f"{_PADDED['why']} (up to 0.32); and without tensor parallelism the rows of up "
+            "in a fused lora_b are written where the padding of gate is",
+            "until": "upstream pads a fused lora_b without tensor parallelism, too",
+        },
+    ),
+    Hook(make=_inject_0_14_to_0_19, **_ROUTER_WEIGHTS, releases=">=0.14,<0.20"),
+    Hook(
+        make=_inject_0_12_and_0_13,
+        **{
+            **_ROUTER_WEIGHTS,
+            "why": f"{_ROUTER_WEIGHTS['why']}; and the rows of gpt-oss' MXFP4 experts in Triton "
+            "are sorted by expert, but LoRA is added as if they were in token order, so a token "
+            "gets the LoRA of another one (https://github.com/vllm-project/vllm/pull/30585)",
         },
         releases=">=0.12,<0.14",
     ),
-    Hook(target=f"{_FILE}:FusedMoEWithLoRA.set_mapping", make=_set_mapping, **_PLAIN),
+    Hook(target=f"{_FILE}:FusedMoEWithLoRA.set_mapping", make=_set_mapping, **_CPU),
     Hook(
         target=f"{_FILE}:FusedMoEWithLoRA.__init__",
-        make=_init,
-        why="'SharedFusedMoE' object has no attribute 'w2_weight': layers of INT4 weights have "
-        "other names for them",
+        make=_init_0_11,
+        why="INT4 layers call their weights w13_qweight or w13_weight_packed, so the start fails: "
+        "'SharedFusedMoE' object has no attribute 'w2_weight'",
         **_V0_11,
     ),
     Hook(
         target=f"{_FILE}:FusedMoEWithLoRA._inject_lora_into_fused_moe",
-        make=_inject,
-        why="GPTQ-Marlin and AWQ-Marlin have no quantisation config here; on a CPU there is no "
-        "Triton; batches above VLLM_FUSED_MOE_CHUNK_SIZE tokens get wrong factors",
+        make=_inject_0_11,
+        why="three defects: GPTQ and AWQ layers that run Marlin have no quantisation config for "
+        "LoRA; there is no Triton on a CPU; and in batches of more than VLLM_FUSED_MOE_CHUNK_SIZE "
+        "tokens, tokens get the LoRA of other ones",
         **_V0_11,
     ),
     Hook(
         target=f"{_FILE}:modular_triton_fused_moe",
         make=_modular_triton,
-        why="Triton experts are run over weights that are packed for Marlin",
+        why="it runs Triton experts on weights that are packed for Marlin",
         **_V0_11,
     ),
     Hook(
         target=f"{_FILE}:FusedMoEWithLoRA.__init__",
-        make=_init_asking,
+        make=_init_0_12_to_0_27,
         releases=">=0.12,<0.28",
-        why="'RoutedExperts' object has no attribute 'w13_weight': INT4 layers have other names "
-        "for their weights; and a layer without experts for LoRA ends in a bare AssertionError",
-        until="0.28, whose methods all have experts of their own, and names for their weights",
-        **_ASKING,
+        why="INT4 layers call their weights w13_qweight or w13_weight_packed, so the start fails: "
+        "'RoutedExperts' object has no attribute 'w13_weight'; and if no experts class supports "
+        "LoRA, it fails with an AssertionError that has no text",
+        until="0.28, where each quantisation method makes its experts and names its weights",
+        **_QUANTISED,
     ),
     Hook(
         feature="untargeted-experts",
         target=f"{_FILE}:FusedMoEWithLoRA.__init__",
-        make=_init_explained,
+        make=_init_explaining,
         releases=">=0.28,<0.34",
-        why="experts without LoRA end the start in an AssertionError or RuntimeError that names "
-        "neither layer nor cure",
+        why="if a layer's experts do not support LoRA, the start fails with an AssertionError or "
+        "RuntimeError that names neither the layer nor what to do",
         upstream="",
         until="upstream says which flag helps",
         layers=True,
@@ -332,9 +376,10 @@ HOOKS = (
         target=f"{_FILE}:TritonExperts",
         make=_with_marlin,
         releases=">=0.16,<0.20",
-        why="the wrapper asserts that its experts are Triton's; this name is used there only",
-        until="0.20, where experts say themselves whether they take LoRA",
+        why="the LoRA layer asserts that its experts are TritonExperts, although it also works "
+        "with MarlinExperts; in this file the name is used in that assertion only",
+        until="0.20, which asks the experts class whether it supports LoRA",
         hashed=False,
-        **_ASKING,
+        **_QUANTISED,
     ),
 )

@@ -1,4 +1,9 @@
-"""vllm/lora/layers/fused_moe.py: what is told when a slot changes."""
+"""vllm/lora/layers/fused_moe.py: reacts when the adapter in a slot changes.
+
+`set_lora` writes an adapter into a slot of a LoRA layer, and `reset_lora` clears a slot. The CPU
+experts (layers/cpu) and our Triton kernels (layers/gpu/moe_kernels.py) keep data of their own for
+each slot. These hooks update it.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +16,14 @@ from ..patching import Hook
 _FILE = "vllm.lora.layers.fused_moe"
 
 
-def _tell(wrapper: Any, event: str, *args: Any) -> None:
-    """Call ``event`` on the wrapped experts when they keep a form of their own of the slots."""
+def _notify_experts(wrapper: Any, event: str, *args: Any) -> None:
+    """Call the method ``event`` of the wrapped experts, if they have it (`CPULoRAExperts` does)."""
     import torch
 
     handler = getattr(wrapper._moe_kernel.fused_experts, event, None)
     if handler is not None:
-        # Inside a step, a tensor made here could not be written to outside of steps later.
+        # vLLM may call this in inference mode. A tensor that is created there cannot be changed
+        # outside of it later.
         with torch.inference_mode(False), torch.no_grad():
             handler(*args)
 
@@ -26,7 +32,7 @@ def _set_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     def set_lora(self: Any, index: int, lora_a: Any, lora_b: Any) -> None:
         original(self, index, lora_a, lora_b)
         rank = max(a.shape[1] for a in lora_a if a is not None)
-        _tell(self, "slot_written", self, index, rank)
+        _notify_experts(self, "slot_written", self, index, rank)
 
     return set_lora
 
@@ -34,13 +40,14 @@ def _set_lora(original: Callable[..., Any]) -> Callable[..., Any]:
 def _reset_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     def reset_lora(self: Any, index: int) -> None:
         original(self, index)
-        _tell(self, "slot_cleared", index)
+        _notify_experts(self, "slot_cleared", index)
 
     return reset_lora
 
 
 def _set_lora_kernels(original: Callable[..., Any]) -> Callable[..., Any]:
-    # In a patched tree _set_lora's seam stands above this one's, and asks for the name.
+    # In a patched tree the decorator of _set_lora is applied to this function, and finds its hook
+    # by the function's name. So the name must be upstream's.
     @functools.wraps(original)
     def set_lora(self: Any, index: int, lora_a: Any, lora_b: Any) -> None:
         from ..layers.gpu.moe_kernels import slot_written
@@ -68,8 +75,8 @@ _COMMON: dict[str, Any] = {
     "platforms": ("cpu",),
     "upstream": "",
     "until": "upstream's CPU experts support LoRA",
-    "why": "the CPU experts keep the factors inside their packed weights and must learn of "
-    "every change of a slot; upstream has no such call, having no such experts",
+    "why": "the CPU experts with LoRA keep the factors in their packed weights, and upstream does "
+    "not notify experts when a slot changes",
     "layers": True,
 }
 
@@ -77,10 +84,10 @@ _KERNELS: dict[str, Any] = {
     **_COMMON,
     "feature": "moe-kernels",
     "releases": ">=0.28,<0.34",
-    "platforms": ("cuda",),  # ROCm calls itself that, too
-    "until": "upstream's kernels are as fast as ours, see lora_punica_gpu.py",
-    "why": "our kernels do no work past a factor's own rank, and must learn of every change of a "
-    "slot",
+    "platforms": ("cuda",),  # the device type of ROCm is "cuda", too
+    "until": "upstream's kernels are as fast as ours",
+    "why": "our kernels skip the unused part of max_lora_rank, so they must know the rank of the "
+    "adapter in each slot",
 }
 
 HOOKS = (

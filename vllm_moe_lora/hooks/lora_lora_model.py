@@ -1,4 +1,4 @@
-"""vllm/lora/lora_model.py"""
+"""vllm/lora/lora_model.py: reads an adapter from a folder or from tensors in memory."""
 
 from __future__ import annotations
 
@@ -21,24 +21,28 @@ def _from_local_checkpoint(original: MethodType) -> Any:
     ) -> Any:
         from ..adapters import config, folder
         from ..adapters.errors import AdapterError
-        from ..fitting.memory import NoCollection
+        from ..fitting.memory import PausedGC
 
         path, refused = Path(lora_dir), None
-        with NoCollection() as quiet:
-            tensors = None if more.get("tensorizer_config_dict") else folder.with_experts(path)
+        with PausedGC() as paused:
+            tensors = (
+                None if more.get("tensorizer_config_dict") else folder.tensors_if_experts(path)
+            )
             if tensors is None:
-                quiet.release()
+                paused.release()
                 try:
                     return original(lora_dir, expected_lora_modules, peft_helper, **more)
                 except ValueError as error:
-                    refused = error  # a name upstream does not know; `fit` knows more
+                    # Upstream does not know a module's name. fitting/fit.py may; if it does not,
+                    # it raises this error.
+                    refused = error
                 try:
                     tensors = folder.tensors(path)
                 except AdapterError:
                     raise refused from None
             from ..fitting.read import read
 
-            peft_helper.moe_lora_markers = config.markers(path)
+            peft_helper.moe_lora_nemo = config.nemo_config(path)
             if (number := more.get("lora_model_id")) is None:
                 number = original.__func__.__globals__["get_lora_id"]()
             return read(
@@ -54,7 +58,7 @@ def _from_local_checkpoint(original: MethodType) -> Any:
 
 
 def _passed(cls: type[Any]) -> list[str]:
-    """What the release's `from_lora_tensors` takes behind the helper, in its order."""
+    """Return the parameters of this release's `from_lora_tensors` after peft_helper, in order."""
     return list(inspect.signature(cls.from_lora_tensors).parameters)[3:]
 
 
@@ -102,8 +106,9 @@ HOOKS = (
         target="vllm.lora.lora_model:LoRAModel.from_local_checkpoint",
         make=_from_local_checkpoint,
         releases=">=0.13,<0.34",
-        why="most layouts of routed experts are refused, or accepted by their suffix and then "
-        "dropped; 36,864 tensors are read one by one",
+        why="adapters whose routed experts have another layout than vLLM's are refused or, because "
+        "only the last part of a name is checked, accepted and then ignored; and reading an "
+        "adapter with one tensor per expert is slow",
         upstream="https://github.com/vllm-project/vllm/issues/40005",
         until="upstream recognises every layout of routed experts and accounts for each tensor",
     ),
@@ -112,8 +117,8 @@ HOOKS = (
         target="vllm.lora.lora_model:LoRAModel.from_lora_tensors",
         make=_from_lora_tensors,
         releases=">=0.13,<0.34",
-        why="in-memory adapters (verl and others push them) with packed experts are dropped "
-        "without a word",
+        why="if an adapter is passed in memory, as verl and other trainers do, its packed experts "
+        "are silently ignored",
         upstream="https://github.com/vllm-project/vllm/issues/48297",
         until="upstream recognises every layout of routed experts and accounts for each tensor",
     ),

@@ -1,11 +1,11 @@
-"""vllm/lora/model_manager.py"""
+"""vllm/lora/model_manager.py: wraps the model's modules, registers and activates adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from ..log import get_logger, say_waiting
+from ..log import flush_deferred, get_logger
 from ..patching import Hook
 
 logger = get_logger(__name__)
@@ -17,26 +17,26 @@ def _create_lora_modules(original: Callable[..., Any]) -> Callable[..., Any]:
         from ..fitting.moe_layers import serves_moe
         from ..layers.shared_experts import aliases, gates
 
-        say_waiting()
-        # Up to 0.13 it is torch's, which LoRA cannot wrap.
+        flush_deferred()
+        # Up to 0.13 this gate is a torch.nn.Linear, for which vLLM has no LoRA layer.
         if gates.as_vllm_linear(self.model, {GATE}) and GATE not in self.supported_lora_modules:
             self.supported_lora_modules.append(GATE)
         original(self)
         if not serves_moe(self):
             return
-        for wrapper in _punica(self):
+        for wrapper in _punica_wrappers(self):
             wrapper.moe_lora = True  # read by hooks/lora_punica_cpu.py
-        aliases.once(self.modules)
+        aliases.drop_duplicates(self.modules)
         moved = aliases.rewire(self.model, self.modules)
         if moved:
-            logger.debug("LoRA wrappers now also serve %d aliases: %s", len(moved), moved)
-        self.moe_lora_unreachable = aliases.raw_references(self.model, self.modules)
+            logger.debug("LoRA layers now also serve %d aliases: %s", len(moved), moved)
+        self.moe_lora_unreachable = aliases.unwrapped_references(self.model, self.modules)
 
     return _create_lora_modules
 
 
-def _punica(manager: Any) -> list[Any]:
-    """One for each tower of a multimodal model since 0.14, one before."""
+def _punica_wrappers(manager: Any) -> list[Any]:
+    """Return the manager's punica wrappers: from 0.14 on one per part of a multimodal model."""
     several = getattr(manager, "punica_wrapper_mapping", None)
     return list(several.values()) if several is not None else [manager.punica_wrapper]
 
@@ -63,7 +63,9 @@ def _activate_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             from ..fitting.moe_layers import serves_moe
 
             if serves_moe(self) and not before:
-                # Neither active nor known: its next request loads it again, and fails as loudly.
+                # Upstream leaves it active (up to 0.32) and registered (0.33, too). A registered
+                # adapter is not read again, even if its files were corrected, and it takes one of
+                # the --max-cpu-loras places, which loading/front_end.py counts as free.
                 self.deactivate_adapter(lora_id)
                 self._registered_adapters.pop(lora_id, None)
             raise
@@ -77,32 +79,35 @@ HOOKS = (
         target="vllm.lora.model_manager:LoRAModelManager._create_lora_modules",
         make=_create_lora_modules,
         releases=">=0.13,<0.34",
-        why="LoRA on shared_expert_gate, and on a router gate that the MoE layer owns, is "
-        "silently ignored: the forward pass reaches the module by a name that is not rewired. Up "
-        "to 0.19 LoRA on shared experts is written under one of their names and wiped under the "
-        "other",
+        why="LoRA on shared_expert_gate, and on a router gate that the MoE layer owns, is silently "
+        "ignored, because the forward pass uses a second name of the module, which still leads to "
+        "the module without LoRA. Up to 0.19 LoRA on shared experts is written under one of their "
+        "names and erased under the other",
         upstream="",
-        until="upstream points every alias of a wrapped module at its wrapper",
+        until="upstream points every name of a wrapped module at its LoRA layer",
     ),
     Hook(
         feature="adapters",
         target="vllm.lora.model_manager:LoRAModelManager._add_adapter",
         make=_add_adapter,
         releases=">=0.13,<0.34",
-        why="adapters on some experts, projections or with several ranks die with an "
-        "AssertionError without text; tensors without a place in the model, of a wrong shape, or "
-        "on a module that attention absorbs (MLA's kv_b_proj) are accepted and ignored",
+        why="an adapter with LoRA on some experts or projections only, or with several ranks, is "
+        "refused with an AssertionError without text. And some tensors are accepted and ignored: "
+        "tensors for a module that the model does not have, tensors of a wrong shape, and tensors "
+        "for kv_b_proj, which MLA multiplies into other weights",
         upstream="https://github.com/vllm-project/vllm/issues/55193",
-        until="upstream accounts for every tensor of an adapter",
+        until="upstream accepts LoRA on some of the experts, and refuses an adapter that has a "
+        "tensor which it does not use",
     ),
     Hook(
         feature="adapters",
         target="vllm.lora.model_manager:LoRAModelManager.activate_adapter",
         make=_activate_adapter,
         releases=">=0.13,<0.34",
-        why="an adapter whose activation failed stays marked active, and later requests with its "
-        "name silently run the base model",
+        why="an adapter whose activation failed stays active up to 0.32, so later requests of it "
+        "silently run the base model. In 0.33 it still stays registered, so a retry does not read "
+        "its files again",
         upstream="",
-        until="upstream undoes a failed activation; 0.33 marks it active only at the end",
+        until="upstream also removes an adapter whose activation failed",
     ),
 )

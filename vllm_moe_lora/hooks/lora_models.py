@@ -1,4 +1,7 @@
-"""vllm/lora/models.py (0.11 and 0.12), which became model_manager.py and lora_model.py with 0.13"""
+"""vllm/lora/models.py (0.11 and 0.12), which 0.13 split into model_manager.py and lora_model.py.
+
+The hooks are those of the two later files, with another target.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from . import lora_lora_model, lora_model_manager
 
 
 def _earlier(hook: Hook) -> Hook:
+    """Return the hook for 0.11.1 to 0.12."""
     name = hook.target.partition(":")[2]
     return replace(hook, target=f"vllm.lora.models:{name}", releases=">=0.11.1,<0.13")
 

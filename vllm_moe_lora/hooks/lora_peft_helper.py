@@ -1,4 +1,4 @@
-"""vllm/lora/peft_helper.py"""
+"""vllm/lora/peft_helper.py: keeps the whole adapter_config.json."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from ..patching import Hook
 def _from_dict(original: Callable[..., Any]) -> Any:
     def from_dict(cls: type[Any], config_dict: dict[str, Any]) -> Any:
         helper = original(config_dict)
-        # What the dataclass leaves out: patterns (up to 0.31), target_parameters, layout markers.
+        # The dataclass has no fields for target_parameters, layout markers and (up to 0.31)
+        # rank_pattern and alpha_pattern. adapters/config.py reads them.
         helper.moe_lora_raw = dict(config_dict)
         return helper
 
@@ -24,7 +25,7 @@ HOOKS = (
         target="vllm.lora.peft_helper:PEFTHelper.from_dict",
         make=_from_dict,
         releases=">=0.11.1,<0.34",
-        why="the markers by which an adapter says its layout are dropped",
+        why="the keys of adapter_config.json that say which layout the tensors have are dropped",
         upstream="",
         until="upstream keeps the whole adapter_config.json",
     ),

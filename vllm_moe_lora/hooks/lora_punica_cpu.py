@@ -1,4 +1,4 @@
-"""vllm/lora/punica_wrapper/punica_cpu.py"""
+"""vllm/lora/punica_wrapper/punica_cpu.py: LoRA on the dense layers of a MoE model, on the CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ _CLASS = "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU"
 
 
 def serves_moe(wrapper: Any) -> bool:
-    """Whether the wrapper belongs to a MoE model (dense models keep upstream's functions)."""
+    """Return whether a punica wrapper belongs to a MoE model. Others keep upstream's functions.
+
+    hooks/lora_model_manager.py sets the attribute.
+    """
     return bool(getattr(wrapper, "moe_lora", False))
 
 
@@ -21,6 +24,7 @@ def _update_metadata(original: Callable[..., Any]) -> Callable[..., Any]:
         if serves_moe(self):
             from ..kernels.cpu_dense import row_segments
 
+            # token_segments is also read by layers/cpu/experts.py.
             self.token_segments = row_segments(self.token_lora_indices)
             self.sampler_segments = row_segments(self.sampler_indices)
 
@@ -89,10 +93,11 @@ _COMMON: dict[str, Any] = {
     "platforms": ("cpu",),
     "layers": True,
     "upstream": "",
-    "until": "upstream's torch_ops skip tokens whose adapter index is -1",
-    "why": "a base request in a batch with adapters gets the adapter of the last slot on its "
-    "attention, gates and shared experts: upstream indexes the factors with -1. It also copies "
-    "both factors once for every token. Only MoE models are served by this hook",
+    "until": "upstream's torch_ops do not copy the factors for every token",
+    "why": "up to 0.32 a request without an adapter, in a batch with adapters, gets the adapter of "
+    "the last slot on attention, gates and shared experts, because upstream indexes the factors "
+    "with -1. Upstream 0.33 fixes that; what remains is speed: all releases copy both factors once "
+    "for every token. The hook changes MoE models only",
 }
 
 HOOKS = (

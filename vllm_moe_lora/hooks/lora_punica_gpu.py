@@ -1,4 +1,4 @@
-"""vllm/lora/punica_wrapper/punica_gpu.py"""
+"""vllm/lora/punica_wrapper/punica_gpu.py: our Triton kernels for LoRA on routed experts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _CLASS = "vllm.lora.punica_wrapper.punica_gpu:PunicaWrapperGPU"
 
 
 def _add_lora_w13(original: Callable[..., Any]) -> Callable[..., Any]:
-    # The names are upstream's, which its callers give in part.
+    # The parameters have upstream's names, because callers pass some of them by name.
     def add_lora_w13(
         self: Any,
         y: Any,
@@ -34,9 +34,9 @@ def _add_lora_w13(original: Callable[..., Any]) -> Callable[..., Any]:
 
         factors, routes = (lora_a_stacked, lora_b_stacked), (topk_ids, topk_weights, expert_map)
         given = (self, y, x, *factors, *routes)
-        handed = add_w13(*given, num_tokens, add_inputs, token_lora_mapping)
-        if handed is not None:
-            return handed
+        result = add_w13(*given, num_tokens, add_inputs, token_lora_mapping)
+        if result is not None:
+            return result
         base_product.flush()
         more |= {"add_inputs": add_inputs, "token_lora_mapping": token_lora_mapping}
         return original(*given, w1, w2, num_tokens, *rest, **more)
@@ -58,9 +58,9 @@ def _add_lora_w2(original: Callable[..., Any]) -> Callable[..., Any]:
         **more: Any,
     ) -> None:
         from ..layers.gpu import base_product
-        from ..layers.gpu.moe_kernels import Handed, add_w2
+        from ..layers.gpu.moe_kernels import RoutedBatch, add_w2
 
-        if isinstance(sorted_token_ids_lora, Handed):
+        if isinstance(sorted_token_ids_lora, RoutedBatch):  # from our add_w13
             return add_w2(sorted_token_ids_lora, y, x, topk_weights, add_inputs)
         base_product.flush()
         given = (self, y, x, lora_a_stacked, lora_b_stacked, topk_weights, sorted_token_ids_lora)
@@ -72,12 +72,12 @@ def _add_lora_w2(original: Callable[..., Any]) -> Callable[..., Any]:
 _COMMON: dict[str, Any] = {
     "feature": "moe-kernels",
     "releases": ">=0.28,<0.34",
-    "platforms": ("cuda",),  # ROCm calls itself that, too
+    "platforms": ("cuda",),  # the device type of ROCm is "cuda", too
     "layers": True,
-    "why": "upstream loads weights two bytes at a time, launches a grid for every adapter slot, "
-    "and reads and writes y once more; which kernels run is VLLM_MOE_LORA_KERNELS",
+    "why": "upstream's kernels load the factors two bytes at a time, launch programs for every "
+    "adapter slot, and read and write y once more. VLLM_MOE_LORA_KERNELS says which kernels run",
     "upstream": "https://github.com/vllm-project/vllm/pull/32317",
-    "until": "upstream's kernels are as fast",
+    "until": "upstream's kernels are as fast as ours",
 }
 
 HOOKS = (

@@ -1,4 +1,4 @@
-"""vllm/lora/worker_manager.py"""
+"""vllm/lora/worker_manager.py: loads an adapter in a worker."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def _load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, lora_request)
         from ..loading import background
 
-        staged = background.of(self).take(lora_request.lora_int_id, lora_request.lora_path)
+        staged = background.loader_of(self).take(lora_request.lora_int_id, lora_request.lora_path)
         return staged if staged is not None else _read(original, self, lora_request)
 
     return _load_adapter
 
 
 def _read(original: Callable[..., Any], worker: Any, request: Any) -> Any:
-    """Load and fit: all that can fail does so here, before upstream drops an older version."""
+    """Read the adapter and fit it to the model, before upstream removes its earlier version."""
     from ..fitting.explain import refusal
     from ..fitting.fit import fit
 
@@ -46,20 +46,23 @@ def _add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_adapter(self: Any, lora_request: Any) -> bool:
         from ..loading import background
 
-        if not lora_request.lora_path.startswith(background.MARK):
+        if not lora_request.lora_path.startswith(background.STAGE_PREFIX):
             return bool(original(self, lora_request))
         number, path = (
             lora_request.lora_int_id,
-            lora_request.lora_path.removeprefix(background.MARK),
+            lora_request.lora_path.removeprefix(background.STAGE_PREFIX),
         )
         if number in self.list_adapters() and not lora_request.load_inplace:
             return True
-        return background.of(self).ready(number, path, lambda: _stage(self, lora_request, path))
+        return background.loader_of(self).ready(
+            number, path, lambda: _stage(self, lora_request, path)
+        )
 
     return add_adapter
 
 
 def _stage(worker: Any, request: Any, path: str) -> Any:
+    """Read and fit the adapter at ``path``, in the thread of loading/background.py."""
     from vllm.lora.request import LoRARequest
 
     return worker._load_adapter(LoRARequest(request.lora_name, request.lora_int_id, path))
@@ -69,9 +72,10 @@ _STAGING: dict[str, Any] = {
     "feature": "safe-loading",
     "make": _add_adapter,
     "releases": ">=0.29,<0.34",
-    "why": "an adapter is read and packed on the thread that makes tokens",
+    "why": "an adapter is read and packed on the thread that runs the model, so no request gets a "
+    "token meanwhile",
     "upstream": "",
-    "until": "upstream loads adapters beside the engine's steps",
+    "until": "upstream reads adapters in a thread of their own",
 }
 
 HOOKS = (
@@ -80,10 +84,12 @@ HOOKS = (
         target=f"{_FILE}:WorkerLoRAManager._load_adapter",
         make=_load_adapter,
         releases=">=0.11.1,<0.34",
-        why="an adapter that does not fit is found out after the version it replaces is gone; a "
-        "rank above max_lora_rank is reported without the tensor and the cure",
+        why="an adapter that does not fit the model is refused only after its earlier version was "
+        "removed; and the error for a rank above max_lora_rank names neither the tensor nor what "
+        "to do",
         upstream="",
-        until="upstream checks an adapter before it changes anything, and names the tensor",
+        until="upstream checks a new adapter before it removes the earlier version, and names the "
+        "tensor",
     ),
     Hook(target=f"{_FILE}:WorkerLoRAManager.add_adapter", **_STAGING),
     Hook(target=f"{_FILE}:LRUCacheWorkerLoRAManager.add_adapter", **_STAGING),

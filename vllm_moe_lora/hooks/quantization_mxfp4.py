@@ -1,4 +1,4 @@
-"""vllm/model_executor/layers/quantization/mxfp4.py"""
+"""vllm/model_executor/layers/quantization/mxfp4.py: MXFP4 experts in Triton."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ HOOKS = (
         target="vllm.model_executor.layers.quantization.mxfp4:Mxfp4MoEMethod.is_monolithic",
         make=_is_monolithic,
         releases=">=0.15,<0.17",
-        why="with VLLM_MXFP4_USE_MARLIN=0 the start ends in an AssertionError: the method says it "
-        "routes by itself, and with LoRA it does not",
+        why="with VLLM_MXFP4_USE_MARLIN=0 the start fails with an AssertionError, because the "
+        "method says that its experts are monolithic, which is not so with LoRA",
         upstream="https://github.com/vllm-project/vllm/blob/v0.17.0/vllm/model_executor/layers/"
         "quantization/mxfp4.py",
-        until="0.17, which says so",
+        until="0.17, where the property takes LoRA into account",
         layers=True,
     ),
 )

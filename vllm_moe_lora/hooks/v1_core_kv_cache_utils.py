@@ -1,8 +1,7 @@
-"""vllm/v1/core/kv_cache_utils.py"""
+"""vllm/v1/core/kv_cache_utils.py: the keys under which cached prefixes are found."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +9,6 @@ from ..patching import Hook
 
 
 def _gen_lora_extra_hash_keys(original: Callable[..., Any]) -> Callable[..., Any]:
-    if "lora_path" in inspect.getsource(original):
-        return original  # 0.31 and later
-
     def _gen_lora_extra_hash_keys(request: Any) -> list[Any]:
         keys = list(original(request))
         if request.lora_request:
@@ -27,10 +23,10 @@ HOOKS = (
         feature="safe-loading",
         target="vllm.v1.core.kv_cache_utils:_gen_lora_extra_hash_keys",
         make=_gen_lora_extra_hash_keys,
-        releases=">=0.29,<0.34",
-        why="cached prefixes of an adapter are found by its name alone, so new weights under an "
-        "old name are answered from the old ones' cache",
+        releases=">=0.29,<0.31",
+        why="the cached prefixes of an adapter are found by its name only, so if new weights are "
+        "loaded under the same name, requests use prefixes that were computed with the old ones",
         upstream="https://github.com/vllm-project/vllm/blob/v0.31.0/vllm/v1/core/kv_cache_utils.py",
-        until="0.31, which adds the path",
+        until="0.31, which adds the path of the adapter to the keys",
     ),
 )

@@ -1,4 +1,4 @@
-"""vllm/v1/engine/core.py"""
+"""vllm/v1/engine/core.py: marks the KV cache of engines that run adapters on a MoE model."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ def _get_kv_cache_configs(original: Callable[..., Any]) -> Callable[..., Any]:
 HOOKS = (
     Hook(
         feature="isolation",
-        # Its home is another module since 0.33; the name is this module's in all releases.
+        # In 0.33 it is defined in another module, but it is called by this name in all releases.
         target="vllm.v1.engine.core:get_kv_cache_configs",
         make=_get_kv_cache_configs,
         releases=">=0.29,<0.34",
-        why="tells hooks/v1_kv_cache_interface.py which engines run adapters",
+        why="the hook of KVCacheConfig.needs_kv_cache_zeroing must know whether the engine runs "
+        "adapters on a MoE model",
         upstream="",
-        until="that hook goes",
+        until="the hook of KVCacheConfig.needs_kv_cache_zeroing is deleted",
     ),
 )

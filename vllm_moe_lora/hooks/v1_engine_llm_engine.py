@@ -1,4 +1,4 @@
-"""vllm/v1/engine/llm_engine.py"""
+"""vllm/v1/engine/llm_engine.py: loads an adapter before its requests, in the class LLM."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def _add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_lora(self: Any, lora_request: Any) -> bool:
         from ..loading import admit, front_end
 
-        known = front_end.of(self)
-        if known is None:
+        held = front_end.held_adapters(self)
+        if held is None:
             return bool(original(self, lora_request))
-        if not lora_request.load_inplace and known.has(lora_request):
+        if not lora_request.load_inplace and held.is_loaded(lora_request):
             return True
-        return admit.load_now(self, lora_request)
+        return admit.load_sync(self, lora_request)
 
     return add_lora
 
@@ -26,11 +26,11 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_request(self: Any, *args: Any, **more: Any) -> Any:
         from ..loading import admit, front_end
 
-        request, known = front_end.lora_request_of(args, more), front_end.of(self)
-        if request is not None and known is not None:
-            if not known.has(request):
-                admit.load_now(self, request)
-            args, more = front_end.with_lora_request(known.now(request), args, more)
+        request, held = front_end.lora_request_of(args, more), front_end.held_adapters(self)
+        if request is not None and held is not None:
+            if not held.is_loaded(request):
+                admit.load_sync(self, request)
+            args, more = front_end.with_lora_request(held.for_scheduler(request), args, more)
         return original(self, *args, **more)
 
     return add_request
@@ -40,9 +40,9 @@ def _remove_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     def remove_lora(self: Any, lora_id: int) -> bool:
         from ..loading import front_end
 
-        known = front_end.of(self)
-        if known is not None:
-            known.forget(lora_id)
+        held = front_end.held_adapters(self)
+        if held is not None:
+            held.forget(lora_id)
         return bool(original(self, lora_id))
 
     return remove_lora
@@ -53,8 +53,8 @@ _COMMON: dict[str, Any] = {
     "releases": ">=0.29,<0.34",
     "upstream": "",
     "until": "upstream loads adapters before it schedules their requests",
-    "why": "an adapter that fails to load does so inside a batch: the engine dies, or hangs at the "
-    "next call",
+    "why": "an adapter is loaded when the first batch with it runs; if that fails, the engine "
+    "stops, or hangs at the next call",
 }
 _CLASS = "vllm.v1.engine.llm_engine:LLMEngine"
 

@@ -1,4 +1,4 @@
-"""vllm/v1/kv_cache_interface.py"""
+"""vllm/v1/kv_cache_interface.py: clears blocks of the KV cache before they are used again."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ HOOKS = (
         target="vllm.v1.kv_cache_interface:KVCacheConfig.needs_kv_cache_zeroing",
         make=_needs_kv_cache_zeroing,
         releases=">=0.29,<0.34",
-        why="an adapter with large weights may overflow to NaN; a block of the KV cache that held "
-        "its keys makes the next request that gets it NaN too, because 0 * NaN is NaN",
+        why="with large weights in an adapter, keys and values may overflow to NaN. The next "
+        "request that gets such a block of the KV cache becomes NaN, too: attention multiplies "
+        "unused entries of the block with 0, and 0 * NaN is NaN",
         upstream="",
-        until="upstream clears recycled blocks, or reads no values behind a request's end",
+        until="upstream clears a block before it is used again, or never reads its unused entries",
     ),
 )

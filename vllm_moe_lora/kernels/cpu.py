@@ -1,8 +1,13 @@
-"""MoE LoRA on CPU tensors with torch's own operators: the routing plan, shrink and expand.
+"""LoRA on routed experts on the CPU, with torch's operators.
 
-Small batches gather the factors of every (token, expert) pair and run one batched product. Larger
-ones sort the pairs by (expert, slot) once, so that every segment is a slice of rows: each factor
-is read once and no row is copied for it.
+The CPU experts in layers/cpu call three functions. `make_plan` collects the token-expert pairs of a
+batch that have an adapter. `shrink` computes z = lora_a x for them, and `expand_add` computes
+y += lora_b z.
+
+There are two ways to compute. A small batch gathers the factor of each pair and runs one batched
+product. A larger batch is sorted by (expert, slot) once. The pairs that share a factor are then
+adjacent rows (a segment), and each segment is one matrix product. So each factor is read once, and
+no rows are copied.
 """
 
 from __future__ import annotations
@@ -11,8 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
-# Gathering copies rank x in elements per pair; past this many pairs walking segments is cheaper
-# (measured by benchmarks/cpu_engine.py on a 2-core EPYC, rank 16, hidden 2048).
+# Up to this many pairs a batch counts as small. Gathering copies rank * in elements per pair, so
+# beyond it the loop over segments is faster (benchmarks/cpu_engine.py, 2-core EPYC, rank 16, hidden
+# size 2048).
 GATHER_PAIRS = 12
 
 Segment = tuple[int, int, int, int]  # slot, expert, first pair, one past the last pair
@@ -20,18 +26,22 @@ Segment = tuple[int, int, int, int]  # slot, expert, first pair, one past the la
 
 @dataclass
 class PairPlan:
-    """The (token, expert) pairs of one MoE layer call that have an adapter.
+    """The token-expert pairs with an adapter, in one call of one MoE layer.
+
+    "Token order" means: first all top_k pairs of the first row, then those of the second, and so
+    on. The plan of a small batch keeps token order. A larger one is sorted by expert, then slot.
 
     Attributes:
-        rows: [n] int64, the tokens of the batch that have an adapter, ascending.
+        rows: [n] int64, the rows of the batch whose tokens have an adapter, ascending.
         top_k: experts per token.
-        order: [pairs] int64: pair i here is pair ``order[i]`` of the rows in turn, so it belongs
-            to token ``rows[order[i] // top_k]``. Sorted by expert, then slot; None for a small
-            batch, whose pairs stay in turn.
-        slots: [pairs] int64, adapter slot of each pair.
-        experts: [pairs] int64, local expert of each pair (0 where ``valid`` is False).
-        valid: [pairs] bool, or None when every pair's expert lives on this rank.
-        segments: the non-empty (slot, expert) slices of a sorted plan, else empty.
+        order: [pairs] int64, for a sorted plan: the index of each pair in token order. Pair i thus
+            belongs to the batch row ``rows[order[i] // top_k]``. None for a small batch.
+        slots: [pairs] int64, the adapter slot of each pair.
+        experts: [pairs] int64, the local expert of each pair; 0 where ``valid`` is False.
+        valid: [pairs] bool, False if the pair's expert lives on another device. None if all
+            experts live on this one.
+        segments: for a sorted plan, the ranges of pairs with the same slot and expert. Empty for a
+            small batch.
     """
 
     rows: torch.Tensor
@@ -46,21 +56,21 @@ class PairPlan:
         return self.slots.numel()
 
     def slot_set(self) -> list[int]:
-        """The adapter slots that occur, ascending."""
+        """Return the adapter slots of the batch, ascending."""
         return self.slots.unique().tolist()
 
     def pairs_of(self, slot: int) -> torch.Tensor:
-        """Indices of the pairs of one slot."""
+        """Return [n] int64, the indices of the pairs of one slot."""
         return (self.slots == slot).nonzero().flatten()
 
     def tokens(self) -> torch.Tensor:
-        """[pairs] int64, the batch row of each pair."""
+        """Return [pairs] int64, the row of each pair in the batch."""
         if self.order is None:
             return self.rows.repeat_interleave(self.top_k)
         return self.rows[self.order // self.top_k]
 
-    def in_turn(self, pairs: torch.Tensor) -> torch.Tensor:
-        """[pairs, ...] in this plan's order -> [rows, top_k, ...]."""
+    def by_token(self, pairs: torch.Tensor) -> torch.Tensor:
+        """Bring [pairs, ...] from the plan's order into token order: [rows, top_k, ...]."""
         if self.order is not None:
             back = torch.empty_like(self.order)
             back[self.order] = torch.arange(len(self))
@@ -68,7 +78,7 @@ class PairPlan:
         return pairs.unflatten(0, (-1, self.top_k))
 
     def expert_slices(self) -> list[tuple[int, int, int]]:
-        """[(expert, first pair, one past the last pair)], every pair in one of them."""
+        """Return (expert, first pair, one past the last pair); together they cover all pairs."""
         if self.order is None:
             return [(expert, i, i + 1) for i, expert in enumerate(self.experts.tolist())]
         found, counts = self.experts.unique_consecutive(return_counts=True)
@@ -80,13 +90,16 @@ class PairPlan:
 def make_plan(
     token_slots: torch.Tensor, topk_ids: torch.Tensor, num_experts: int
 ) -> PairPlan | None:
-    """Collect the pairs that have an adapter; None when the whole batch is base requests.
+    """Collect the token-expert pairs that have an adapter.
 
     Args:
-        token_slots: [tokens] int, adapter slot of each token, -1 for a base request.
-        topk_ids: [tokens, top_k] int, local expert ids; ids outside [0, num_experts) are experts
-            of another rank.
-        num_experts: experts on this rank.
+        token_slots: [tokens] int, the adapter slot of each token; -1 for a token without one.
+        topk_ids: [tokens, top_k] int, local expert ids. Ids outside [0, num_experts) belong to
+            experts on other devices.
+        num_experts: the number of experts on this device.
+
+    Returns:
+        The plan, or None if no token of the batch has an adapter.
     """
     rows = (token_slots >= 0).nonzero().flatten()
     if rows.numel() == 0:
@@ -114,15 +127,15 @@ def make_plan(
 
 
 def shrink(x: torch.Tensor, lora_a: torch.Tensor, plan: PairPlan) -> torch.Tensor:
-    """z[p] = A[slot_p, expert_p] x[p]; zero for pairs of another rank's experts.
+    """Compute z[p] = lora_a[slot of p, expert of p] x[p] for each pair p.
 
     Args:
-        x: [pairs, in], one row a pair.
-        lora_a: [slots, E or 1, rank, in]; expert dimension 1 is a factor shared by all experts.
-        plan: the pairs.
+        x: [pairs, in], one row per pair, in the plan's order.
+        lora_a: [slots, experts or 1, rank, in]. 1 means that all experts share the factor.
+        plan: from `make_plan`.
 
     Returns:
-        [pairs, rank] in x's dtype.
+        [pairs, rank] in x's dtype. Rows of experts on other devices are zero.
     """
     a = lora_a if lora_a.dtype == x.dtype else lora_a.to(x.dtype)
     shared = a.shape[1] == 1
@@ -136,13 +149,13 @@ def shrink(x: torch.Tensor, lora_a: torch.Tensor, plan: PairPlan) -> torch.Tenso
 
 
 def expand_add(y: torch.Tensor, z: torch.Tensor, lora_b: torch.Tensor, plan: PairPlan) -> None:
-    """y[p] += B[slot_p, expert_p] z[p], in place.
+    """Compute y[p] += lora_b[slot of p, expert of p] z[p] for each pair p, in place.
 
     Args:
-        y: [pairs, out], may be a strided view of wider rows.
-        z: [pairs, rank].
-        lora_b: [slots, E or 1, out, rank].
-        plan: the pairs.
+        y: [pairs, out], any float dtype; may be a strided view of wider rows.
+        z: [pairs, rank] from `shrink`, in y's dtype.
+        lora_b: [slots, experts or 1, out, rank]. 1 means that all experts share the factor.
+        plan: from `make_plan`.
     """
     b = lora_b if lora_b.dtype == y.dtype else lora_b.to(y.dtype)
     shared = b.shape[1] == 1

@@ -1,17 +1,28 @@
-"""LoRA of dense linear layers on CPU: one pair of matrix products for each adapter in the batch."""
+"""LoRA on the dense linear layers of a MoE model, on the CPU.
+
+These layers are attention, shared experts, gates and embeddings. hooks/lora_punica_cpu.py calls the
+functions here in place of vLLM's. For each adapter in the batch they take the rows of its tokens
+and compute two matrix products. A token without an adapter is not touched.
+"""
 
 from __future__ import annotations
 
 import torch
 
+# (adapter slot, [n] int64 rows of the batch that use it). None stands for all rows.
 Segments = list[tuple[int, torch.Tensor | None]]
 
 
 def row_segments(token_slots: torch.Tensor) -> Segments:
-    """[(slot, rows)] of the adapters in the batch; rows is None when one adapter has them all.
+    """Group the rows of a batch by adapter.
 
     Args:
-        token_slots: [tokens] int, -1 for tokens without adapter, which are in no segment.
+        token_slots: [tokens] int, the adapter slot of each token; -1 for a token without an
+            adapter.
+
+    Returns:
+        (slot, rows) for each adapter in the batch. rows is None if one adapter has all rows. Rows
+        of tokens without an adapter are in none.
     """
     slots = token_slots.unique().tolist()
     if len(slots) == 1:
@@ -28,16 +39,19 @@ def add_lora(
     scale: float,
     output_slices: tuple[int, ...],
 ) -> None:
-    """y[:, slice i] += scale * B_i (A_i x), in place, rows of no segment untouched.
+    """Compute y[:, slice i] += scale * lora_b[i] (lora_a[i] x) in place, for rows with an adapter.
+
+    A merged layer has several slices, for example q, k and v. All products are in y's dtype.
 
     Args:
-        y: [tokens, out], contiguous in its last axis.
+        y: [tokens, out], any float dtype; its last axis is contiguous.
         x: [tokens, in].
-        lora_a: each slice's [slots, 1, rank, in] or [slots, rank, in].
-        lora_b: each slice's [slots, 1, out_i, rank] or [slots, out_i, rank].
+        lora_a: one tensor per slice, [slots, 1, rank, in] or [slots, rank, in].
+        lora_b: one tensor per slice, [slots, 1, out_i, rank] or [slots, out_i, rank].
         segments: from `row_segments`.
-        scale: factor on every delta.
-        output_slices: out_i; a slice may be narrower than its B (padding of the base layer).
+        scale: number to multiply each product with.
+        output_slices: the width of each slice in y. It may be smaller than out_i, if the base
+            layer is padded.
     """
     for slot, rows in segments:
         picked = (x if rows is None else x.index_select(0, rows)).to(y.dtype)
@@ -61,10 +75,12 @@ def add_lora(
 def add_expanded(
     y: torch.Tensor, z: torch.Tensor, lora_b: torch.Tensor, segments: Segments
 ) -> None:
-    """y += B z, in place, rows of no segment untouched (embeddings look A up by themselves).
+    """Compute y += lora_b z in place, for rows with an adapter.
+
+    This is for embeddings. Their layer computes z = lora_a x itself, by looking up columns.
 
     Args:
-        y: [tokens, out].
+        y: [tokens, out], any float dtype.
         z: [tokens, rank].
         lora_b: [slots, 1, out, rank] or [slots, out, rank].
         segments: from `row_segments`.

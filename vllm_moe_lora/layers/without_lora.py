@@ -1,4 +1,10 @@
-"""Builds a layer's routed experts without LoRA if no adapter may target them."""
+"""Builds a layer's routed experts without LoRA if no adapter may target them.
+
+With --enable-lora vLLM gives the experts of every layer a backend that supports LoRA, even if
+--lora-target-modules leaves the experts out. Such a backend may be slower, or there may be none, so
+that the start fails. `build_experts` runs the constructor of a layer's experts with LoRA turned off
+in the config, so vLLM chooses the backend that it uses without LoRA.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +16,7 @@ from typing import Any
 from ..log import get_logger
 from ..targets import target_modules
 
+# What vLLM raises if no backend fits.
 ERRORS = (AssertionError, NotImplementedError, ValueError)
 
 
@@ -19,11 +26,11 @@ def lora_off(moe_config: Any) -> Iterator[None]:
 
     vLLM then chooses the backend that it would choose without LoRA.
     """
-    asked, moe_config.is_lora_enabled = moe_config.is_lora_enabled, False
+    before, moe_config.is_lora_enabled = moe_config.is_lora_enabled, False
     try:
         yield
     finally:
-        moe_config.is_lora_enabled = asked
+        moe_config.is_lora_enabled = before
 
 
 @contextmanager
@@ -31,28 +38,30 @@ def _engine_without_lora(config: Any, moe_config: Any = None) -> Iterator[None]:
     """Hide LoRA from a layer that is built inside the block.
 
     Args:
-        config: the engine's `VllmConfig`; its ``lora_config`` comes back after the block.
-        moe_config: the layer's `FusedMoEConfig`; its ``is_lora_enabled`` stays False.
+        config: the engine's `VllmConfig`. Its ``lora_config`` is None inside the block.
+        moe_config: the layer's `FusedMoEConfig`. Its ``is_lora_enabled`` is False inside the block,
+            and stays False after it.
     """
     if moe_config is not None:
         moe_config.is_lora_enabled = False
-    asked, config.lora_config = config.lora_config, None
+    before, config.lora_config = config.lora_config, None
     try:
         yield
     finally:
-        config.lora_config = asked
+        config.lora_config = before
 
 
 def build_experts(layer: str, build: Callable[[], None], moe_config: Any = None) -> None:
-    """Call ``build``, which chooses the backend of the experts and makes their weights.
+    """Call ``build``, with LoRA turned off if no adapter may target this layer's experts.
 
     Args:
-        layer: the layer's name, "" where it has none.
-        moe_config: the layer's `FusedMoEConfig` if that exists already.
+        layer: the layer's name ("model.layers.0.mlp.experts"), "" if it has none.
+        build: the constructor of the experts. It chooses their backend and creates their weights.
+        moe_config: the layer's `FusedMoEConfig`, if it exists before ``build`` runs.
 
     Raises:
-        NotImplementedError: vLLM runs these experts without LoRA and not with it; names the layer,
-            upstream's reason and the flag that helps.
+        NotImplementedError: vLLM has a backend for these experts without LoRA, but none with LoRA.
+            The text names the layer, vLLM's reason and the flag that helps.
     """
     from vllm.config import get_current_vllm_config
 
@@ -60,30 +69,32 @@ def build_experts(layer: str, build: Callable[[], None], moe_config: Any = None)
     if config.lora_config is None:
         return build()
     if target_modules.may_target(config, layer):
-        return _explained(layer, build, config, moe_config)
+        return _build_with_lora(layer, build, config, moe_config)
     try:
         with _engine_without_lora(config, moe_config):
             build()
     except ERRORS as error:
         if moe_config is None:
             raise
-        # Without LoRA vLLM has nothing for them here, and with it perhaps we have.
+        # vLLM has no backend for them without LoRA. One of our experts classes with LoRA may still
+        # run them, such as INT4 on a CPU without AMX.
         moe_config.is_lora_enabled = True
         try:
             return build()
         except Exception:
             raise error from None
-    return _say(target_modules.flagged(config.lora_config))
+    return _log_once(target_modules.flagged(config.lora_config))
 
 
 @functools.cache
-def _say(flagged: bool) -> None:
-    """Once a process."""
+def _log_once(flagged: bool) -> None:
+    """Say once per process that experts run without LoRA, and why."""
     why = f"{target_modules.FLAG} leaves them out" if flagged else "no adapter targets them"
     get_logger(__name__).info("Routed experts run without LoRA: %s", why)
 
 
-def _explained(layer: str, build: Callable[[], None], config: Any, moe_config: Any) -> None:
+def _build_with_lora(layer: str, build: Callable[[], None], config: Any, moe_config: Any) -> None:
+    """Call ``build``. If it only fails because of LoRA, raise an error that says so."""
     try:
         return build()
     except ERRORS as error:
@@ -93,7 +104,7 @@ def _explained(layer: str, build: Callable[[], None], config: Any, moe_config: A
             with _engine_without_lora(config, moe_config):
                 build()
         except Exception:
-            raise error from None  # not LoRA's fault
+            raise error from None  # it fails without LoRA, too
         reason = str(error).rstrip(". ") or "an assertion failed"
         raise NotImplementedError(
             f"{layer}: {reason}. Without LoRA vLLM runs these experts. "

@@ -1,7 +1,7 @@
-"""One load asked for by a front end: room first, then staging, then nobody on the old version.
+"""Performs one load that the engine's front end needs: makes room, has it staged, then loads it.
 
-Requests that began on one version of an adapter end on it: a load that replaces a version waits
-for them, and later requests of that adapter wait for the load.
+Requests that began with one version of an adapter must end with it. So a load that replaces a
+version waits for these requests, and later requests for the same adapter wait for the load.
 """
 
 from __future__ import annotations
@@ -17,97 +17,131 @@ from typing import Any
 from ..adapters.errors import AdapterError
 from ..log import get_logger
 from . import front_end
-from .background import MARK
+from .background import STAGE_PREFIX
 
-PAUSE = 0.02  # seconds between two questions
-PATIENCE = 5.0  # seconds of waiting before it is logged
-ROOM = 10.0  # seconds of waiting for adapters that are in use
+POLL_SECONDS = 0.02  # between two questions to the worker
+LOG_SECONDS = 5.0  # a wait is logged each time it has gone on for so long
+ROOM_SECONDS = 10.0  # how long a load waits for room
 
 
 async def load(engine: Any, request: Any) -> bool:
-    """Load ``request`` by an `AsyncLLM`; its lock for this adapter is held.
+    """Load an adapter by an `AsyncLLM`. The caller holds the lock of this adapter.
 
     Args:
-        engine: the `AsyncLLM`, one that `front.of` knows.
+        engine: an `AsyncLLM` for which `front_end.held_adapters` is not None.
         request: the LoRARequest; it is not changed.
 
+    Returns:
+        vLLM's answer: whether the adapter was loaded.
+
     Raises:
-        AdapterError: the adapter is refused; an earlier version of it stays.
+        AdapterError: the adapter is refused. If it was to replace a version, that one stays loaded.
     """
-    known, number = front_end.of(engine), request.lora_int_id
-    assert known is not None
+    held, lora_id = front_end.held_adapters(engine), request.lora_int_id
+    assert held is not None
     core = engine.engine_core
 
-    def free() -> bool:
-        return not known.full(number) or known.idle(front_end.in_flight(engine)) is not None
+    def has_room() -> bool:
+        return not held.needs_room(lora_id) or held.idle(front_end.in_flight(engine)) is not None
 
-    # Not for ever: others' steady traffic must not shut this one out. Then the worker drops the
-    # one it used longest ago, and reads it again for the requests that it still has.
-    await _until(engine, free, "room among --max-cpu-loras adapters, all of them in use", ROOM)
-    gone = known.make_room(number, front_end.in_flight(engine))
-    replaces = known.replaces(number)
-    with _version(known, request) as asked:
-        if gone is not None:
-            await core.remove_lora_async(gone)
-        await _staged(core, asked)
+    # The wait is limited, so that steady traffic for other adapters cannot keep this one out for
+    # ever. After it the worker drops the adapter that was used longest ago, and reads that one
+    # again for the requests that still need it.
+    room = "room: as many adapters as --max-cpu-loras allows are in use"
+    await _wait_until(engine, has_room, room, ROOM_SECONDS)
+    dropped = held.make_room(lora_id, front_end.in_flight(engine))
+    replaces = held.replaces(lora_id)
+    with _loading(held, request) as versioned:
+        if dropped is not None:
+            await core.remove_lora_async(dropped)
+        await _stage(core, versioned)
         if replaces:
-            waits = f"requests that began on the version of {request.lora_name!r} it replaces"
-            await _until(engine, lambda: not front_end.in_flight(engine)[number], waits)
-            await _staged(core, asked)  # after a long wait it may have been forgotten
-        return bool(await core.add_lora_async(asked))
+            old = f"requests that use the version of {request.lora_name!r} that it replaces"
+            await _wait_until(engine, lambda: not front_end.in_flight(engine)[lora_id], old)
+            await _stage(core, versioned)  # after a long wait it may have expired
+        return bool(await core.add_lora_async(versioned))
 
 
-async def _staged(core: Any, request: Any) -> None:
-    marked = copy.copy(request)
-    marked.lora_path = MARK + request.lora_path
-    while not await core.add_lora_async(marked):
-        await asyncio.sleep(PAUSE)
+async def _stage(core: Any, request: Any) -> None:
+    """Have the worker stage an adapter in its thread, and wait until it is done."""
+    staging = copy.copy(request)
+    staging.lora_path = STAGE_PREFIX + request.lora_path
+    while not await core.add_lora_async(staging):
+        await asyncio.sleep(POLL_SECONDS)
 
 
-def load_now(engine: Any, request: Any) -> bool:
-    """The same by an `LLMEngine`, which cannot wait: its caller makes the steps.
+def load_sync(engine: Any, request: Any) -> bool:
+    """Load an adapter by an `LLMEngine`, the offline engine.
+
+    It cannot wait for requests in flight, because they go on only when the caller makes the next
+    step.
+
+    Args:
+        engine: an `LLMEngine` for which `front_end.held_adapters` is not None.
+        request: the LoRARequest; it is not changed.
+
+    Returns:
+        vLLM's answer: whether the adapter was loaded.
 
     Raises:
-        AdapterError: also if unfinished requests use a version that ``request`` is to replace.
+        AdapterError: the adapter is refused, or unfinished requests use the version that
+            ``request`` would replace.
     """
-    known, number = front_end.of(engine), request.lora_int_id
-    assert known is not None
+    held, lora_id = front_end.held_adapters(engine), request.lora_int_id
+    assert held is not None
     used = front_end.in_flight(engine)
-    if known.replaces(number) and used[number]:
+    if held.replaces(lora_id) and used[lora_id]:
         raise AdapterError(
-            f"LoRA adapter {number}: load_inplace would give {used[number]} unfinished requests "
+            f"LoRA adapter {lora_id}: load_inplace would give {used[lora_id]} unfinished requests "
             f"of {request.lora_name!r} two versions of it. Let them finish, or abort them, first."
         )
-    gone = known.make_room(number, used)
-    with _version(known, request) as asked:
-        if gone is not None:
-            engine.engine_core.remove_lora(gone)
-        return bool(engine.engine_core.add_lora(asked))
+    dropped = held.make_room(lora_id, used)
+    with _loading(held, request) as versioned:
+        if dropped is not None:
+            engine.engine_core.remove_lora(dropped)
+        return bool(engine.engine_core.add_lora(versioned))
 
 
 @contextmanager
-def _version(known: front_end.Known, request: Any) -> Iterator[Any]:
-    """The request to load by; its place is taken meanwhile, and kept if all went well."""
-    asked, version = known.begin(request)
+def _loading(held: front_end.HeldAdapters, request: Any) -> Iterator[Any]:
+    """Count the adapter as held while the block loads it, and afterwards if the block succeeds.
+
+    Yields:
+        The LoRARequest to load with.
+
+    Raises:
+        AdapterError: instead of an error that vLLM's processes wrapped around one.
+    """
+    versioned, version = held.begin(request)
     try:
-        yield asked
+        yield versioned
     except BaseException as error:
-        known.failed(request, version)
-        better = front_end.plainly(error, asked, request)
+        held.failed(request, version)
+        better = front_end.unwrapped_error(error, versioned, request)
         if better is error:
             raise
         raise better from error
-    known.done(request, version)
+    held.done(request, version)
 
 
-async def _until(engine: Any, true: Callable[[], bool], what: str, limit: float = math.inf) -> None:
-    """Wait; not while the engine is paused, when nothing in flight would ever end."""
-    begun = said = time.monotonic()
-    while not true() and not await engine.is_paused():
-        await asyncio.sleep(PAUSE)
+async def _wait_until(
+    engine: Any, condition: Callable[[], bool], what: str, limit: float = math.inf
+) -> None:
+    """Wait for ``condition``, at most ``limit`` seconds.
+
+    Does not wait while the engine is paused, because requests in flight do not go on then.
+
+    Args:
+        what: what is waited for, for the log.
+    """
+    begun = logged = time.monotonic()
+    while not condition() and not await engine.is_paused():
+        await asyncio.sleep(POLL_SECONDS)
         now = time.monotonic()
         if now - begun > limit:
             return
-        if now - said > PATIENCE:
-            said = now
-            get_logger(__name__).info("For %.0f s a load waits for %s.", now - begun, what)
+        if now - logged > LOG_SECONDS:
+            logged = now
+            get_logger(__name__).info(
+                "The load of a LoRA adapter has been waiting %.0f s for %s.", now - begun, what
+            )

@@ -1,9 +1,10 @@
-"""Adapters read and staged beside the engine's steps, so that tokens of others go on meanwhile.
+"""Reads and stages adapters in a thread of the worker, so that other requests go on meanwhile.
 
-A load has two halves: reading, checking and staging, which touch nothing of the engine and may take
-seconds, and the write of one slot. The first half runs here in a thread of the worker: the server
-asks for it under a marked path (`hooks/v1_engine_async_llm.py`) until it is done, then for the load
-itself, which finds the staged adapter.
+A load has two parts. The first reads, checks and stages the tensors. It may take seconds and does
+not touch the engine. The second writes one slot and is fast. Here the first part runs in a thread.
+The front end asks for it by calling `add_lora` with a path that has `STAGE_PREFIX` in front, again
+and again until the answer is yes (`loading/admit.py`). Then it calls `add_lora` with the real path,
+and that load finds the staged adapter.
 """
 
 from __future__ import annotations
@@ -15,49 +16,61 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from ..adapters.folder import state
+from ..adapters.folder import files_state
 
-# No folder has such a name: "/" cannot stand at this place of a path or of a repository's name.
-MARK = "vllm-moe-lora-stage:/"
-FORGOTTEN = 60.0  # seconds; what nobody asked for so long (a client that went away) holds memory
+# Put before a path, it asks for the first part of the load only. No adapter's own path starts with
+# it: neither a folder nor the name of a repository contains "/" at this position.
+STAGE_PREFIX = "vllm-moe-lora-stage:/"
+# A staged adapter takes memory. It is dropped if nobody has asked for it for so many seconds, for
+# example because the client went away.
+EXPIRE_SECONDS = 60.0
 
 
 @dataclass
 class _Staging:
-    """One load under way or done; ``files`` as they were before it began to read."""
+    """One adapter that is being staged or is staged.
+
+    Attributes:
+        files: `files_state` before reading began.
+        future: its result is the staged adapter.
+        asked: `time.monotonic` of the last call that asked for it.
+    """
 
     files: tuple[Any, ...] | None
     future: Future[Any]
-    asked: float = 0.0  # when somebody last wanted to know
+    asked: float = 0.0
 
 
-class Ahead:
-    """What is being staged, or is staged and not yet fetched."""
+class BackgroundLoader:
+    """Stages adapters in a thread, one at a time, and keeps them until they are taken."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="moe-lora-stage")
-        self._staged: dict[tuple[int, str], _Staging] = {}
-        self._here = threading.local()
+        self._staged: dict[tuple[int, str], _Staging] = {}  # by adapter id and path
+        self._this_thread = threading.local()
 
-    def ready(self, number: int, path: str, load: Callable[[], Any]) -> bool:
-        """Begin at the first call, or anew if the files have changed; whether it is done.
+    def ready(self, lora_id: int, path: str, load: Callable[[], Any]) -> bool:
+        """Whether an adapter is staged. The first call starts it.
+
+        It is started again if the files have changed since then.
 
         Args:
-            number: the adapter's id.
-            path: its folder, unmarked.
-            load: reads and stages; called in the thread.
+            lora_id: the adapter's id.
+            path: its folder, without `STAGE_PREFIX`.
+            load: reads and stages the adapter; it is called in the thread.
 
         Raises:
-            Exception: what ``load`` raised; the next call begins anew.
+            Exception: what ``load`` raised. The next call starts again.
         """
-        key, now = (number, path), time.monotonic()
-        for other in [k for k, s in self._staged.items() if now - s.asked > FORGOTTEN]:
+        key, now = (lora_id, path), time.monotonic()
+        for other in [k for k, s in self._staged.items() if now - s.asked > EXPIRE_SECONDS]:
             if other != key:
                 del self._staged[other]
         one = self._staged.get(key)
-        # Looked at when it is done only: this is asked every few milliseconds, between steps.
-        if one is None or (one.future.done() and one.files != state(path)):
-            files = state(path)
+        # The files are looked at only when it is done, because this is called every few
+        # milliseconds, between the engine's steps.
+        if one is None or (one.future.done() and one.files != files_state(path)):
+            files = files_state(path)
             one = self._staged[key] = _Staging(files, self._threads.submit(self._run, load))
         one.asked = now
         if not one.future.done():
@@ -67,21 +80,25 @@ class Ahead:
         one.future.result()
         return True
 
-    def take(self, number: int, path: str) -> Any:
-        """The staged adapter, None if there is none of these files; waits if it is under way."""
-        if getattr(self._here, "staging", False):
-            return None  # this is the load that stages
-        one = self._staged.pop((number, path), None)
-        return None if one is None or one.files != state(path) else one.future.result()
+    def take(self, lora_id: int, path: str) -> Any:
+        """Return the staged adapter and forget it. Waits if it is still being staged.
+
+        Returns:
+            None if the adapter is not staged, or its files have changed since.
+        """
+        if getattr(self._this_thread, "is_staging", False):
+            return None  # `load` itself calls this: it must not wait for itself
+        one = self._staged.pop((lora_id, path), None)
+        return None if one is None or one.files != files_state(path) else one.future.result()
 
     def _run(self, load: Callable[[], Any]) -> Any:
-        self._here.staging = True
+        self._this_thread.is_staging = True
         return load()
 
 
-def of(worker_manager: Any) -> Ahead:
-    """The one `Ahead` of a worker's LoRA manager."""
-    if not hasattr(worker_manager, "moe_lora_ahead"):
-        worker_manager.moe_lora_ahead = Ahead()
-    found: Ahead = worker_manager.moe_lora_ahead
+def loader_of(worker_manager: Any) -> BackgroundLoader:
+    """The `BackgroundLoader` of a worker's LoRA manager (vLLM's `WorkerLoRAManager`)."""
+    if not hasattr(worker_manager, "moe_lora_background_loader"):
+        worker_manager.moe_lora_background_loader = BackgroundLoader()
+    found: BackgroundLoader = worker_manager.moe_lora_background_loader
     return found

@@ -1,9 +1,11 @@
-"""What an engine's front end remembers of adapters, so that a bad one never reaches a batch.
+"""What the engine's front end knows about adapters, so that a bad one never reaches a batch.
 
-Upstream loads an adapter where its first request is scheduled: an error there takes the batch, and
-the engine, with it. Here the front end asks for the load before it passes the request on, so that
-the caller gets the error and nobody else notices. What the workers hold is decided here too: an
-adapter with requests in flight is never the one that makes room for another.
+vLLM loads an adapter when its first request is scheduled. An error at that point ends the whole
+batch, and the engine with it. Here the front end has the adapter loaded before it passes the
+request on, so the caller gets the error and no other request is affected.
+
+The front end (`AsyncLLM`, or `LLMEngine` offline) also decides which adapters the workers hold. An
+adapter with requests in flight is not removed to make room for another.
 """
 
 from __future__ import annotations
@@ -21,28 +23,47 @@ from ..adapters.errors import AdapterError
 
 @dataclass
 class Version:
-    """One state of one adapter: ``path`` is unlike any other version's, ``files`` as first read."""
+    """One version of an adapter, which is one state of its files.
+
+    Attributes:
+        path: a spelling of the adapter's path that no other version has. vLLM finds cached prefixes
+            by an adapter's name and path, so those of another version are not found.
+        files: `files_state` when the load began; None if there is no such local folder.
+        ready: the load is done.
+    """
 
     path: str
     files: tuple[Any, ...] | None
     ready: bool = False
 
 
-class Known:
-    """What the workers hold (at most ``capacity`` adapters, max_cpu_loras), oldest use first."""
+class HeldAdapters:
+    """The adapters that the workers hold in CPU memory, and those that are being loaded.
+
+    Args:
+        capacity: how many the workers can hold (max_cpu_loras).
+
+    Attributes:
+        locks: one per adapter id. A caller holds it while it checks and loads the adapter.
+        entering: adapter id -> requests that have passed the check, but that the engine does not
+            have in its own list yet.
+    """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._held: OrderedDict[int, Version] = OrderedDict()
-        self._last: dict[tuple[str, str], Version] = {}  # by name and path, held or not
-        self._revisions: Counter[tuple[str, str]] = Counter()
+        self._held: OrderedDict[int, Version] = OrderedDict()  # by id, least recently used first
+        # By name and path: the version that was loaded last, even if it is not held any more, and
+        # how many spellings of the path were used.
+        self._last: dict[tuple[str, str], Version] = {}
+        self._spellings: Counter[tuple[str, str]] = Counter()
         self.locks: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self.entering: Counter[int] = Counter()  # let through, and not yet among the engine's own
+        self.entering: Counter[int] = Counter()
 
-    def has(self, request: Any) -> bool:
-        """Whether no load is needed; the adapter counts as used.
+    def is_loaded(self, request: Any) -> bool:
+        """Whether the adapter of a LoRARequest can be used without a load.
 
-        A request with load_inplace needs one if the files are not those that were read.
+        With load_inplace it needs a load if its files have changed since they were read. The
+        adapter counts as just used.
         """
         held = self._held.get(request.lora_int_id)
         if held is None or not held.ready:
@@ -50,66 +71,85 @@ class Known:
         self._held.move_to_end(request.lora_int_id)
         if not request.load_inplace:
             return True
-        return held.files is not None and held.files == folder.state(_plain(request))
+        return held.files is not None and held.files == folder.files_state(_plain(request))
 
-    def replaces(self, number: int) -> bool:
-        return number in self._held and self._held[number].ready
+    def replaces(self, lora_id: int) -> bool:
+        """Whether loading the adapter replaces a version that is held."""
+        return lora_id in self._held and self._held[lora_id].ready
 
-    def full(self, number: int) -> bool:
-        """Whether room has to be made for adapter ``number``."""
-        return number not in self._held and len(self._held) >= self._capacity
+    def needs_room(self, lora_id: int) -> bool:
+        """Whether another adapter has to be removed before this one can be loaded."""
+        return lora_id not in self._held and len(self._held) >= self._capacity
 
     def idle(self, in_flight: Counter[int]) -> int | None:
-        """The adapter that was used longest ago, of those that nobody uses."""
+        """The least recently used of the adapters that no request uses; None if there is none.
+
+        Args:
+            in_flight: adapter id -> number of unfinished requests, from `in_flight`.
+        """
         ids = (i for i, held in self._held.items() if held.ready and not in_flight[i])
         return next(ids, None)
 
-    def make_room(self, number: int, in_flight: Counter[int]) -> int | None:
-        """Forget an idle adapter if ``number`` needs its place; the workers are to do so too."""
-        gone = self.idle(in_flight) if self.full(number) else None
-        if gone is not None:
-            del self._held[gone]
-        return gone
+    def make_room(self, lora_id: int, in_flight: Counter[int]) -> int | None:
+        """Forget an idle adapter if that is needed to load this one.
+
+        Returns:
+            The id of the forgotten adapter, which the caller has to remove from the workers; None
+            if there is room, or no adapter is idle.
+        """
+        dropped = self.idle(in_flight) if self.needs_room(lora_id) else None
+        if dropped is not None:
+            del self._held[dropped]
+        return dropped
 
     def begin(self, request: Any) -> tuple[Any, Version]:
-        """A copy of ``request`` to load by; the place is taken until `done` or `failed`.
+        """Begin a load. It takes one place of the capacity until `done` or `failed` is called.
 
-        A version gets a spelling of its path that no other one of that name had, because cached
-        prefixes are found by name and path.
+        Returns:
+            A copy of ``request`` with the path of the version, and the version. If the files are
+            as they were at the last load, the version has the path that it had then, so that cached
+            prefixes are found again.
         """
-        files, key = folder.state(_plain(request)), (request.lora_name, _plain(request))
+        files, key = folder.files_state(_plain(request)), (request.lora_name, _plain(request))
         path, last = request.lora_path, self._last.get(key)
         if last is not None:
             path = last.path
             if last.files != files or (files is None and request.load_inplace):
                 from vllm.lora.utils import get_adapter_absolute_path
 
-                self._revisions[key] += 1
-                path = get_adapter_absolute_path(_plain(request)) + "/." * self._revisions[key]
+                # "/." at the end of a path changes its spelling, but not the folder.
+                self._spellings[key] += 1
+                path = get_adapter_absolute_path(_plain(request)) + "/." * self._spellings[key]
         version = Version(path, files)
         self._held.setdefault(request.lora_int_id, version)
-        asked = copy.copy(request)
-        asked.lora_path = path
-        return asked, version
+        versioned = copy.copy(request)
+        versioned.lora_path = path
+        return versioned, version
 
     def done(self, request: Any, version: Version) -> None:
+        """End a load that succeeded."""
         version.ready = True
-        number = request.lora_int_id
-        self._held[number] = self._last[request.lora_name, _plain(request)] = version
-        self._held.move_to_end(number)
-        while len(self._held) > self._capacity:  # no idle one: the workers take the oldest
+        lora_id = request.lora_int_id
+        self._held[lora_id] = self._last[request.lora_name, _plain(request)] = version
+        self._held.move_to_end(lora_id)
+        # More than fit are held if no adapter was idle. The workers drop the least recently used.
+        while len(self._held) > self._capacity:
             self._held.popitem(last=False)
 
     def failed(self, request: Any, version: Version) -> None:
-        """An earlier version, if there is one, stays."""
+        """End a load that failed. If there is an earlier version, it stays."""
         if self._held.get(request.lora_int_id) is version:
             del self._held[request.lora_int_id]
 
-    def forget(self, number: int) -> None:
-        self._held.pop(number, None)
+    def forget(self, lora_id: int) -> None:
+        """Forget an adapter that was removed from the workers."""
+        self._held.pop(lora_id, None)
 
-    def now(self, request: Any) -> Any:
-        """A copy of ``request`` for the scheduler: the version held, which is not loaded again."""
+    def for_scheduler(self, request: Any) -> Any:
+        """A copy of ``request`` for the scheduler, with the path of the version that is held.
+
+        It has no load_inplace, so that vLLM does not load the adapter again.
+        """
         found = copy.copy(request)
         found.load_inplace = False
         held = self._held.get(request.lora_int_id)
@@ -119,22 +159,27 @@ class Known:
 
 
 def _plain(request: Any) -> str:
+    """The request's path without the "/." that `HeldAdapters.begin` appends."""
     return re.sub(r"(/\.)+$", "", request.lora_path)
 
 
-def of(engine: Any) -> Known | None:
-    """The one `Known` of an `AsyncLLM` or `LLMEngine`; None without LoRA or without experts."""
+def held_adapters(engine: Any) -> HeldAdapters | None:
+    """The `HeldAdapters` of an `AsyncLLM` or `LLMEngine`.
+
+    None if the engine has no LoRA or its model has no routed experts. vLLM's code then runs
+    unchanged.
+    """
     if engine.vllm_config.lora_config is None or not engine.model_config.is_moe:
         return None
-    if not hasattr(engine, "moe_lora_known"):
-        engine.moe_lora_known = Known(engine.vllm_config.lora_config.max_cpu_loras)
-    found: Known = engine.moe_lora_known
+    if not hasattr(engine, "moe_lora_held"):
+        engine.moe_lora_held = HeldAdapters(engine.vllm_config.lora_config.max_cpu_loras)
+    found: HeldAdapters = engine.moe_lora_held
     return found
 
 
 def in_flight(engine: Any) -> Counter[int]:
-    """Adapter id -> unfinished requests, of an `AsyncLLM` or `LLMEngine`."""
-    found = Counter(engine.moe_lora_known.entering)
+    """Adapter id -> number of unfinished requests of an `AsyncLLM` or `LLMEngine`."""
+    found = Counter(engine.moe_lora_held.entering)
     for state in engine.output_processor.request_states.values():
         if state.lora_request is not None:
             found[state.lora_request.lora_int_id] += 1
@@ -142,7 +187,14 @@ def in_flight(engine: Any) -> Counter[int]:
 
 
 def lora_request_of(args: tuple[Any, ...], more: dict[str, Any]) -> Any:
-    """The LoRARequest among the arguments of `add_request` (without self), or None."""
+    """The LoRARequest among the arguments of vLLM's `add_request`, or None.
+
+    It is the argument ``lora_request``, or an attribute of the prompt.
+
+    Args:
+        args: positional arguments without self.
+        more: keyword arguments.
+    """
     given = more.get("lora_request", args[4] if len(args) > 4 else None)
     return given or getattr(_prompt_of(args, more), "lora_request", None)
 
@@ -154,7 +206,7 @@ def _prompt_of(args: tuple[Any, ...], more: dict[str, Any]) -> Any:
 def with_lora_request(
     request: Any, args: tuple[Any, ...], more: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of `add_request` with ``request`` where they had one."""
+    """The arguments of `add_request` with ``request`` in place of the LoRARequest they had."""
     prompt = _prompt_of(args, more)
     if getattr(prompt, "lora_request", None):
         prompt.lora_request = request
@@ -165,13 +217,21 @@ def with_lora_request(
     return args, more
 
 
-def plainly(error: BaseException, asked: Any, request: Any) -> BaseException:
-    """The sentence of an `AdapterError` out of what vLLM's processes wrapped around it.
+def unwrapped_error(error: BaseException, versioned: Any, request: Any) -> BaseException:
+    """The error to raise to the caller for a load that failed in a worker.
+
+    vLLM's processes raise a new error whose text contains ours. Our message is found in it by
+    `errors.message_prefix`.
 
     Args:
-        error: of a load by ``asked``, which is ``request`` under its version's path.
+        error: what the load raised.
+        versioned: the LoRARequest that was loaded, with the path of its version.
+        request: the caller's LoRARequest.
+
+    Returns:
+        An `AdapterError` if that was the cause, else ``error``, which names the caller's path.
     """
-    text = str(error).replace(asked.lora_path, request.lora_path)
+    text = str(error).replace(versioned.lora_path, request.lora_path)
     found = re.search(r"LoRA adapter \d+: .*", text, re.DOTALL)
     if isinstance(error, AdapterError):
         return error

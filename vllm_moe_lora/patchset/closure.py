@@ -1,25 +1,33 @@
-"""Which of our files a feature needs, so that a patch carries those and no others."""
+"""Finds the files of this package that a hook needs, so that a patch contains only those.
+
+It reads the import statements in the source files.
+"""
 
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import pkgutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from vllm_moe_lora import hooks as hooks_room
+from vllm_moe_lora import hooks as hooks_package
 from vllm_moe_lora.patching import Hook
 from vllm_moe_lora.sources import parse
 
 PACKAGE = Path(__file__).resolve().parents[1]
-BASE = ("seams.py",)  # what every feature needs, with what that imports
+BASE = ("seams.py",)  # every feature needs this file, and what it imports
 
 
 def closure(roots: Iterable[str]) -> set[str]:
-    """The files below the package, "fitting/fit.py", that importing and using ``roots`` may load.
+    """Return ``roots`` and all files that they import, directly or not, also inside of functions.
 
-    Imports inside functions count. Raises LookupError for an import of ours that is no file.
+    Args:
+        roots: paths below the package, such as "fitting/fit.py". So is the result.
+
+    Raises:
+        LookupError: a relative import names no file.
     """
     found: set[str] = set()
     todo = list(roots)
@@ -27,23 +35,21 @@ def closure(roots: Iterable[str]) -> set[str]:
         path = todo.pop()
         if path not in found:
             found.add(path)
-            tree = parse((PACKAGE / path).read_text(encoding="utf-8"))
             todo += _inits(path)
-            todo += _imported(path, ast.walk(tree))
+            todo += _imports(path, (PACKAGE / path).read_text(encoding="utf-8"))
     return found
 
 
-def needed(hooks: Iterable[Hook]) -> set[str]:
-    """The files that ``hooks`` need.
+def files_needed(hooks: Iterable[Hook]) -> set[str]:
+    """Return the files that ``hooks`` need, as paths below the package.
 
-    Of a hooks file, only the functions of these hooks count: it may hold hooks of other releases,
-    whose payload is never called.
+    A file in hooks/ may also have hooks of other releases. What only those import is left out.
     """
     files, roots = set(), set()
     for hook in hooks:
-        # The record may lie in another file than its function: lora_models.py has no functions.
-        files |= closure(_records(hook))
-        make = getattr(hook.make, "func", hook.make)  # a functools.partial
+        # The record may be in another file than its function: lora_models.py has no functions.
+        files |= closure(_record_file(hook))
+        make = getattr(hook.make, "func", hook.make)  # of a functools.partial
         parts = make.__module__.split(".")
         path = "/".join(parts[parts.index("hooks") :]) + ".py"
         files.add(path)
@@ -53,19 +59,19 @@ def needed(hooks: Iterable[Hook]) -> set[str]:
     return files | closure(roots)
 
 
-def _records(hook: Hook) -> list[str]:
-    """The file of hooks/ that has the record, unless its function's own has it."""
-    for module in pkgutil.iter_modules(hooks_room.__path__):
-        name = f"{hooks_room.__name__}.{module.name}"
+def _record_file(hook: Hook) -> list[str]:
+    """Return the file in hooks/ that has the record; none if the file of its function has it."""
+    for module in pkgutil.iter_modules(hooks_package.__path__):
+        name = f"{hooks_package.__name__}.{module.name}"
         if name != hook.make.__module__ and hook in importlib.import_module(name).HOOKS:
             return [f"hooks/{module.name}.py"]
     return []
 
 
 def _reachable(tree: ast.Module, name: str) -> Iterator[ast.AST]:
-    """Nodes of the module's own level, and of the functions that ``name`` may lead to."""
+    """Yield the nodes outside of functions, and those of the functions that ``name`` may call."""
     own = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    if name not in own:  # made in a way that is not understood here
+    if name not in own:  # not a plain function, so take everything
         yield from ast.walk(tree)
         return
     yield from (
@@ -83,7 +89,14 @@ def _reachable(tree: ast.Module, name: str) -> Iterator[ast.AST]:
                 todo.append(node.id)
 
 
+@functools.lru_cache(maxsize=256)
+def _imports(path: str, text: str) -> tuple[str, ...]:
+    """Return the files that a file with this text imports anywhere; each feature asks again."""
+    return tuple(_imported(path, ast.walk(parse(text))))
+
+
 def _imported(path: str, nodes: Iterable[ast.AST]) -> Iterator[str]:
+    """Yield the files that the relative imports among ``nodes``, of the file ``path``, name."""
     home = path.split("/")[:-1]
     for node in nodes:
         if not isinstance(node, ast.ImportFrom) or not node.level:
@@ -91,7 +104,7 @@ def _imported(path: str, nodes: Iterable[ast.AST]) -> Iterator[str]:
         above = home[: len(home) - node.level + 1]
         parts = [*above, *(node.module.split(".") if node.module else [])]
         if (PACKAGE.joinpath(*parts)).is_dir():
-            # `from ..layers import aliases`: files, or names of the folder's __init__.
+            # As in `from ..layers import x`: x is a file, or a name in the folder's __init__.
             for name in node.names:
                 file = "/".join([*parts, f"{name.name}.py"])
                 yield file if (PACKAGE / file).is_file() else _file(path, [*parts, "__init__"])
@@ -100,6 +113,7 @@ def _imported(path: str, nodes: Iterable[ast.AST]) -> Iterator[str]:
 
 
 def _file(path: str, parts: list[str]) -> str:
+    """Return the file of a module. Raises LookupError if it does not exist."""
     file = "/".join(parts) + ".py"
     if not (PACKAGE / file).is_file():
         raise LookupError(f"{path} imports {file}, which does not exist")
@@ -107,7 +121,7 @@ def _file(path: str, parts: list[str]) -> str:
 
 
 def _inits(path: str) -> Iterator[str]:
-    """The __init__ of each folder on the way, the package's own left out."""
+    """Yield the __init__ of each folder above ``path``, without that of the package itself."""
     parts = path.split("/")[:-1]
     for depth in range(1, len(parts) + 1):
         file = "/".join([*parts[:depth], "__init__.py"])

@@ -13,17 +13,22 @@ CONTEXT = 3
 AUTHOR = "vllm-moe-lora <vllm-moe-lora@localhost>"
 DATE = "Thu, 1 Jan 2026 00:00:00 +0000"
 
-# Subjects in upstream's style. A feature that is not named here gets one made of its name.
+# What each patch does, in the style of vLLM's own subjects; at most 80 characters. Every feature in
+# supported.toml has one: a feature's name says too little.
 SUBJECTS = {
-    FIRST: "[Misc][LoRA] Add the seams that LoRA on MoE models hangs on",
+    FIRST: "[Misc][LoRA] Add the decorator that applies LoRA fixes for MoE models",
     "adapters": "[Bugfix][LoRA] Read every layout of routed experts, account for every tensor",
-    "shared-experts": "[Bugfix][LoRA] Point every alias of a wrapped module at its wrapper",
-    "cpu-dense-lora": "[Bugfix][LoRA][CPU] No adapter for tokens without one on MoE models",
-    "cpu-experts": "[Feature][LoRA][CPU] Unquantized MoE experts take LoRA",
-    "cpu-int4-experts": "[Feature][LoRA][CPU] INT4 MoE experts take LoRA",
+    "cpu-dense-lora": "[Bugfix][LoRA][CPU] Add no adapter to base tokens of MoE models",
+    "cpu-experts": "[Feature][LoRA][CPU] Apply LoRA to unquantized MoE experts",
+    "cpu-int4-experts": "[Feature][LoRA][CPU] Apply LoRA to INT4 MoE experts",
+    "gpu-experts": "[Bugfix][LoRA] Correct LoRA on GPU experts: Llama-4, gpt-oss, TRT-LLM",
     "isolation": "[Bugfix][LoRA] Clear recycled KV cache blocks of engines that run adapters",
-    "quantised-experts": "[Bugfix][LoRA] Wrap MoE layers of quantized weights",
+    "moe-kernels": "[Kernel][LoRA] Add MoE kernels in Triton behind VLLM_MOE_LORA_KERNELS",
+    "parallel-experts": "[Bugfix][LoRA] Correct MoE LoRA under tensor and expert parallelism",
+    "quantised-experts": "[Bugfix][LoRA] Wrap quantized MoE layers, apply LoRA in their kernels",
     "safe-loading": "[Bugfix][LoRA] Load an adapter before its requests are scheduled",
+    "shared-experts": "[Bugfix][LoRA] Apply adapters to shared experts and gates of MoE layers",
+    "untargeted-experts": "[LoRA] Build experts without LoRA where no adapter can reach them",
 }
 FIRST_BODY = """\
 Adds vllm/lora/moe_lora with `seam`, a decorator that replaces the function it stands above by one
@@ -33,9 +38,14 @@ every module may do so."""
 
 
 def subject(patch: Patch) -> str:
-    """The patch's first line."""
-    plain = patch.name.replace("-", " ").capitalize()
-    return SUBJECTS.get(patch.name, f"[Bugfix][LoRA] {plain}")
+    """Return the patch's first line.
+
+    Raises:
+        LookupError: `SUBJECTS` has none for the patch.
+    """
+    if patch.name not in SUBJECTS:
+        raise LookupError(f"patchset/mail.py has no subject for the patch {patch.name}")
+    return SUBJECTS[patch.name]
 
 
 def message(patch: Patch) -> str:

@@ -1,4 +1,4 @@
-"""The patches of a release: what each adds to which files."""
+"""Makes the patches of a vLLM release: one for the decorator `seam`, then one for each feature."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 from vllm_moe_lora import supported
 from vllm_moe_lora.hooks import all_hooks
 from vllm_moe_lora.patching import Hook
-from vllm_moe_lora.patchset.closure import BASE, PACKAGE, closure, needed
-from vllm_moe_lora.patchset.weave import Seam, WeaveError, unweave, weave
+from vllm_moe_lora.patchset.closure import BASE, PACKAGE, closure, files_needed
+from vllm_moe_lora.patchset.weave import Seam, SeamError, add_seams, remove_seams
 from vllm_moe_lora.sources import Found, Reader, find, module_file
 
-HOME = "vllm/lora/moe_lora"
-FIRST = "moe-lora-seams"
-INIT = '''"""LoRA on Mixture-of-Experts models: seams for the files of vLLM, and what they call."""
+HOME = "vllm/lora/moe_lora"  # where files of this package are put in a tree
+FIRST = "moe-lora-seams"  # the name of the first patch
+INIT = '''"""LoRA on Mixture-of-Experts models: the decorator `seam`, and the code it applies."""
 
 from .seams import seam
 
@@ -31,17 +31,18 @@ RELEASE = "{release}"
 
 
 class SeriesError(Exception):
-    """A release for which no patches can be made; the text says which hook and why."""
+    """No patches can be made for a tree. The text says which hook is the reason, and why."""
 
 
 @dataclass
 class Patch:
-    """One change.
+    """One patch.
 
     Attributes:
-        name: of the file, without ".patch"; the feature's, but for the first.
-        hooks: that it applies.
-        files: path below the tree -> its text before (None: it is new) and after.
+        name: of the patch file, without ".patch": the feature's name, or `FIRST`.
+        hooks: the hooks that it applies.
+        files: path below the tree -> the file's text before the patch (None for a new file) and
+            after it.
     """
 
     name: str
@@ -49,31 +50,32 @@ class Patch:
     files: dict[str, tuple[str | None, str]] = field(default_factory=dict)
 
 
-def pristine(file: Path) -> str:
-    """A file's text as upstream has it, whether seams were put in or not."""
-    # Not read_text: the end of a line is to stay what it is.
-    return unweave(file.read_bytes().decode())
+def upstream_text(file: Path) -> str:
+    """Return a file's text as vLLM has it: without seams, if it has any."""
+    # Not read_text, which would change the ends of lines.
+    return remove_seams(file.read_bytes().decode())
 
 
 def hooks_of(release: str) -> list[Hook]:
-    """What the plugin applies on ``release``, a known one, on all platforms together."""
+    """Return the hooks that the plugin applies on a supported release, for all platforms."""
     return supported.made_for(release, all_hooks())
 
 
-def series(tree: Path, release: str, reader: Reader = pristine) -> list[Patch]:
-    """The patches that make the plugin's changes for ``release``, in their order.
+def series(tree: Path, release: str, reader: Reader = upstream_text) -> list[Patch]:
+    """Make the patches for ``release``, in the order in which they are applied.
 
     Args:
-        tree: the folder that holds ``vllm/``.
-        release: one that supported.toml has a row for.
-        reader: gives a file's text as upstream has it.
+        tree: the folder that contains ``vllm/``.
+        release: a supported release, from supported.toml.
+        reader: returns a file's text without seams.
 
     Raises:
-        SeriesError: a hook cannot be a seam there.
+        SeriesError: a hook of the release cannot become a seam in this tree.
     """
     first = Patch(FIRST)
     shipped = closure(BASE)
-    first.files = {f"{HOME}/__init__.py": (None, INIT.format(release=release)), **_payload(shipped)}
+    first.files = {f"{HOME}/__init__.py": (None, INIT.format(release=release))}
+    first.files |= _new_files(shipped)
     patches = [first]
     seams: dict[str, list[Seam]] = {}
     features: dict[str, list[Hook]] = {}
@@ -84,95 +86,111 @@ def series(tree: Path, release: str, reader: Reader = pristine) -> list[Patch]:
         touched: dict[str, list[Seam]] = {}
         for hook in sorted(features[feature], key=lambda one: one.target):
             try:
-                if place := _place(tree, hook, reader):
-                    path, seam = place
+                if found := _seam_of(tree, hook, reader):
+                    path, seam = found
                     touched.setdefault(path, []).append(seam)
                     patch.hooks.append(hook)
             except (LookupError, SyntaxError, UnicodeError) as error:
                 raise SeriesError(f"{hook.target}: {error}") from error
-        new = needed(patch.hooks) - shipped
+        new = files_needed(patch.hooks) - shipped
         shipped |= new
-        patch.files = _payload(new)
+        patch.files = _new_files(new)
         for path in sorted(touched):
             text, before = reader(tree / path), seams.get(path, [])
             seams[path] = [*before, *touched[path]]
             try:
-                patch.files[path] = (weave(text, before), weave(text, seams[path]))
-            except WeaveError as error:
+                patch.files[path] = (add_seams(text, before), add_seams(text, seams[path]))
+            except SeamError as error:
                 raise SeriesError(f"{path}: {error}") from error
         if patch.hooks:
             patches.append(patch)
     return patches
 
 
-def _payload(paths: Iterable[str]) -> dict[str, tuple[str | None, str]]:
+def _new_files(paths: Iterable[str]) -> dict[str, tuple[str | None, str]]:
+    """Return the entries of `Patch.files` for files of this package."""
     return {
         f"{HOME}/{path}": (None, (PACKAGE / path).read_bytes().decode()) for path in sorted(paths)
     }
 
 
-def _place(tree: Path, hook: Hook, reader: Reader) -> tuple[str, Seam] | None:
-    """File and seam of a hook, None where it steps aside. Raises LookupError, SeriesError."""
+def _seam_of(tree: Path, hook: Hook, reader: Reader) -> tuple[str, Seam] | None:
+    """Find the place of a hook's seam.
+
+    Returns:
+        The file's path below the tree, and the seam. None if the hook replaces nothing in this
+        release.
+
+    Raises:
+        LookupError: the hook's target is not in the tree.
+        SeriesError: no seam can replace the target.
+    """
     module, _, name = hook.target.partition(":")
     found = find(tree, hook.target, reader)
     if not hook.hashed and found.module == module:
-        raise SeriesError(f"{hook.target} is plain data, which no decorator can stand above")
-    if hook.hashed and _steps_aside(hook, found, reader):
+        raise SeriesError(f"{hook.target} is a constant, and a constant cannot be decorated")
+    if hook.hashed and _returns_original(hook, found, reader):
         return None
     if found.inherited:
         return _override(tree, hook, found, reader)
     if found.module == module:
-        return _below(tree, found.file), Seam(hook.feature, name)
+        return _relative(tree, found.file), Seam(hook.feature, name)
     if "." in name:
-        # A class that the module imports: it is one object, so its home will do.
-        return _below(tree, found.file), Seam(hook.feature, name, module=module)
+        # A method of a class that the module imports. There is only one such class, so the seam can
+        # be where the class is defined.
+        return _relative(tree, found.file), Seam(hook.feature, name, module=module)
     if found.node.name != name or hook.also:
-        raise SeriesError(f"{hook.target} is imported there under several names: hook its home")
-    # Only the name of this module is replaced, as the plugin does.
+        raise SeriesError(
+            f"{hook.target} is imported under another or several names; the hook's target must be "
+            f"{found.module}:{found.node.name}, where it is defined"
+        )
+    # Like the plugin, replace the name in this module only.
     file = module_file(tree, module)
-    return _below(tree, file), Seam(hook.feature, name, "name", module)
+    return _relative(tree, file), Seam(hook.feature, name, "name", module)
 
 
 def _override(tree: Path, hook: Hook, found: Found, reader: Reader) -> tuple[str, Seam]:
+    """Return file and seam for an inherited target: a new method that calls the inherited one."""
     module, _, name = hook.target.partition(":")
     owner = find(tree, f"{module}:{name.rpartition('.')[0]}", reader)
-    marks = [ast.unparse(one) for one in getattr(found.node, "decorator_list", ["?"])]
-    kind = {(): "override", ("property",): "property"}.get(tuple(marks))
+    decorators = [ast.unparse(one) for one in getattr(found.node, "decorator_list", ["?"])]
+    kind = {(): "override", ("property",): "property"}.get(tuple(decorators))
     if kind is None or type(found.node).__name__ != "FunctionDef" or owner.module != module:
         raise SeriesError(
-            f"{hook.target} is inherited from {found.module}, and no plain method or property"
+            f"{hook.target} is inherited from {found.module}; a seam can only replace inherited "
+            "methods and properties without further decorators"
         )
-    return _below(tree, owner.file), Seam(hook.feature, name, kind)
+    return _relative(tree, owner.file), Seam(hook.feature, name, kind)
 
 
-def _below(tree: Path, file: Path) -> str:
+def _relative(tree: Path, file: Path) -> str:
     return file.relative_to(tree).as_posix()
 
 
-def _steps_aside(hook: Hook, found: Found, reader: Reader) -> bool:
-    """Whether `make` gives back the original: a seam would do nothing.
+def _returns_original(hook: Hook, found: Found, reader: Reader) -> bool:
+    """Return whether ``hook.make`` returns the original, so that a seam would do nothing.
 
-    It is asked with a function of the same source that cannot be called to any use; nothing of
-    the tree is run.
+    ``make`` gets a function that is compiled from the target's source. Such a function can be
+    inspected, but not called, and nothing of the tree is run.
     """
     original: Any = _function(reader(found.file), str(found.file), found.line)
-    for mark in getattr(found.node, "decorator_list", ()):
-        kind = getattr(mark, "id", "")
+    for decorator in getattr(found.node, "decorator_list", ()):
+        kind = getattr(decorator, "id", "")
         if kind == "property":
             original = property(original)
         elif kind == "classmethod":
             original = types.MethodType(original, object)
     try:
         return hook.make(original) is original
-    except Exception:  # it wants more of the original than there is
+    except Exception:  # `make` does more with the original than inspect it
         return False
 
 
 @functools.lru_cache(maxsize=512)
 def _function(text: str, name: str, line: int) -> Any:
-    """The function that begins in ``line``, without the module around it."""
+    """Compile the function that begins in ``line``, with an empty module around it."""
     name = f"<{name} without seams>"
-    # Where `inspect.getsource` looks.
+    # `inspect.getsource` takes the source from here.
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     todo = [compile(text, name, "exec", dont_inherit=True)]
     while todo:

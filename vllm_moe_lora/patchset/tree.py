@@ -1,4 +1,7 @@
-"""One tree of vLLM's files: where it is, which release, and how far it is patched."""
+"""Looks at a tree of vLLM's files: where it is, which release it is, which patches are applied.
+
+A tree is a git checkout, an unpacked source archive, or the site-packages of an installed vLLM.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,28 @@ from pathlib import Path
 from vllm_moe_lora import supported
 from vllm_moe_lora.hooks import all_hooks
 from vllm_moe_lora.patching import digest
-from vllm_moe_lora.patchset.series import HOME, Patch, SeriesError, hooks_of, pristine, series
+from vllm_moe_lora.patchset.series import (
+    HOME,
+    Patch,
+    SeriesError,
+    hooks_of,
+    series,
+    upstream_text,
+)
 from vllm_moe_lora.patchset.weave import IMPORT
 from vllm_moe_lora.patchset.write import TEMPORARY
 from vllm_moe_lora.sources import find, target_text
 
-SHOWN = 12  # lines of a function that is not what it should be
+SHOWN = 12  # how many lines of a changed function, or names of files, a message shows
 
 
 class Refusal(Exception):
-    """Nothing is done; `what` is in the way and `cure` gets it out of it."""
+    """The command was not carried out, and nothing was changed.
+
+    Attributes:
+        what: the reason.
+        cure: what the user can do.
+    """
 
     def __init__(self, what: str, cure: str) -> None:
         super().__init__(f"{what}. Cure: {cure}")
@@ -32,16 +47,18 @@ class Refusal(Exception):
 
 @dataclass
 class Tree:
-    """What `look` found.
+    """What `look` found out.
 
     Attributes:
-        root: the folder that holds ``vllm/``.
-        release: whose patches it takes.
-        how: how that is known.
-        patches: in their order.
-        done: how many of them are there; None where the files fit none of the steps.
-        odd: the files that fit no step, with why; only where ``done`` is None.
-        problems: hooked sources that are not the release's, as text.
+        root: the folder that contains ``vllm/``.
+        release: the vLLM release of the tree.
+        how: how the release was found, for messages.
+        patches: the patches for this release, in their order.
+        done: how many of them are applied, from the first on. None if the files are in no state
+            that applying the patches one by one leads to.
+        odd: if ``done`` is None: which files do not fit, and why.
+        problems: the functions to patch that are not as in the release. One text each, with file,
+            line and source.
     """
 
     root: Path
@@ -53,7 +70,10 @@ class Tree:
     problems: list[str] = field(default_factory=list)
 
     def texts(self, count: int) -> dict[str, str | None]:
-        """Every file that the patches touch -> its text after the first ``count``, or None."""
+        """Return the text of all files that the patches change, after the first ``count`` patches.
+
+        The text is None if the file does not exist then.
+        """
         found: dict[str, str | None] = {}
         for number, patch in enumerate(self.patches):
             for path, (before, after) in patch.files.items():
@@ -64,21 +84,22 @@ class Tree:
 
 
 def look(place: Path | None, release: str | None = None) -> Tree:
-    """How a tree stands. Reads only.
+    """Look at a tree, without changing it.
 
     Args:
-        place: the folder that holds ``vllm/``; None for the vLLM that Python would import.
-        release: to be taken for, whatever the tree says of itself.
+        place: the folder that contains ``vllm/``. None for the vLLM that Python would import.
+        release: the release to take the tree for. None to find out.
 
     Raises:
-        Refusal: there is no vLLM, its release is unknown, or has no patches.
+        Refusal: there is no vLLM, its release is not supported, or no patches can be made for it.
     """
     root = _locate(place)
     try:
         return _look(root, release)
     except OSError as error:
         raise Refusal(
-            f"{error.filename} cannot be read: {error.strerror}", "read access"
+            f"{error.filename} cannot be read: {error.strerror}",
+            "run it as a user who may read the file",
         ) from error
 
 
@@ -88,18 +109,19 @@ def _look(root: Path, release: str | None) -> Tree:
     try:
         patches = series(root, number)
     except SeriesError as error:
-        patches, broken = [], f"vLLM {number} as it is there cannot be patched: {error}"
+        patches, broken = [], f"this tree of vLLM {number} cannot be patched: {error}"
     else:
         broken = ""
     tree = Tree(root, number, how, patches, problems=_problems(root, number, digests))
     if broken and not tree.problems:
-        raise Refusal(broken, "upgrade vllm-moe-lora, or take an untouched tree of that release")
+        raise Refusal(broken, "upgrade vllm-moe-lora, or use an unchanged tree of that release")
     if patches:
-        _stand(tree)
+        _find_state(tree)
     return tree
 
 
 def _locate(place: Path | None) -> Path:
+    """Return the folder that contains ``vllm/``. Raises Refusal."""
     if place is None:
         spec = importlib.util.find_spec("vllm")  # imports nothing
         if spec is None or not spec.origin:
@@ -107,59 +129,79 @@ def _locate(place: Path | None) -> Path:
         place = Path(spec.origin).parents[1]
     root = place.resolve()
     if not (root / "vllm" / "lora" / "__init__.py").is_file():
-        cure = "name the folder that holds vllm/: a checkout, or site-packages"
+        cure = "name the folder that contains vllm/: a checkout, or site-packages"
         if (root / "lora" / "__init__.py").is_file() and root.name == "vllm":
             cure = f"--tree {root.parent}"
-        raise Refusal(f"{root} is no tree of vLLM: it has no vllm/lora/__init__.py", cure)
+        raise Refusal(f"{root} is not a tree of vLLM: it has no vllm/lora/__init__.py", cure)
     return root
 
 
 def _digests(root: Path) -> dict[str, str | None]:
-    """Target of each hook -> digest of its source as upstream has it, None where it is not."""
+    """Return the target of each hook -> the digest of its source without seams; None if missing."""
     found: dict[str, str | None] = {}
     for hook in all_hooks():
         try:
-            found[hook.target] = digest(target_text(root, hook.target, pristine))
+            found[hook.target] = digest(target_text(root, hook.target, upstream_text))
         except (LookupError, SyntaxError, UnicodeError):
             found[hook.target] = None
     return found
 
 
 def _fits(release: str, digests: Mapping[str, str | None]) -> bool:
+    """Return whether all functions to patch are as in ``release``."""
     known = supported.hashes(release)
     hooks = [hook for hook in hooks_of(release) if hook.hashed]
     return all(digests[hook.target] in known.get(hook.target, ()) for hook in hooks)
 
 
 def _release(root: Path, digests: Mapping[str, str | None], wanted: str | None) -> tuple[str, str]:
-    """Which release the tree is, and how that is known. Raises Refusal."""
+    """Find out which release the tree is.
+
+    Args:
+        root: the folder that contains ``vllm/``.
+        digests: from `_digests`.
+        wanted: the release that the user named, if any.
+
+    Returns:
+        The release, and how it was found.
+
+    Raises:
+        Refusal: the release is not supported, or cannot be found.
+    """
     known = list(supported.releases())
     names = ", ".join(known)
     if wanted is not None:
         if wanted not in known:
-            raise Refusal(f"vLLM {wanted} is not a release it knows ({names})", "name one of them")
-        return wanted, "as you say"
-    said, by = _said(root)
-    plain = supported.release_of(said)
+            what = f"vLLM {wanted} is not a supported release (supported: {names})"
+            raise Refusal(what, "name one of them")
+        return wanted, "as --release says"
+    version, source = _declared_version(root)
+    plain = supported.release_of(version)
     if plain in known:
-        return plain, f"{by} says {said}"
+        return plain, f"{source} says {version}"
     fitting = [release for release in known if _fits(release, digests)]
     if re.fullmatch(r"[0-9.]+", plain) and plain != "0.0.0":
-        cure = "upgrade vllm-moe-lora" + (
-            f", or --release {fitting[-1]}, whose sources it has" if fitting else ""
+        cure = "upgrade vllm-moe-lora"
+        if fitting:
+            cure += f", or --release {fitting[-1]}, which has the same functions to patch"
+        raise Refusal(
+            f"{root} is vLLM {version} ({source}), which is not a supported release (supported: "
+            f"{names})",
+            cure,
         )
-        raise Refusal(f"{root} is vLLM {said} ({by}), not a release it knows ({names})", cure)
     if not fitting:
         raise Refusal(
-            f"{root} does not say its release, and its sources are of none it knows ({names})",
-            "--release X says what to take it for, and then shows what differs",
+            f"{root} does not say which release it is, and its functions are not those of a "
+            f"supported release ({names})",
+            "name the release with --release X; the command then shows what differs",
         )
-    # Where several fit, their hooked sources are the same, and so are their patches.
-    return fitting[-1], f"by its sources; {by} says {said}" if said else "by its sources"
+    # If several releases fit, their functions to patch are the same, and so are their patches.
+    how = "by its sources"
+    return fitting[-1], f"{how}; {source} says {version}" if version else how
 
 
-def _said(root: Path) -> tuple[str, str]:
-    """The version a tree gives itself and where, two empty texts where it does not."""
+def _declared_version(root: Path) -> tuple[str, str]:
+    """Return the version that a tree declares, and where; ("", "") if it declares none."""
     file = root / "vllm" / "_version.py"
     if file.is_file():
         text = file.read_text(errors="replace")
@@ -178,7 +220,7 @@ def _said(root: Path) -> tuple[str, str]:
 
 
 def git(root: Path, *args: str) -> str | None:
-    """What git prints, None where there is no git or it fails. Takes no locks."""
+    """Return what a git command prints; None if it fails or git is missing. It takes no locks."""
     if shutil.which("git") is None:
         return None
     command = ["git", "--no-optional-locks", "-C", str(root), *args]
@@ -187,58 +229,63 @@ def git(root: Path, *args: str) -> str | None:
 
 
 def _problems(root: Path, release: str, digests: Mapping[str, str | None]) -> list[str]:
-    """The hooked sources that are not the release's: file, line and what is there."""
+    """Return a text for each function to patch that is not as in the release (`Tree.problems`)."""
     found, known = [], supported.hashes(release)
     for hook in hooks_of(release):
         have = digests[hook.target]
         if not hook.hashed or have in known.get(hook.target, ()):
             continue
         if have is None:
-            found.append(f"{hook.target}: there is no such thing in this tree")
+            found.append(f"{hook.target} does not exist in this tree")
             continue
-        spot = find(root, hook.target, pristine)
-        lines = target_text(root, hook.target, pristine).splitlines()
-        rest = [f"... {len(lines) - SHOWN} lines more"] if len(lines) > SHOWN else []
+        place = find(root, hook.target, upstream_text)
+        lines = target_text(root, hook.target, upstream_text).splitlines()
+        rest = [f"... {len(lines) - SHOWN} more lines"] if len(lines) > SHOWN else []
         text = "".join(f"\n      {line}" for line in [*lines[:SHOWN], *rest])
-        path = spot.file.relative_to(root).as_posix()
+        path = place.file.relative_to(root).as_posix()
         found.append(
-            f"{path}:{spot.line}: {hook.target.partition(':')[2]} is not what vLLM {release} has "
-            f"(hash {have}); this is what is there:{text}"
+            f"{path}:{place.line}: {hook.target.partition(':')[2]} is not as in vLLM {release} "
+            f"(hash {have}). This tree has:{text}"
         )
     return found
 
 
-def _stand(tree: Tree) -> None:
-    """Fill in `done` and `odd`."""
+def _find_state(tree: Tree) -> None:
+    """Set `Tree.done` and `Tree.odd`."""
     now: dict[str, str | None] = {}
     for path in tree.texts(0):
         file = tree.root / path
         now[path] = file.read_bytes().decode(errors="replace") if file.is_file() else None
-    strange = _strange(tree.root, now)
+    unknown = _unknown_files(tree.root, now)
     for count in range(len(tree.patches) + 1):
-        if not strange and tree.texts(count) == now:
+        if not unknown and tree.texts(count) == now:
             tree.done = count
             return
     first, last = tree.texts(0), tree.texts(len(tree.patches))
     for path, text in now.items():
         if text == first[path] or text == last[path]:
             continue
-        tree.odd.append(f"{path} is another than it makes")
-    tree.odd += [f"{path} is none of this version's" for path in strange]
+        tree.odd.append(f"{path} is neither unchanged nor as a patch makes it")
+    tree.odd += [f"{path} is in none of this version's patches" for path in unknown]
     if not tree.odd:
-        # Each file is as it was or as it will be, but these do not go together.
+        # Each file alone is as without or as with all patches, but not all are in the same state.
         todo = [path for path, text in now.items() if text != last[path]]
         done = [path for path, text in now.items() if text != first[path]]
         some, what = min((todo, "not patched"), (done, "patched"), key=lambda one: len(one[0]))
         more = f" and {len(some) - SHOWN} more" if len(some) > SHOWN else ""
-        tree.odd = [f"of {len(now)} files, {what} are {', '.join(some[:SHOWN])}{more}"]
+        tree.odd = [f"of {len(now)} files, these are {what}: {', '.join(some[:SHOWN])}{more}"]
 
 
-def _strange(root: Path, now: Mapping[str, str | None]) -> list[str]:
-    """Files with seams, or in our folder, that no patch of this version has."""
+def _unknown_files(root: Path, now: Mapping[str, str | None]) -> list[str]:
+    """Return the files that have seams, or are in `HOME`, but are in no patch of this version.
+
+    Args:
+        root: the folder that contains ``vllm/``.
+        now: the files that are in a patch -> their text.
+    """
     found = [file for file in sorted((root / HOME).rglob("*")) if file.is_file()]
     if found or any(IMPORT in (text or "") for text in now.values()):
-        # Somebody has patched it: where else?
+        # The tree was patched, perhaps by another version. Look for seams in all files.
         for file in sorted((root / "vllm").rglob("*.py")):
             if IMPORT in file.read_text(errors="replace"):
                 found.append(file)

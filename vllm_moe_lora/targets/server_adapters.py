@@ -1,9 +1,12 @@
-"""The adapters a server is started with, read before its engine is built."""
+"""Reads the adapters that a server is started with, before its engine is built.
+
+If none of them has LoRA on routed experts, and no other adapter can be loaded later, the routed
+experts run without LoRA. The user then need not set --lora-target-modules.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,58 +14,55 @@ from ..adapters import folder
 from ..adapters.errors import AdapterError
 from ..adapters.names import touches_experts
 from ..log import get_logger
-from .target_modules import DECLARED, KEY
+from .target_modules import NO_EXPERTS_KEY, SERVER_FLAG
 
 logger = get_logger(__name__)
 
 
-def note(args: Any, engine_args: Any) -> None:
-    """Write into ``engine_args`` that no adapter of this server targets routed experts.
+def record_no_experts(args: Any, engine_args: Any) -> None:
+    """Record in ``engine_args`` that no adapter of this server targets routed experts.
 
-    It stays as it is unless that is certain: adapters are declared, all can be read here, and
-    none can be added while the server runs.
+    Nothing is recorded unless that is certain: the server has --lora-modules, all its adapters can
+    be read here and none of them has LoRA on routed experts, and none can be added later.
 
     Args:
-        args: of ``vllm serve``, parsed.
-        engine_args: made of them; its ``additional_config`` is given a new entry.
+        args: the parsed arguments of ``vllm serve``.
+        engine_args: vLLM's `EngineArgs` made from them. Its ``additional_config`` gets an entry
+            `target_modules.NO_EXPERTS_KEY`, which reaches all processes of the engine.
     """
-    declared = getattr(args, "lora_modules", None)
-    if not declared or not _closed(args, engine_args):
+    lora_modules = getattr(args, "lora_modules", None)
+    if not lora_modules or not engine_args.enable_lora:
         return
+    if engine_args.__dict__.get("lora_target_modules") is not None:
+        return  # the user's own setting decides
+    if _can_get_more(args):
+        return
+    paths = [str(one.path) for one in lora_modules]
     mm = getattr(engine_args, "default_mm_loras", None) or {}
-    if any(_may_have_experts(path) for path in (*_paths(declared), *mm.values())):
+    if any(_may_have_experts(path) for path in (*paths, *mm.values())):
         return
     more = engine_args.additional_config or {}
     if isinstance(more, dict):
-        engine_args.additional_config = {**more, KEY: True}
-        logger.debug("No adapter of %s has routed experts", DECLARED)
+        engine_args.additional_config = {**more, NO_EXPERTS_KEY: True}
+        logger.debug("No adapter of %s has LoRA on routed experts", SERVER_FLAG)
 
 
-def _closed(args: Any, engine_args: Any) -> bool:
-    """Whether this process knows every adapter that its engines will ever be given."""
+def _can_get_more(args: Any) -> bool:
+    """Whether the engine may later get adapters that are not in ``args``."""
     from vllm import envs
     from vllm.lora.resolver import LoRAResolverRegistry
 
-    if not engine_args.enable_lora or engine_args.__dict__.get("lora_target_modules") is not None:
-        return False
     if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING or LoRAResolverRegistry.get_supported_resolvers():
-        return False
+        return True
     if os.environ.get("VLLM_SERVER_DEV_MODE", "0") not in ("", "0"):
-        return False  # /collective_rpc reaches the workers
-    # Other nodes are started by commands of their own, which need not declare the same.
-    several = ("headless", "nnodes", "data_parallel_size")
-    return all(int(getattr(args, name, None) or 0) <= 1 for name in several[1:]) and not getattr(
-        args, several[0], False
-    )
-
-
-def _paths(declared: Iterable[Any]) -> Iterator[str]:
-    for one in declared:
-        yield str(one.path)
+        return True  # the endpoint /collective_rpc can load adapters in the workers
+    # Other nodes are started by commands of their own, which may have other adapters.
+    counts = [getattr(args, name, None) for name in ("nnodes", "data_parallel_size")]
+    return any(int(count or 0) > 1 for count in counts) or bool(getattr(args, "headless", False))
 
 
 def _may_have_experts(path: str) -> bool:
-    """Whether the adapter has routed experts, or cannot be read here."""
+    """Whether the adapter has LoRA on routed experts, or cannot be read here."""
     try:
         names = folder.tensors(Path(path).expanduser())
     except (AdapterError, OSError):

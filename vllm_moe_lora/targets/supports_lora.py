@@ -1,10 +1,16 @@
-"""Experts for which an adapter would be ignored, or applied to others.
+"""Refuses LoRA on routed experts where vLLM would ignore it or apply it wrongly.
 
-Some classes say they take LoRA, and their `apply` never looks at it (0.20 to 0.33).
-They inherit `supports_lora` from `TritonExperts` and replace `apply`: factors on routed experts are
-ignored without a word. An adapter with such factors is refused; others are served. Where a hook
-has put LoRA into that `apply` (quantised-experts: INT4, INT8, Triton's MXFP8), it is like any
-other.
+Three cases are known:
+
+- A class of experts inherits `supports_lora` from vLLM's `TritonExperts`, but has its own `apply`,
+  which ignores LoRA (vLLM 0.20 to 0.33). `IGNORING` lists these classes. The hooks of our feature
+  quantised-experts make some of them apply LoRA (INT4, INT8, Triton's MXFP8).
+- With --enable-eplb, vLLM moves experts between devices, but not their LoRA.
+- With --data-parallel-size, experts compute the tokens of several engines, each of which has slots
+  of its own.
+
+The first case is an error when an adapter with LoRA on routed experts is loaded. The other two are
+already errors when the engine starts.
 """
 
 from __future__ import annotations
@@ -15,21 +21,24 @@ from ..adapters.errors import AdapterError
 from ..patching import MARK
 from . import target_modules
 
-# class -> where it is met and what takes LoRA instead
+# Class of experts that ignores LoRA -> when vLLM uses it, and what to use instead.
 IGNORING = {
-    "TritonWNA16Experts": "INT4/INT8 that Marlin does not take (MoeWNA16, ROCm, "
-    "--moe-backend triton). vllm-moe-lora's feature quantised-experts makes it apply LoRA, and is "
-    "off here. Marlin takes LoRA; it wants moe_intermediate_size / tensor parallel "
-    "size to be a multiple of 128: change --tensor-parallel-size or --enable-expert-parallel, or "
+    "TritonWNA16Experts": "INT4 and INT8 where Marlin cannot run (MoeWNA16, ROCm, "
+    "--moe-backend triton). vllm-moe-lora's feature quantised-experts makes it apply LoRA, but is "
+    "off here. Marlin takes LoRA too, but needs a moe_intermediate_size / tensor parallel size "
+    "that is a multiple of 128: change --tensor-parallel-size or --enable-expert-parallel, or "
     "serve an unquantised checkpoint",
     "Mxfp8NativeTritonExperts": "MXFP8 on ROCm. vllm-moe-lora's feature quantised-experts makes it "
-    "apply LoRA, and is off here: serve a bf16 or FP8 checkpoint",
+    "apply LoRA, but is off here. Serve a bf16 or FP8 checkpoint",
     "AiterMxfp8Experts": "MXFP8 on ROCm. Serve a bf16 or FP8 checkpoint",
 }
 
 
 def ignores(experts: type[Any]) -> bool:
-    """Whether this class of vLLM's experts says that it applies LoRA, and does not."""
+    """Whether this class of vLLM's experts says that it supports LoRA but ignores it.
+
+    Not if one of our hooks has replaced its `apply`.
+    """
     return experts.__name__ in IGNORING and not hasattr(getattr(experts, "apply", None), MARK)
 
 
@@ -38,69 +47,78 @@ def takes_lora(experts: type[Any]) -> bool:
     return bool(experts.supports_lora()) and not ignores(experts)
 
 
-def _moving(name: str) -> str:
+def _eplb_message(name: str) -> str:
     return (
-        f"{name}: --enable-eplb moves experts between devices while the engine runs, and "
-        "--enable-lora's factors stay where they are, so that adapters would be applied to the "
-        "wrong experts. Start without --enable-eplb, without --enable-lora, or with "
+        f"{name}: --enable-eplb moves experts between devices while the engine runs, but their "
+        "LoRA stays where it is, so adapters would be applied to the wrong experts. Start without "
+        "--enable-eplb, without --enable-lora, or with "
         "--lora-target-modules that leave out the routed experts."
     )
 
 
-def _moves(wrapper: Any) -> bool:
-    """Whether vLLM may give a rank other experts as the load asks (EPLB)."""
+def _has_eplb(wrapper: Any) -> bool:
+    """Whether vLLM may move experts between devices to balance their load."""
     return bool(getattr(wrapper.base_layer.moe_config.moe_parallel_config, "enable_eplb", False))
 
 
-def _meeting(name: str, ranks: int) -> str:
+def _data_parallel_message(name: str, ranks: int) -> str:
     return (
         f"{name}: with --data-parallel-size {ranks} its experts compute the tokens of all {ranks} "
-        "ranks, and --enable-lora gives each rank slots of its own, so that tokens would get "
-        f"another rank's adapter, or none. Start {ranks} servers without data parallelism, one "
-        "with --tensor-parallel-size, or without --enable-lora. "
+        "ranks, but each rank has LoRA slots of its own, so tokens would get another rank's "
+        f"adapter, or none. Start {ranks} servers without data parallelism, one with "
+        "--tensor-parallel-size, or without --enable-lora."
     )
 
 
-def _meet(wrapper: Any) -> int:
-    """How many ranks' tokens meet in the experts, which have an engine and slots of each its own.
+def _data_parallel_size(wrapper: Any) -> int:
+    """How many data-parallel ranks send tokens to these experts.
 
-    With and without expert parallelism: vLLM spreads the experts over all ranks, or each expert.
+    This happens with expert parallelism and without it: vLLM spreads either the experts or each
+    expert's weights over all ranks.
     """
     return int(getattr(wrapper.base_layer.moe_config.moe_parallel_config, "dp_size", 1))
 
 
-def refuse(wrapper: Any) -> None:
-    """
+def check_layer(wrapper: Any) -> None:
+    """Refuse settings with which LoRA on a MoE layer would be wrong, when the engine starts.
+
     Args:
-        wrapper: a `FusedMoEWithLoRA` that is being made.
+        wrapper: a `FusedMoEWithLoRA` that is being built.
 
     Raises:
-        NotImplementedError: its experts may move without their factors, or get tokens whose slots
-            are another engine's.
+        NotImplementedError: the engine has --enable-eplb or --data-parallel-size.
     """
     routed = getattr(wrapper.base_layer, "routed_experts", wrapper.base_layer)
     name = getattr(routed, "layer_name", type(routed).__name__)
-    if _meet(wrapper) > 1:
-        raise NotImplementedError(_meeting(name, _meet(wrapper)) + target_modules.cure(None))
-    if _moves(wrapper):
-        raise NotImplementedError(_moving(name))
+    if (ranks := _data_parallel_size(wrapper)) > 1:
+        message = _data_parallel_message(name, ranks)
+        raise NotImplementedError(f"{message} {target_modules.cure(None)}")
+    if _has_eplb(wrapper):
+        raise NotImplementedError(_eplb_message(name))
 
 
-def demand(name: str, wrapper: Any) -> None:
-    """
+def check_adapter(name: str, wrapper: Any) -> None:
+    """Refuse LoRA on the routed experts of a layer, when an adapter is loaded.
+
+    Also checks what `check_layer` checks, because that hook may be off.
+
+    Args:
+        name: the layer's name.
+        wrapper: vLLM's LoRA layer around the experts.
+
     Raises:
-        AdapterError: the experts behind ``wrapper`` (layer ``name``) would ignore an adapter, may
-            move without its factors, or take its slot for another adapter's.
+        AdapterError: the experts would ignore LoRA, or the engine has --enable-eplb or
+            --data-parallel-size.
     """
-    if _meet(wrapper) > 1:  # also where `refuse` is off
-        raise AdapterError(_meeting(name, _meet(wrapper)).rstrip())
-    if _moves(wrapper):
-        raise AdapterError(_moving(name))
+    if (ranks := _data_parallel_size(wrapper)) > 1:
+        raise AdapterError(_data_parallel_message(name, ranks))
+    if _has_eplb(wrapper):
+        raise AdapterError(_eplb_message(name))
     kernel = getattr(wrapper, "_moe_kernel", None)
     kind = type(getattr(kernel, "fused_experts", None))
     if ignores(kind):
         experts = kind.__name__
         raise AdapterError(
-            f"it has LoRA on the routed experts of {name}, which vLLM runs by {experts}: there it "
-            f"would be ignored. {experts} is for {IGNORING[experts]}."
+            f"it has LoRA on the routed experts of {name}, which vLLM runs with {experts}. LoRA "
+            f"would be ignored there. {experts} is for {IGNORING[experts]}."
         )

@@ -1,12 +1,12 @@
-"""Which layers' routed experts an adapter may target, said before the layer chooses its backend.
+"""Decides for each MoE layer, before it is built, whether an adapter may target its routed experts.
 
-A layer that no adapter may target is built as without LoRA: its backend is the one vLLM chooses
-without LoRA, its module is not wrapped, no slots are allocated for it. An adapter that targets it
-all the same is refused when it is loaded (`strict`, `fit`), never ignored.
+A layer that no adapter may target is built without LoRA: vLLM chooses the backend that it would
+choose without LoRA, the layer is not wrapped, and no slots are allocated for it. An adapter that
+has LoRA on such a layer is refused when it is loaded (`fitting/strict.py`), not ignored.
 
-Two things can say so: `lora_target_modules` (vLLM 0.19 and later), in vLLM's own meaning, by which
-`LoRAModelManager` wraps modules; and, for a server to which no adapter can be added, the adapters
-it was started with (`declared`).
+Two settings can exclude a layer. One is --lora-target-modules (vLLM 0.19 and later), which has the
+meaning that vLLM gives it. The other is --lora-modules, if none of its adapters has LoRA on routed
+experts and no adapter can be added to the server later (`server_adapters.py`).
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from collections.abc import Iterable
 from typing import Any
 
 FLAG = "--lora-target-modules"
-DECLARED = "--lora-modules"
-# In `VllmConfig.additional_config`, which reaches every process of the engine.
-KEY = "moe_lora_no_experts"
+SERVER_FLAG = "--lora-modules"
+# Entry in `VllmConfig.additional_config`, which reaches every process of the engine: no adapter of
+# this server has LoRA on routed experts.
+NO_EXPERTS_KEY = "moe_lora_no_experts"
 
 
 def may_target(config: Any, layer: str) -> bool:
     """Whether an adapter may have LoRA on the routed experts of ``layer``.
 
     Args:
-        config: the `VllmConfig`; without LoRA the answer is no.
-        layer: the layer's name, "model.layers.0.mlp.experts". Models need not give one, nor the
-            one by which the model holds the module: where that is so the answer is yes.
+        config: the `VllmConfig`. Without LoRA the answer is no.
+        layer: the name that the model gave the layer, as in "model.layers.0.mlp.experts". It may be
+            "", or differ from the module's name in the model. The answer is yes if this name does
+            not show that the layer is left out.
     """
     if config.lora_config is None:
         return False
@@ -34,81 +36,82 @@ def may_target(config: Any, layer: str) -> bool:
     if targets is not None:
         return not layer or any(_may_mean(target, layer) for target in targets)
     more = getattr(config, "additional_config", None)
-    declared_none = isinstance(more, dict) and bool(more.get(KEY))
-    # Adapters are known to leave out what their tensors call "experts", nothing else.
-    return not (declared_none and layer.endswith(".experts"))
+    no_experts = isinstance(more, dict) and bool(more.get(NO_EXPERTS_KEY))
+    # `server_adapters` has looked for tensors of modules called "experts", and only for these.
+    return not (no_experts and layer.endswith(".experts"))
 
 
 def _may_mean(target: str, layer: str) -> bool:
-    """Whether vLLM may find that ``target`` names the module of ``layer``."""
+    """Whether vLLM may read ``target``, a value of --lora-target-modules, as ``layer``."""
     own = layer.rpartition(".")[2]
     *parents, last = target.split(".")
     if last in (own, "experts"):
-        # A full name is of one layer. Its beginning may be missing in either of the two.
+        # A full name means one layer. The beginning of the name may be missing in either of them.
         short, long = sorted((target, layer), key=len)
         return not parents or own != last or long == short or long.endswith(f".{short}")
-    # "experts.0.gate_proj": what vLLM calls the parts of a packed module.
+    # "experts.0.gate_proj": vLLM's name for a part of the packed module "experts".
     return own in parents or "experts" in parents
 
 
 def flagged(config: Any) -> bool:
-    """Whether `lora_target_modules` is set; ``config`` is the `LoRAConfig`."""
+    """Whether --lora-target-modules is set; ``config`` is the `LoRAConfig`."""
     return getattr(config, "target_modules", None) is not None
 
 
 def leaves_out(config: Any, name: str, packed: dict[str, list[str]]) -> bool:
-    """Whether `lora_target_modules` leaves out the module ``name`` of an adapter.
+    """Whether --lora-target-modules is set and leaves out a module.
 
     Args:
         config: the `LoRAConfig`.
+        name: the module's name in an adapter.
         packed: the manager's ``packed_modules_mapping``.
     """
     targets = getattr(config, "target_modules", None)
     if targets is None:
         return False
     own = name.rpartition(".")[2]
-    # A packed module is wrapped as a whole if the flag has it or one of its parts.
+    # vLLM wraps a packed module as a whole if the flag names it or one of its parts.
     modules = {own, *(whole for whole, parts in packed.items() if own in parts)}
     parts = {part for module in modules for part in packed.get(module, ())}
     return {name, *modules, *parts}.isdisjoint(targets)
 
 
 def cure(moe_config: Any) -> str:
-    """What helps where experts without a backend for LoRA end the start.
+    """What the user can do if the engine does not start because experts have no backend for LoRA.
 
     Args:
-        moe_config: the layer's `FusedMoEConfig`, if it has one.
+        moe_config: the layer's `FusedMoEConfig`, or None.
     """
     from vllm.config.lora import LoRAConfig
 
     if hasattr(LoRAConfig, "target_modules"):
         text = (
-            f"If no adapter targets routed experts, say so: {FLAG} with the modules they do "
+            f"If no adapter targets routed experts, set {FLAG} to the modules that adapters do "
             "target, such as q_proj k_proj v_proj o_proj."
         )
     else:
-        text = f"If no adapter targets routed experts, name all of them in {DECLARED}."
+        text = f"If no adapter targets routed experts, name all adapters in {SERVER_FLAG}."
     asked = getattr(moe_config, "moe_backend", "auto")
     return text if asked == "auto" else f"{text} Or leave out --moe-backend {asked}."
 
 
-def text(config: Any, what: str, add: Iterable[str]) -> str:
-    """Why ``what`` cannot be applied, and what to do.
+def left_out_message(config: Any, what: str, add: Iterable[str]) -> str:
+    """The message for an adapter with LoRA on modules that run without LoRA.
 
     Args:
         config: the `LoRAConfig`.
-        what: tensors and modules, as the subject of the sentence.
-        add: what the flag would have to name.
+        what: the beginning of the message, which ends with the tensors and modules.
+        add: the modules that --lora-target-modules would also have to name.
     """
     targets = getattr(config, "target_modules", None)
     if targets is not None:
         words = " ".join(sorted({*targets, *add}))
         return (
-            f"{what}, which {FLAG} {' '.join(sorted(targets))} leaves out: there it would be "
-            f"ignored. Nothing was loaded. Start the engine with {FLAG} {words}, or without it."
+            f"{what}, which {FLAG} {' '.join(sorted(targets))} leaves out: it would be ignored "
+            f"there. Nothing was loaded. Start the engine with {FLAG} {words}, or without the flag."
         )
     return (
-        f"{what}, which run without LoRA since no adapter of {DECLARED} targets routed experts: "
-        f"there it would be ignored. Nothing was loaded. Name the adapter in {DECLARED}, or start "
-        "the engine with VLLM_MOE_LORA=-untargeted-experts."
+        f"{what}, which run without LoRA because no adapter of {SERVER_FLAG} targets routed "
+        "experts: it would be ignored there. Nothing was loaded. Name the adapter in "
+        f"{SERVER_FLAG}, or start the engine with VLLM_MOE_LORA=-untargeted-experts."
     )

@@ -1,5 +1,7 @@
-"""Tiny random MoE checkpoints, adapters, and the oracle that says what is right.
+"""Tiny random MoE models and adapters, and the expected results for them.
 
-Used by `vllm-moe-lora demo` and by the tests. Nothing is downloaded and vLLM is not imported; the
-oracle is Hugging Face transformers in fp32 with the adapter merged into the weights.
+`vllm-moe-lora demo` and the tests use them. `models` and `adapters` write checkpoints and adapters,
+`quantise` makes INT4 versions, `engine` runs vLLM on them, and `oracle` computes the expected
+log-probs with Hugging Face transformers in fp32, from weights with the adapter merged in. Nothing
+is downloaded, and this process does not import vLLM.
 """

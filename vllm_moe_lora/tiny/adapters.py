@@ -1,4 +1,4 @@
-"""Random adapters in PEFT's format, for one module of a checkpoint or for all of them."""
+"""Writes random adapters in PEFT's format, for some or all modules of a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from vllm_moe_lora.tiny.oracle import load_tensors
 if TYPE_CHECKING:
     import torch
 
-# What LoRA may target in a checkpoint: every matrix of attention, MLPs, experts and gates.
+# The weights that an adapter can target: all matrices of attention, MLPs, experts and gates.
 _TARGET = re.compile(
     r"\.layers\.\d+\..*(_proj|_proj_with_mqa|\.w[123]|\.gate|shared_expert_gate|in_proj_\w+)\.weight$"
 )
 
 
 def targets(checkpoint: Path) -> dict[str, tuple[int, int]]:
-    """Module name -> (out, in) of what an adapter can target; fused experts in PEFT's names.
+    """Return the modules of ``checkpoint`` that an adapter can target -> (out, in) of the weight.
 
-    Fused experts (3-D tensors) are reported as ``...experts.base_layer`` (gate_up_proj) and
-    ``...experts`` (down_proj).
+    The fused experts of a layer, two 3-D tensors, have PEFT's names: ``...experts.base_layer`` is
+    gate_up_proj, and ``...experts`` is down_proj.
     """
     found: dict[str, tuple[int, int]] = {}
     for key, weight in load_tensors(checkpoint).items():
@@ -47,20 +47,27 @@ def write(
     experts: int = 8,
     in_first: bool = False,
 ) -> Path:
-    """Write an adapter over the modules of ``checkpoint`` for which ``keep`` says yes.
+    """Write an adapter for the modules of ``checkpoint`` that ``keep`` selects.
 
-    Every tensor is drawn on its own, so factors differ between experts, layers and projections
-    and none is zero.
+    Every tensor has random numbers of its own: factors differ between experts, layers and
+    projections, and none is zero. So a test notices if one of them is ignored or misplaced.
 
     Args:
-        checkpoint: full precision; quantised twins have the same module names.
-        folder: is created.
-        keep: module name -> whether it gets LoRA.
+        checkpoint: folder of an unquantised checkpoint. (The names of modules in a quantised
+            version are the same.)
+        folder: to write to; it is created.
+        keep: gets a module's name and returns whether it gets LoRA.
         rank, alpha: as in PEFT.
-        size: standard deviation of the factors.
-        seed: of the factors.
-        experts: number of experts behind a fused name.
-        in_first: fused weights are [E, in, out] (gpt-oss) instead of [E, out, in].
+        size: standard deviation of the numbers in the factors.
+        seed: of the random numbers.
+        experts: number of experts in a fused weight.
+        in_first: fused weights are [experts, in, out] (gpt-oss), not [experts, out, in].
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        ValueError: ``keep`` selects no module.
     """
     import torch
     from safetensors.torch import save_file
@@ -82,7 +89,7 @@ def write(
         tensors[f"base_model.model.{name}.lora_A.weight"] = draw[0] * size
         tensors[f"base_model.model.{name}.lora_B.weight"] = draw[1] * size
     if not tensors:
-        raise ValueError(f"nothing in {checkpoint} is to get LoRA")
+        raise ValueError(f"`keep` selects no module of {checkpoint}")
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     suffixes = {key.split(".lora_")[0].rsplit(".", 1)[-1] for key in tensors}

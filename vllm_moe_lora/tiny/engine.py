@@ -1,7 +1,8 @@
-"""Run a real vLLM engine in a child process on a list of requests and bring back log-probs.
+"""Runs a vLLM engine in a child process on a list of requests, and returns log-probs.
 
-A child for each engine keeps engines apart: the plugin patches the process it runs in, and vLLM
-leaves state behind. The child runs this file by its path.
+Each engine gets a process of its own, because the plugin changes the process it runs in, and vLLM
+leaves state behind. The child runs this file by its path: `run` is for the parent, `main` for the
+child.
 """
 
 from __future__ import annotations
@@ -20,27 +21,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-# Runs a command as `subprocess.run` does. Tests put something faster here.
+# Starts the child, with the arguments of `subprocess.run`. Tests replace it by something faster.
 launch: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run
 
-Request = tuple[list[int], str | None]  # prompt token ids, adapter name or None for the base model
+# The prompt's token ids, and the name of the adapter; None for the base model.
+Request = tuple[list[int], str | None]
 
 
 @dataclass
 class Job:
-    """What one engine is to do.
+    """The work of one engine.
 
     Attributes:
-        model: checkpoint folder.
-        adapters: name -> adapter folder; ids are their positions, from 1.
-        rounds: batches, one `LLM.generate` call each.
-        max_tokens: greedy tokens to generate for each request.
-        vocab: log-probs wanted at each step (the whole vocabulary of a tiny model).
-        options: further keyword arguments of `vllm.LLM`; ``enable_lora`` is set with adapters.
-        load: adapters to load on their own after the rounds; each outcome is "ok" or the error.
-            After each, the first round is asked again.
-        by_request: load them by a request that names them, not by `add_lora`.
-        import_plugin: ``import vllm_moe_lora`` before vLLM is touched.
+        model: folder of the checkpoint.
+        adapters: name -> folder. Their ids are 1, 2, ... in this order. If there are any, the
+            engine gets ``enable_lora``.
+        rounds: batches of requests; each is one call of `LLM.generate`.
+        max_tokens: how many tokens to generate for each request, greedily.
+        vocab: how many log-probs to return for each token: the size of the vocabulary.
+        options: further keyword arguments of `vllm.LLM`.
+        load: names of adapters to load after the rounds, one by one. After each, the first round
+            is repeated.
+        by_request: load them by sending a request that names them, instead of by `add_lora`.
+        import_plugin: whether to ``import vllm_moe_lora`` before vLLM.
     """
 
     model: str
@@ -55,7 +58,7 @@ class Job:
 
 
 class EngineError(RuntimeError):
-    """The engine process failed; `log` is what it printed."""
+    """The engine's process failed. `log` is what it printed; the text is the error in it."""
 
     def __init__(self, log: str) -> None:
         super().__init__(last_error(log))
@@ -63,7 +66,10 @@ class EngineError(RuntimeError):
 
 
 def last_error(log: str) -> str:
-    """The line of a log that names the error: the last that starts like an exception's text."""
+    """Return the line of a log that names the error.
+
+    This is the last line that begins with the name of an exception, or else the last line.
+    """
     lines = [line for line in log.splitlines() if "WARNING" not in line]
     lines = [re.sub(r"^(\[rank\d+\]:|.*?\])\s+", "", line).strip() for line in lines]
     named = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception"))]
@@ -81,17 +87,18 @@ def run(
 
     Args:
         job: what to do.
-        env: on top of this process's environment.
-        timeout: seconds.
-        script: what the child runs; it calls `main` of this file.
+        env: environment variables to add to those of this process.
+        timeout: seconds to wait.
+        script: the file that the child runs. It has to call `main` of this file.
 
     Returns:
-        For each round, for each request: generated token ids and their log-probs
-        ([max_tokens, vocab] fp32, of the full distribution before each token). Then the outcomes
-        of ``job.load``, and the log.
+        Three things. For each round, for each request: the generated token ids, and log-probs
+        [tokens, vocab] fp32 of the distribution from which each token was taken. For each adapter
+        of ``job.load``: "ok" or the error; its repetition of the first round is appended to the
+        rounds. And what the child printed.
 
     Raises:
-        EngineError: the child failed or ran out of time.
+        EngineError: the child failed or took too long.
     """
     import torch
 
@@ -105,7 +112,7 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         spec, result = Path(folder, "job.json"), Path(folder, "result.pt")
         spec.write_text(json.dumps(asdict(job)))
-        # By file, not by module name: only the job decides whether our package is imported.
+        # By the file's path: `python -m` would import our package, and that is up to the job.
         command = [sys.executable, str(script), str(spec), str(result)]
         try:
             done = launch(
@@ -120,7 +127,7 @@ def run(
         except subprocess.TimeoutExpired as error:
             out = error.stdout or b""
             text = out.decode(errors="replace") if isinstance(out, bytes) else out
-            raise EngineError(f"{text}\nTimeoutError: no answer in {timeout} s") from error
+            raise EngineError(f"{text}\nTimeoutError: not finished in {timeout} s") from error
         if done.returncode or not result.exists():
             raise EngineError(done.stdout)
         answers, outcomes = torch.load(result, weights_only=True)
@@ -128,6 +135,7 @@ def run(
 
 
 def main(spec: str, result: str) -> None:
+    """Run the job in the file ``spec`` (JSON) and save what it returns to the file ``result``."""
     job = Job(**json.loads(Path(spec).read_text()))
     if job.import_plugin:
         import vllm_moe_lora  # noqa: F401
@@ -183,7 +191,7 @@ def main(spec: str, result: str) -> None:
             else:
                 llm.llm_engine.add_lora(adapters[name])
             outcomes.append("ok")
-        except Exception as error:  # the outcome is the error, whatever it is
+        except Exception as error:  # any error is an outcome
             outcomes.append(f"{type(error).__name__}: {error}")
         answers.append(ask(job.rounds[0]) if job.rounds else [])
     torch.save((answers, outcomes), result)

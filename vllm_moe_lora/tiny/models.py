@@ -1,4 +1,7 @@
-"""Random small checkpoints of the MoE families, in the key format their originals have."""
+"""Writes random small checkpoints of MoE model families.
+
+They have the architecture and the tensor names of the real models, in small sizes.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ _MOE = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size
 _ROUTED = {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
 _GROUPS = {"n_group": 2, "topk_group": 1}
 _MLA = {
-    "kv_lora_rank": 512,  # 512 + 64 is the one latent width that vLLM's CPU MLA has
+    "kv_lora_rank": 512,  # vLLM's MLA on the CPU supports 512 + 64 (the next line) only
     "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 32,
     "v_head_dim": 32,
@@ -38,7 +41,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_MOE, "intermediate_size": 128, "shared_expert_intermediate_size": 128},
     ),
     "qwen3_moe": ("Qwen3Moe", {**_MOE, "intermediate_size": 128, "head_dim": 32}),
-    "qwen3": ("Qwen3", {"intermediate_size": 128, "head_dim": 32}),  # dense, to compare with
+    # Not a MoE model: for comparisons with a dense one.
+    "qwen3": ("Qwen3", {"intermediate_size": 128, "head_dim": 32}),
     "mixtral": (
         "Mixtral",
         {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": 128},
@@ -98,7 +102,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 32,
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
-            "linear_key_head_dim": 128,  # vLLM's CPU kernels for gated delta nets have only 128
+            "linear_key_head_dim": 128,  # vLLM's gated delta net on the CPU supports 128 only
             "linear_value_head_dim": 128,
             "layer_types": ["linear_attention", "full_attention"],
         },
@@ -111,7 +115,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 32,
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 4,
-            "linear_key_head_dim": 128,  # vLLM's CPU kernels for gated delta nets have only 128
+            "linear_key_head_dim": 128,  # vLLM's gated delta net on the CPU supports 128 only
             "linear_value_head_dim": 128,
             "layer_types": ["linear_attention", "full_attention"],
         },
@@ -130,13 +134,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build(family: str, folder: Path, seed: int = 0, **overrides: Any) -> Path:
-    """Write a random fp32 checkpoint of ``family`` into ``folder`` and return the folder.
+    """Write a random fp32 checkpoint.
 
     Args:
         family: a key of `FAMILIES`.
-        folder: is created; config.json and model.safetensors are written into it.
-        seed: of the weights.
-        overrides: config entries that replace the tiny ones.
+        folder: is created. config.json and model.safetensors are written to it.
+        seed: of the random weights.
+        overrides: entries of config.json, in place of the small ones.
+
+    Returns:
+        ``folder``.
     """
     import torch
     import transformers
@@ -150,7 +157,7 @@ def build(family: str, folder: Path, seed: int = 0, **overrides: Any) -> Path:
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # What transformers starts at zero or one would hide an error that only scales it.
+            # transformers initialises these with 0 or 1. A test would not notice an error there.
             if name.endswith(("bias", "sinks", "e_score_correction_bias")):
                 parameter.normal_(0, 0.1)
             elif "norm" in name:
@@ -163,5 +170,5 @@ def build(family: str, folder: Path, seed: int = 0, **overrides: Any) -> Path:
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint."""
+    """Return config.json of a checkpoint."""
     return dict(json.loads((folder / "config.json").read_text()))

@@ -1,4 +1,8 @@
-"""What is right: Hugging Face transformers in fp32, the adapter merged into the weights."""
+"""The expected results, computed without vLLM and without the plugin's kernels.
+
+`merge` adds an adapter to the weights of a checkpoint, and `log_probs` runs a checkpoint with
+Hugging Face transformers in fp32.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ _A = re.compile(r"^base_model\.model\.(?P<name>.+)\.lora_A\.weight$")
 
 
 def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint or adapter folder."""
+    """Return all tensors of a checkpoint's or adapter's folder, by name."""
     from safetensors.torch import load_file
 
     tensors: dict[str, torch.Tensor] = {}
@@ -25,11 +29,21 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def merge(checkpoint: Path, adapter: Path, target: Path) -> Path:
-    """Write ``checkpoint`` with ``adapter`` merged into its (full precision) weights.
+    """Write ``checkpoint`` with ``adapter`` merged into its weights.
 
-    The adapter is in PEFT's format: 2-D pairs on modules of the checkpoint (experts one by one),
-    or `target_parameters` pairs on fused experts (`experts.base_layer`, `experts`): A expert-major
-    rows, B rank-major columns.
+    The adapter has PEFT's format. Most modules, single experts among them, have a pair of matrices
+    lora_A [rank, in] and lora_B [out, rank]. Fused experts (PEFT's `target_parameters`, named
+    `experts.base_layer` and `experts`) have one pair for all experts: lora_A [experts * rank, in]
+    with the rows of an expert together, and lora_B [out, rank * experts] with the columns of a
+    rank together.
+
+    Args:
+        checkpoint: folder of the unquantised model.
+        adapter: folder of the adapter.
+        target: folder to write to; it is created.
+
+    Returns:
+        ``target``.
 
     Raises:
         KeyError: the adapter names a module that the checkpoint does not have.
@@ -38,7 +52,7 @@ def merge(checkpoint: Path, adapter: Path, target: Path) -> Path:
 
     config = json.loads((adapter / "adapter_config.json").read_text())
     weights, lora = load_tensors(checkpoint), load_tensors(adapter)
-    # gpt-oss keeps its fused experts as [E, in, out], every other family as [E, out, in].
+    # Fused experts are [experts, in, out] in gpt-oss, and [experts, out, in] in all other families.
     in_first = json.loads((checkpoint / "config.json").read_text())["model_type"] == "gpt_oss"
     for key in lora:
         match = _A.match(key)
@@ -68,6 +82,7 @@ def _merge_fused(
     alpha: float,
     in_first: bool,
 ) -> None:
+    """Merge the pair of one fused weight into ``weights``; see `merge`."""
     import torch
 
     which = "gate_up_proj" if name.endswith(".base_layer") else "down_proj"
@@ -84,7 +99,15 @@ def _merge_fused(
 
 
 def log_probs(checkpoint: Path, prompts: list[list[int]]) -> list[torch.Tensor]:
-    """Next-token log-probs after each position of each prompt: [len(prompt), vocab] fp32 each."""
+    """Return the log-probs of the next token after each token of each prompt.
+
+    Args:
+        checkpoint: folder of the model.
+        prompts: token ids.
+
+    Returns:
+        For each prompt [tokens of the prompt, vocab] fp32.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

@@ -1,4 +1,8 @@
-"""INT4 twins of a checkpoint: the packed file that vLLM loads, and the same weights in fp32."""
+"""Quantises a checkpoint to INT4.
+
+It writes two checkpoints with the same weights: one packed, which vLLM loads, and one dequantised
+to fp32, from which the expected results are computed.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +28,16 @@ def quantise(
     group_size: int = 64,
     symmetric: bool = True,
 ) -> None:
-    """Round the linear weights of ``checkpoint`` to INT4 and write both twins.
+    """Round the weights of the linear layers to INT4 and write both checkpoints.
 
     Args:
-        checkpoint: full precision, experts one by one.
-        packed: target for vLLM, quantised as ``form`` says.
-        dequantised: target with the very weights that ``packed`` stands for, in fp32.
-        form: "gptq" (AutoGPTQ v1: stored zero points are one less) or "compressed-tensors"
-            (pack-quantized).
-        group_size: input columns that share a scale; -1 is one scale for each row.
-        symmetric: zero point 8 throughout, else one for each group.
+        checkpoint: folder of the unquantised model, whose experts have a tensor each.
+        packed: folder to write the packed weights to, in the format ``form``.
+        dequantised: folder to write the same weights to, in fp32.
+        form: the format: "gptq" (version 1, as AutoGPTQ writes it: stored zero points are one too
+            small) or "compressed-tensors" (pack-quantized).
+        group_size: how many input columns share a scale; -1 for one scale per row.
+        symmetric: whether all zero points are 8. If not, each group has its own.
     """
     from safetensors.torch import save_file
 
@@ -68,7 +72,12 @@ def quantise(
 def _round(
     weight: torch.Tensor, group_size: int, symmetric: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[out, in] -> q [out, in] in 0..15, scale (exact in bf16) and zero [out, groups]."""
+    """Round a weight [out, in].
+
+    Returns:
+        The INT4 numbers [out, in] int32 from 0 to 15, the scales [out, groups] fp32 (rounded to
+        bf16), and the zero points [out, groups] int32.
+    """
     import torch
 
     rows, columns = weight.shape
@@ -87,7 +96,7 @@ def _round(
 
 
 def _pack(values: torch.Tensor) -> torch.Tensor:
-    """Eight 4-bit values of the last axis into one int32, first value lowest."""
+    """Pack eight 4-bit numbers of the last axis into one int32; the first has the lowest bits."""
     import torch
 
     shifts = torch.arange(0, 32, 4, dtype=torch.int64)
@@ -98,6 +107,7 @@ def _pack(values: torch.Tensor) -> torch.Tensor:
 def _gptq(
     q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, symmetric: bool
 ) -> dict[str, torch.Tensor]:
+    """Return the tensors of one layer in GPTQ's format."""
     import torch
 
     columns = q.shape[1]
@@ -112,6 +122,7 @@ def _gptq(
 def _pack_quantized(
     q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, symmetric: bool
 ) -> dict[str, torch.Tensor]:
+    """Return the tensors of one layer in the pack-quantized format of compressed-tensors."""
     import torch
 
     out = {
@@ -125,6 +136,7 @@ def _pack_quantized(
 
 
 def _config(form: str, group_size: int, symmetric: bool) -> dict[str, Any]:
+    """Return the entry "quantization_config" of config.json."""
     if form == "gptq":
         return {
             "quant_method": "gptq",

@@ -59,19 +59,19 @@ def narrow_rows(tensor):
 
 
 WRONG_CALLS = {
-    "x of another dtype": (lambda c: {"x": c["x"].half()}, TypeError, "x: torch.float16"),
-    "y of another dtype": (lambda c: {"y": c["y"].float()}, TypeError, "y: torch.float32"),
-    "x on another device": (lambda c: {"x": c["x"].to("meta")}, TypeError, "x: on meta"),
-    "y on another device": (lambda c: {"y": c["y"].to("meta")}, TypeError, "y: on meta"),
-    "x too narrow": (lambda c: {"x": c["x"][:, :16]}, ValueError, "x: shape"),
-    "x with too few rows": (lambda c: {"x": c["x"][1:]}, ValueError, "x: shape"),
-    "y too narrow": (lambda c: {"y": c["y"][..., :40]}, ValueError, "y: shape"),
-    "y of one slice too many": (lambda c: {"y": c["y"].repeat(1, 1, 2)}, ValueError, "y: shape"),
+    "x of another dtype": (lambda c: {"x": c["x"].half()}, TypeError, "x is torch.float16"),
+    "y of another dtype": (lambda c: {"y": c["y"].float()}, TypeError, "y is torch.float32"),
+    "x on another device": (lambda c: {"x": c["x"].to("meta")}, TypeError, "x is on meta"),
+    "y on another device": (lambda c: {"y": c["y"].to("meta")}, TypeError, "y is on meta"),
+    "x too narrow": (lambda c: {"x": c["x"][:, :16]}, ValueError, "x has shape"),
+    "x with too few rows": (lambda c: {"x": c["x"][1:]}, ValueError, "x has shape"),
+    "y too narrow": (lambda c: {"y": c["y"][..., :40]}, ValueError, "y has shape"),
+    "y of one slice too many": (lambda c: {"y": c["y"].repeat(1, 1, 2)}, ValueError, "y has shape"),
     "x transposed": (lambda c: {"x": c["x"].t().contiguous().t()}, ValueError, "last dimension"),
-    "x misaligned": (lambda c: {"x": misaligned(c["x"])}, ValueError, "x: does not start"),
-    "y misaligned": (lambda c: {"y": misaligned(c["y"])}, ValueError, "y: does not start"),
-    "x with odd rows": (lambda c: {"x": narrow_rows(c["x"])}, ValueError, "x: .*multiples of 8"),
-    "y with odd rows": (lambda c: {"y": narrow_rows(c["y"])}, ValueError, "y: .*multiples of 8"),
+    "x misaligned": (lambda c: {"x": misaligned(c["x"])}, ValueError, "x does not start"),
+    "y misaligned": (lambda c: {"y": misaligned(c["y"])}, ValueError, "y does not start"),
+    "x with odd rows": (lambda c: {"x": narrow_rows(c["x"])}, ValueError, "x has .*multiples of 8"),
+    "y with odd rows": (lambda c: {"y": narrow_rows(c["y"])}, ValueError, "y has .*multiples of 8"),
     "y with gaps": (
         lambda c: {"y": torch.zeros(TOKENS, 3, 2 * OUT, dtype=torch.bfloat16)[:, :2]},
         ValueError,
@@ -88,17 +88,17 @@ WRONG_CALLS = {
     "weights of another shape": (
         lambda c: {"topk_weights": torch.ones(TOKENS)},
         ValueError,
-        "topk_weights: shape",
+        "topk_weights has shape",
     ),
     "weights that are ids": (
         lambda c: {"topk_weights": torch.ones(TOKENS, TOP_K, dtype=torch.int32)},
         TypeError,
-        "topk_weights: torch.int32",
+        "topk_weights is torch.int32",
     ),
     "weights not contiguous": (
         lambda c: {"topk_weights": torch.ones(TOP_K, TOKENS).t()},
         ValueError,
-        "topk_weights: not contiguous",
+        "topk_weights is not contiguous",
     ),
 }
 
@@ -136,28 +136,28 @@ WRONG_FACTORS = {
     "a slice of another dtype": (
         _set(1, 0, lambda t: t.half()),
         TypeError,
-        "lora_a: torch.float16",
+        "lora_a is torch.float16",
     ),
-    "B of another dtype": (_set(0, 1, lambda t: t.float()), TypeError, "lora_b: torch.float32"),
-    "B on another device": (_set(0, 1, lambda t: t.to("meta")), TypeError, "lora_b: .* on meta"),
-    "fewer experts": (_set(0, 0, lambda t: t[:, :3]), ValueError, "lora_a: shape"),
-    "fewer slots": (_set(0, 1, lambda t: t[:2]), ValueError, "lora_b: shape"),
-    "B of another rank": (_set(0, 1, lambda t: t[..., :8]), ValueError, "lora_b: shape"),
-    "slices of other widths": (_set(1, 1, lambda t: t[:, :, :32]), ValueError, "lora_b: shape"),
+    "B of another dtype": (_set(0, 1, lambda t: t.float()), TypeError, "lora_b is torch.float32"),
+    "B on another device": (_set(0, 1, lambda t: t.to("meta")), TypeError, "lora_b is .* on meta"),
+    "fewer experts": (_set(0, 0, lambda t: t[:, :3]), ValueError, "lora_a has shape"),
+    "fewer slots": (_set(0, 1, lambda t: t[:2]), ValueError, "lora_b has shape"),
+    "B of another rank": (_set(0, 1, lambda t: t[..., :8]), ValueError, "lora_b has shape"),
+    "slices of other widths": (_set(1, 1, lambda t: t[:, :, :32]), ValueError, "lora_b has shape"),
     "slices with other strides": (
         _set(1, 0, lambda t: t.repeat(1, 1, 1, 2)[..., :WIDTH]),
         ValueError,
         "strides",
     ),
-    "one slice shared": (_set(1, 0, lambda t: t[:, :1]), ValueError, "slices differ"),
-    "B misaligned": (_set(0, 1, misaligned), ValueError, "lora_b: does not start"),
-    "a slice missing": (lambda a, b: b.pop(), ValueError, "2 A and 1 B"),
+    "one slice shared": (_set(1, 0, lambda t: t[:, :1]), ValueError, "slices that differ"),
+    "B misaligned": (_set(0, 1, misaligned), ValueError, "lora_b does not start"),
+    "a slice missing": (lambda a, b: b.pop(), ValueError, "2 lora_a and 1 lora_b"),
     "three slices": (
         lambda a, b: (a.append(a[0]), b.append(b[0])),
         ValueError,
-        "3 A and 3 B",
+        "3 lora_a and 3 lora_b",
     ),
-    "three dimensions": (_set(0, 0, lambda t: t[0]), ValueError, "are .slots"),
+    "three dimensions": (_set(0, 0, lambda t: t[0]), ValueError, "tensors .slots"),
 }
 
 
@@ -175,7 +175,7 @@ def test_factors_refuse_what_cannot_be_read_in_groups():
         a, b = factor(2, 3, rank, width), factor(2, 3, out, rank)
         with pytest.raises(ValueError, match="multiples of 8 elements"):
             Factors([a], [b], 3)
-    with pytest.raises(ValueError, match="out is 20"):
+    with pytest.raises(ValueError, match="out = 20"):
         Factors([factor(2, 3, 16, 24)], [factor(2, 3, 20, 16)], 3)
     with pytest.raises(TypeError, match="float64"):
         Factors(*[[t.double() for t in ts] for ts in parts()], EXPERTS)
@@ -184,9 +184,9 @@ def test_factors_refuse_what_cannot_be_read_in_groups():
 @pytest.mark.parametrize(
     ("slot", "ranks", "message"),
     [
-        (-1, 8, "slot: -1"),
-        (SLOTS, 8, "slot: 3, there are 3"),
-        (0, RANK + 1, "slot 0: 17 to 17, the buffers hold 0 to 16"),
+        (-1, 8, "slot is -1"),
+        (SLOTS, 8, "slot is 3, but there are 3"),
+        (0, RANK + 1, "slot 0 are 17 to 17, but the buffers hold 0 to 16"),
         (0, -1, "-1 to -1"),
         (0, torch.full((2, EXPERTS), RANK).index_fill(1, torch.tensor([2]), 99), "16 to 99"),
         (0, torch.ones(EXPERTS, 2), "shape"),
@@ -214,14 +214,14 @@ IDS, TOKEN_SLOTS = torch.zeros(5, 2, dtype=torch.int32), torch.zeros(5, dtype=to
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"topk_ids": IDS[0]}, ValueError, "topk_ids: shape"),
-        ({"topk_ids": IDS.float()}, TypeError, "topk_ids: torch.float32"),
+        ({"topk_ids": IDS[0]}, ValueError, "topk_ids has shape"),
+        ({"topk_ids": IDS.float()}, TypeError, "topk_ids is torch.float32"),
         ({"topk_ids": torch.zeros(2, 5, dtype=torch.int32).t()}, ValueError, "not contiguous"),
-        ({"token_slots": TOKEN_SLOTS[1:]}, ValueError, "token_slots: shape"),
-        ({"token_slots": TOKEN_SLOTS.to("meta")}, TypeError, "token_slots: on meta"),
+        ({"token_slots": TOKEN_SLOTS[1:]}, ValueError, "token_slots has shape"),
+        ({"token_slots": TOKEN_SLOTS.to("meta")}, TypeError, "token_slots is on meta"),
         ({"token_slots": torch.zeros(10, dtype=torch.int64)[::2]}, ValueError, "not contiguous"),
-        ({"expert_map": torch.zeros(4)}, TypeError, "expert_map: torch.float32"),
-        ({"active": torch.ones(3, 3, dtype=torch.bool)}, ValueError, "active: shape"),
+        ({"expert_map": torch.zeros(4)}, TypeError, "expert_map is torch.float32"),
+        ({"active": torch.ones(3, 3, dtype=torch.bool)}, ValueError, "active has shape"),
         ({"num_slots": 0}, ValueError, "at least 1"),
         ({"num_slots": 2**20, "num_experts": 2**11}, ValueError, "32 bits"),
         ({"dtype": torch.float64}, TypeError, "float64"),
@@ -234,12 +234,12 @@ def test_route_refuses(change, error, message):
 
 
 def test_a_device_that_cannot_run_them(monkeypatch):
-    with pytest.raises(TypeError, match="a CUDA device is needed"):
+    with pytest.raises(TypeError, match="need a CUDA device"):
         arch_of(torch.device("meta"))
     from triton import knobs
 
     monkeypatch.setattr(knobs.runtime, "interpret", False)
-    with pytest.raises(TypeError, match="a CUDA device is needed"):
+    with pytest.raises(TypeError, match="need a CUDA device"):
         arch_of(torch.device("cpu"))
 
 
@@ -257,7 +257,7 @@ def test_tables_hold_every_choice():
                     assert {(dtype, tiles, 2, by_pair) for by_pair in (False, True)} <= set(shrinks)
                     wanted = {
                         (dtype, tiles, 2, parts, True, added)
-                        for parts in {config.PARTS if config.splits(pairs) else 1, 1}
+                        for parts in {config.PARTS if config.parts_are_programs(pairs) else 1, 1}
                         for added in (False, True)
                     }
                     assert wanted <= set(expands)

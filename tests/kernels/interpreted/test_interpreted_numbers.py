@@ -225,7 +225,7 @@ def test_ranks_found_in_the_factors():
     shared = Factors([a[:, :1]], [b], 4)
     shared.find_ranks(1)
     assert shared.ranks[0, 1].tolist() == [3, 0, 0, 3]
-    with pytest.raises(ValueError, match="slot: 2, there are 2"):
+    with pytest.raises(ValueError, match="slot is 2, but there are 2"):
         factors.find_ranks(2)
 
 

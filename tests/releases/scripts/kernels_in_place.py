@@ -215,7 +215,7 @@ def run(name, case, number, config):
 
 def ranks_are_right(wrapper, case, adapters):
     """Whether the kernels are told each factor's own rank, and which pairs have none at all."""
-    kept = wrapper.__dict__.get("_moe_lora_segments")
+    kept = wrapper.__dict__.get("_moe_lora_factors")
     if kept is None:
         return None
     names = [["w13"] if case.fused else ["w1", "w3"] if case.gated else ["w1"], ["w2"]]

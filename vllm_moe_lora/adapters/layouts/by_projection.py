@@ -1,12 +1,17 @@
-"""Layouts that name the projection: one expert each, 3-D stacks, rows of all experts, shared sides.
+"""Reads the layouts whose tensor names contain the projection (gate_proj, w1, gate_up_proj, ...).
 
-    experts.7.gate_proj.lora_A        [r, in]      PEFT on per-expert models, most exporters
-    experts.7.gate_up_proj.lora_B     [2 I, r]     ms-swift, ART's training form
-    experts.gate_up_proj.lora_A       [E, r, in]   Megatron-Bridge's packed export
-    experts.w1.lora_A                 [E or 1, ..] Tinker; Megatron-Bridge's shared-outer side
-    experts.gate_proj.lora_A          [E r, in]    ART's rows (B: [E out, r], rows expert by expert)
+E is the number of experts, r the rank, I the intermediate size of an expert:
 
-Sources: facts/adapter-layouts.md, section 2, which names trainer and version of each.
+    experts.7.gate_proj.lora_A        [r, in]      PEFT on models with one module per expert
+    experts.7.gate_up_proj.lora_B     [2 I, r]     ms-swift, ART while it trains
+    experts.gate_up_proj.lora_A       [E, r, in]   Megatron-Bridge's export of packed experts
+    experts.w1.lora_A                 [E or 1, ..] Tinker, and the side of Megatron-Bridge's
+                                                   experts_shared_outer_loras that is shared
+    experts.gate_proj.lora_A          [E r, in]    ART: rows of all experts, expert after expert
+                                                   (lora_B is [E out, r])
+
+Taken from the source of each trainer: peft 0.21.2, ms-swift 4.6, ART 0.5.23, Megatron-Bridge 0.6.2,
+Tinker cookbook 0.6.1. The README's table of layouts lists more trainers that write them.
 """
 
 from __future__ import annotations
@@ -19,24 +24,29 @@ from ..config import Config
 from ..errors import AdapterError, listed
 from ..group import Tensors
 
-# One side of one projection: expert (None: a stack) -> tensor's name and tensor.
+# lora_A or lora_B of one projection: expert's number, or None for a tensor of all experts ->
+# (tensor's name, tensor).
 _Side = dict[int | None, tuple[str, torch.Tensor]]
 
 
 def read(
     prefix: str, tensors: Tensors, dims: Dims, config: Config, interleaved: bool
 ) -> dict[str, list[Part]]:
-    """Parts by projection.
+    """Read one layer's experts into the canonical form.
 
     Args:
-        prefix: the layer's experts, as the adapter calls them.
-        tensors: of this layer, none of them flat.
-        dims: of the model.
+        prefix: what the adapter calls the layer's experts.
+        tensors: all tensors of this layer's experts; each names its projection.
+        dims: sizes of the model's experts.
         config: for ranks and scales.
-        interleaved: 3-D gate_up has alternating rows, as the model's own fused weight has.
+        interleaved: rows of a 3-D gate_up_proj alternate between gate and up.
+
+    Returns:
+        "w1", "w2", "w3" or "w13" -> parts, as in `canonical.Experts`.
 
     Raises:
-        AdapterError: names the tensor that does not fit.
+        AdapterError: a tensor has the wrong shape or rank, or an expert is there twice or does not
+            exist in the model. The message names the tensor.
     """
     sides: dict[str, dict[str, _Side]] = {}
     for (expert, projection), pair in tensors.items():
@@ -54,20 +64,25 @@ def _projection(
     for side in (a, b):
         if None in side and len(side) > 1:
             other = next(key for number, (key, _) in side.items() if number is not None)
-            raise AdapterError(f"{side[None][0]} and {other} hold the same factor twice")
+            raise AdapterError(f"{side[None][0]} and {other} hold the same factor twice.")
         for number, (key, tensor) in side.items():
             if number is not None and number >= dims.experts:
-                raise AdapterError(f"{key}: the model has experts 0 to {dims.experts - 1}")
+                raise AdapterError(
+                    f"{key} is for expert {number}, but the model has experts 0 to "
+                    f"{dims.experts - 1}. The adapter is for another model."
+                )
             if number is not None and tensor.ndim != 2:
                 raise AdapterError(
-                    f"{key} is {_shape(tensor)}; a matrix of one expert has two dimensions"
+                    f"{key} has shape {_shape(tensor)}, but a LoRA matrix of one expert must have "
+                    "two dimensions."
                 )
     numbered = [number for side in (a, b) for number in side if number is not None]
     if not numbered:
-        return [_of_stacks(prefix, name, a[None], b[None], dims, config, interleaved)]
+        return [_all_experts(prefix, name, a[None], b[None], dims, config, interleaved)]
     experts = sorted(set(numbered))
     if None in a or None in b:
         return [_one_side_shared(prefix, name, a, b, experts, dims, config)]
+    # A part needs one rank, scale and dtype, so sort the experts by these.
     buckets: dict[tuple[int, float, torch.dtype, torch.dtype], list[int]] = {}
     shape = dims.shape(name)
     for expert in experts:
@@ -88,7 +103,7 @@ def _projection(
     return parts
 
 
-def _of_stacks(
+def _all_experts(
     prefix: str,
     name: str,
     a: tuple[str, torch.Tensor],
@@ -97,6 +112,7 @@ def _of_stacks(
     config: Config,
     interleaved: bool,
 ) -> Part:
+    """Read a projection whose lora_A and lora_B each hold all experts, or are shared by all."""
     (key, one), (other, two) = a, b
     shape = dims.shape(name)
     if one.ndim == two.ndim == 2:
@@ -104,8 +120,8 @@ def _of_stacks(
     for label, tensor in ((key, one), (other, two)):
         if tensor.ndim != 3 or tensor.shape[0] not in (1, dims.experts):
             raise AdapterError(
-                f"{label} is {_shape(tensor)}; its first dimension is to be {dims.experts} "
-                "experts, or 1 where all share it"
+                f"{label} has shape {_shape(tensor)}, but its first dimension must be "
+                f"{dims.experts}, the number of experts, or 1 if all experts share it."
             )
     _check(key, one[0], other, two[0], shape)
     scale = _scale(config, key, f"{prefix}.{_word(key)}", one.shape[1])
@@ -122,7 +138,10 @@ def _one_side_shared(
     dims: Dims,
     config: Config,
 ) -> Part:
-    """Megatron-Bridge's experts_shared_outer_loras: one side [1, ...], the other by expert."""
+    """Read Megatron-Bridge's experts_shared_outer_loras.
+
+    All experts share one side ([1, ...]). The other side has one tensor per expert.
+    """
     stacks: list[Stack] = []
     for side in (a, b):
         if None in side:
@@ -130,16 +149,25 @@ def _one_side_shared(
             if tensor.ndim == 2:
                 tensor = tensor[None]
             if tensor.ndim != 3 or tensor.shape[0] not in (1, dims.experts):
-                raise AdapterError(f"{key} is {_shape(tensor)}; a shared factor is [1, ., .]")
+                raise AdapterError(
+                    f"{key} has shape {_shape(tensor)}, but a factor that all experts share must "
+                    "have shape [1, rows, columns]."
+                )
             stacks.append(tensor if tensor.shape[0] == 1 else tensor[experts])
             continue
         missing = [number for number in experts if number not in side]
         if missing:
-            raise AdapterError(f"{prefix}: {name} of experts {missing[:10]} has one side only")
-        ranks = {tuple(side[number][1].shape) for number in experts}
-        if len(ranks) > 1:
+            raise AdapterError(
+                f"{prefix}: experts {missing[:10]} have only one of lora_A and lora_B for {name}. "
+                "The file is damaged or was cut."
+            )
+        shapes = {tuple(side[number][1].shape) for number in experts}
+        if len(shapes) > 1:
             key = side[experts[0]][0]
-            raise AdapterError(f"{key}: ranks differ, but the other side is shared by all experts")
+            raise AdapterError(
+                f"{key}: the experts have different ranks here, but they share one matrix on the "
+                "other side, so their ranks must be the same."
+            )
         stacks.append(tuple(side[number][1] for number in experts))
     key = next(iter(a.values()))[0]
     _check(key, first(stacks[0]), next(iter(b.values()))[0], first(stacks[1]), dims.shape(name))
@@ -155,13 +183,17 @@ def _rows(
     dims: Dims,
     shape: tuple[int, int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """ART's rows of all experts, or one LoRA that all experts share."""
+    """Give two 2-D factors a first dimension of experts.
+
+    They hold either one LoRA that all experts share, or the rows of all experts (ART).
+    """
     if two.shape[0] == shape[0]:
         return one[None], two[None]
     if two.shape[0] != dims.experts * shape[0] or one.shape[0] % dims.experts:
         raise AdapterError(
-            f"{key} {_shape(one)} and {other} {_shape(two)} fit neither rows of {dims.experts} "
-            f"experts of {shape[0]} x {shape[1]} (out x in) nor one factor for all of them"
+            f"{key} {_shape(one)} and {other} {_shape(two)} hold neither the rows of "
+            f"{dims.experts} experts of {shape[0]} x {shape[1]} (out x in) nor one LoRA that all "
+            "experts share. The adapter is for another model, or was cut."
         )
     return one.unflatten(0, (dims.experts, -1)), two.unflatten(0, (dims.experts, -1))
 
@@ -173,11 +205,11 @@ def _check(key: str, a: torch.Tensor, other: str, b: torch.Tensor, shape: tuple[
             "or was cut."
         )
     if a.shape[0] == 0:
-        raise AdapterError(f"{key} has rank 0")
+        raise AdapterError(f"{key} has rank 0. The file is damaged or was cut.")
     if (b.shape[0], a.shape[1]) != shape:
         raise AdapterError(
-            f"{key} and {other} make {b.shape[0]} x {a.shape[1]} (out x in), the model's experts "
-            f"are {shape[0]} x {shape[1]}. The adapter is for another model."
+            f"{key} and {other} make a matrix of {b.shape[0]} x {a.shape[1]} (out x in), but the "
+            f"model's experts are {shape[0]} x {shape[1]}. The adapter is for another model."
         )
 
 
@@ -186,17 +218,19 @@ def _scale(config: Config, key: str, module: str, rank: int) -> float:
     if rank > expected:
         raise AdapterError(
             f"{key} has rank {rank}, but adapter_config.json says {expected}, so its scale is not "
-            f'known. Add it to "rank_pattern": {{"{module}": {rank}}}.'
+            f'known. Add the rank there: "rank_pattern": {{"{module}": {rank}}}.'
         )
     if rank < expected:
         warning_once(
-            f"LoRA factors of rank {rank} where adapter_config.json says {expected}: scaled by "
-            f'their own rank (Megatron-Bridge normalises so); "rank_pattern" would say otherwise'
+            f"LoRA factors have rank {rank} where adapter_config.json says {expected}. They are "
+            "scaled by their own rank, as Megatron-Bridge's normalize_moe_lora does. To confirm "
+            'the rank, add it to "rank_pattern" in adapter_config.json.'
         )
     return scale
 
 
 def _word(key: str) -> str:
+    """The projection's word in a tensor's name, as in "gate_proj"."""
     return key.rpartition(".lora_")[0].rpartition(".")[2]
 
 
@@ -205,21 +239,23 @@ def _shape(tensor: torch.Tensor) -> str:
 
 
 def all_named(tensors: Tensors) -> bool:
-    """Whether this reader knows every tensor of a layer.
+    """Whether every tensor of a layer names its projection, so that `read` can read the layer.
+
+    If not, they are PEFT's fused experts, which `peft_fused` reads.
 
     Raises:
-        AdapterError: flat and named tensors are mixed.
+        AdapterError: the layer has both kinds.
     """
-    flat = [
+    fused = [
         named[0]
         for (_, projection), pair in tensors.items()
         if projection in ("inner", "outer")
         for named in pair.values()
     ]
     total = sum(len(pair) for pair in tensors.values())
-    if flat and len(flat) != total:
+    if fused and len(fused) != total:
         raise AdapterError(
-            f"{listed(flat)}: PEFT's fused experts beside tensors that name a projection. "
-            "Two layouts in one layer cannot be told apart."
+            f"{listed(fused)}: PEFT's fused experts, but other tensors of this layer name their "
+            "projection. Two layouts in one layer cannot be read. Save the adapter in one layout."
         )
-    return not flat
+    return not fused

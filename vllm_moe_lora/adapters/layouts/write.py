@@ -1,4 +1,7 @@
-"""Canonical experts -> tensors of one layout, with what adapter_config.json must say of them."""
+"""Writes the canonical form as tensors of a layout, for the `convert` command.
+
+adapter_config.json must give the rank and alpha of what is written; `patterns` makes these entries.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,13 @@ from ..names import PREFIX, WORDS
 
 @dataclass
 class Written:
-    """Tensors of an adapter, and module -> (rank, alpha) of those that need a pattern."""
+    """What was written so far.
+
+    Attributes:
+        tensors: by their names in the file.
+        ranks: module of routed experts -> (rank, alpha) of its tensors.
+        notes: what the user should know, as where values were rounded.
+    """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     ranks: dict[str, tuple[int, float]] = field(default_factory=dict)
@@ -23,13 +32,14 @@ class Written:
 
 
 def write(experts: Experts, layout: str, dims: Dims, config: Config, out: Written) -> None:
-    """Add one layer to ``out``.
+    """Add the tensors of one layer to ``out``.
 
     Args:
-        experts: of the layer.
+        experts: the layer's experts in the canonical form.
         layout: one of `names.LAYOUTS`.
-        dims: of the model.
-        config: of the source; its scaling rule (rsLoRA or not) is kept.
+        dims: sizes of the model's experts.
+        config: the source adapter's. Its rule for the scale (rsLoRA or not) is kept.
+        out: what was written so far; it is changed.
     """
     if layout == "per-expert":
         return _per_expert(experts, config, out)
@@ -52,10 +62,11 @@ def write(experts: Experts, layout: str, dims: Dims, config: Config, out: Writte
 
 
 def patterns(written: Written, config: Config) -> dict[str, Any]:
-    """rank_pattern and alpha_pattern, short where a whole projection agrees.
+    """The entries "rank_pattern" and "alpha_pattern" for the modules in ``written``.
 
-    Where the source has patterns of its own, every projection gets one of ours: the first match
-    counts, and the source's may be meant for a module of another name.
+    A projection with the same rank and alpha in all experts gets one regex instead of many names.
+    Values that equal the config's "r" and "lora_alpha" are left out, unless the source adapter has
+    patterns of its own. One of these could then match by accident, so every module gets a pattern.
     """
     always = bool(config.rank_pattern or config.alpha_pattern)
     by_word: dict[str, set[tuple[int, float]]] = {}
@@ -91,7 +102,10 @@ def _per_expert(experts: Experts, config: Config, out: Written) -> None:
 
 
 def _joined(experts: Experts, dims: Dims, out: Written) -> Part | None:
-    """Gate and up of all experts in one part, in the row order of the model's fused weight."""
+    """Gate and up of all experts as one w13 part, with rows ordered as in the model's weight.
+
+    None if the layer has LoRA on neither.
+    """
     whole = experts.parts.get("w13")
     if whole and len(whole) == 1 and whole[0].interleaved == dims.interleaved:
         return _whole(experts, "w13", dims, out)
@@ -108,7 +122,7 @@ def _joined(experts: Experts, dims: Dims, out: Written) -> Part | None:
     elif gate.scale == up.scale and same(gate.a, up.a):
         a, scale, pair = stacked(gate.a), gate.scale, [stacked(gate.b), stacked(up.b)]
     else:
-        out.notes.add("gate and up have lora_A of their own: fused, they need the sum of the ranks")
+        out.notes.add("gate and up have different lora_A: fused, their rank is the sum of both")
         a, scale = torch.cat([stacked(gate.a), stacked(up.a)], 1), gate.scale
         above, below = stacked(gate.b), _rescaled(stacked(up.b), up.scale / scale, out)
         pair = [
@@ -120,7 +134,10 @@ def _joined(experts: Experts, dims: Dims, out: Written) -> Part | None:
 
 
 def _whole(experts: Experts, name: str, dims: Dims, out: Written) -> Part | None:
-    """One part with every expert of the model: ranks padded with zeros, absent experts zero."""
+    """A projection of every expert of the model as one part; None if it has no LoRA.
+
+    Smaller ranks are padded with zeros, and experts without LoRA are zeros.
+    """
     parts = experts.parts.get(name)
     if not parts:
         return None
@@ -142,13 +159,15 @@ def _whole(experts: Experts, name: str, dims: Dims, out: Written) -> Part | None
 
 
 def _all(stack: Any, dims: Dims) -> torch.Tensor:
+    """A stack as one tensor with a row for every expert; a shared matrix is expanded."""
     whole = stacked(stack)
     return whole.expand(dims.experts, *whole.shape[1:])
 
 
 def _rescaled(b: torch.Tensor, factor: float, out: Written) -> torch.Tensor:
+    """Multiply lora_B by ``factor``, so that experts with different scales get the same one."""
     if factor == 1:
         return b
-    if math.frexp(factor)[0] != 0.5:
-        out.notes.add("scales that differ are folded into lora_B, which rounds it")
+    if math.frexp(factor)[0] != 0.5:  # a power of two does not round
+        out.notes.add("experts have different scales, which are folded into lora_B and round it")
     return b * factor

@@ -1,4 +1,8 @@
-"""Will an adapter load on a model? From config.json and the headers of files alone."""
+"""Says whether an adapter will load on a model, for the commands `plan` and `doctor`.
+
+Only the model's config.json and the headers of the files are read. Sizes of dense modules and the
+values of tensors are not checked.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +12,23 @@ from pathlib import Path
 from .. import sizes
 from ..errors import AdapterError, listed
 from ..group import refuse_what_is_not_lora
-from ..names import PREFIX
+from ..names import parse
 from ..spelling import Spellings
 from .convert import Adapter, read
 
-# vLLM's choices for --max-lora-rank.
+# The values that vLLM accepts for --max-lora-rank.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass
 class Fit:
-    """What an adapter asks of the engine.
+    """What an adapter needs from an engine.
 
     Attributes:
-        rank: the highest of its tensors.
-        layouts: of its routed experts.
-        layers: number of layers whose experts it has.
-        notes: what the reader had to assume.
+        rank: the highest rank of its tensors.
+        layouts: names of the layouts of its routed experts.
+        layers: number of layers in which it has LoRA on routed experts.
+        notes: what had to be assumed to read it.
     """
 
     rank: int
@@ -34,18 +38,19 @@ class Fit:
 
 
 def fits(adapter: Path, model: Path) -> Fit:
-    """
+    """Check an adapter against a model.
+
     Args:
-        adapter: its folder; tensors are mapped, and none is read.
-        model: the folder of the checkpoint that is to be served; config.json and the names in
-            its safetensors are read.
+        adapter: the adapter's folder. Its tensors are memory-mapped; their values are not read.
+        model: folder of the checkpoint that will be served. Its config.json is read, and the names
+            of the weights in its safetensors files.
 
     Raises:
-        AdapterError: the sentence that loading would end with.
+        AdapterError: the adapter would not load; says why.
     """
     found = read(adapter, model if _has_experts(model) else None)
     refuse_what_is_not_lora(found.found)
-    _place(found, model)
+    _check_modules(found, model)
     ranks = [t.shape[0] for key, t in found.found.dense.items() if ".lora_A" in key]
     ranks += [part.rank for one in found.experts for _, part in one]
     return Fit(
@@ -57,14 +62,17 @@ def fits(adapter: Path, model: Path) -> Fit:
 
 
 def smallest_rank(rank: int) -> int:
-    """What --max-lora-rank must be at least.
+    """The smallest value of --max-lora-rank that is enough for ``rank``.
 
     Raises:
-        AdapterError: vLLM has no choice that large.
+        AdapterError: vLLM accepts no value that large.
     """
     choice = next((allowed for allowed in RANKS if allowed >= rank), None)
     if choice is None:
-        raise AdapterError(f"rank {rank} is above {RANKS[-1]}, the largest that vLLM serves")
+        raise AdapterError(
+            f"rank {rank} is above {RANKS[-1]}, the largest --max-lora-rank that vLLM accepts. "
+            "Merge the adapter into the model (`vllm-moe-lora convert SRC DST --merge-into MODEL`)."
+        )
     return choice
 
 
@@ -76,14 +84,14 @@ def _has_experts(model: Path) -> bool:
     return True
 
 
-def _place(adapter: Adapter, model: Path) -> None:
-    """Every module of the adapter is a module of the checkpoint."""
+def _check_modules(adapter: Adapter, model: Path) -> None:
+    """Check that every module of the adapter is a module of the checkpoint."""
     modules = {name.rpartition(".")[0] for names in sizes.shards(model).values() for name in names}
-    # "experts.7.up_proj" of a checkpoint also stands for its layer's "experts".
+    # An adapter may name all experts of a layer where the checkpoint names "experts.7.up_proj".
     modules |= {name.partition(".experts")[0] + ".experts" for name in modules if "experts" in name}
     spellings = Spellings(modules)
-    wanted = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in adapter.found.dense}
+    wanted = {parse(key).module for key in adapter.found.dense}
     wanted |= {one.prefix for one in adapter.experts}
     lost = [name for name in wanted if spellings.find(name) is None]
     if lost:
-        raise AdapterError(f"{model} has no module {listed(lost)}")
+        raise AdapterError(f"{model} has no module {listed(lost)}. Is the adapter for this model?")

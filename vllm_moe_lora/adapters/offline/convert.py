@@ -1,4 +1,7 @@
-"""An adapter's folder -> the same adapter in another layout."""
+"""Reads a whole adapter's folder (`read`) and writes the adapter in another layout.
+
+`read` is also the first step of the other commands: `inspect`, `plan` and merging.
+"""
 
 from __future__ import annotations
 
@@ -17,28 +20,35 @@ from .. import sizes
 from ..canonical import Dims, Experts
 from ..config import Config
 from ..errors import AdapterError, listed
-from ..group import Grouped, group
+from ..group import LAYOUTS, Grouped, group
 from ..layouts.recognise import resolve
 from ..layouts.write import Written, patterns, write
 from ..names import place
 
-# Statements about the layout of the source; they would be wrong in a file we write.
-_STALE = ("moe_lora_layout", "lora_B_layout", "moe_lora_gate_up", "unsloth_fused_expert_lora")
+# Entries of adapter_config.json on the layout of the source. They would be wrong in what we write.
+_LAYOUT_ENTRIES = (
+    "moe_lora_layout",
+    "lora_B_layout",
+    "moe_lora_gate_up",
+    "unsloth_fused_expert_lora",
+)
 
+# Wraps the items of a loop to show its progress: (items, what they are) -> the items.
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 @dataclass
 class Adapter:
-    """A whole adapter, read and recognised.
+    """A whole adapter.
 
     Attributes:
-        config: of its adapter_config.json.
-        found: all tensors by where they belong.
-        experts: canonical, by layer.
-        dims: of the model, None where the adapter has no routed experts.
-        notes: what had to be guessed.
-        sure: ``dims`` are the model's own, not read off the adapter.
+        config: its adapter_config.json.
+        found: all its tensors, sorted by where they belong.
+        experts: its routed experts in the canonical form, one entry per layer.
+        dims: sizes of the model's experts; None if the adapter has no LoRA on routed experts.
+        notes: what had to be assumed to read it.
+        dims_are_the_models: ``dims`` come from the model's config.json. If false they were inferred
+            from the adapter's tensors.
     """
 
     config: Config
@@ -46,19 +56,19 @@ class Adapter:
     experts: list[Experts]
     dims: Dims | None
     notes: list[str] = field(default_factory=list)
-    sure: bool = True
+    dims_are_the_models: bool = True
 
 
 def read(folder: Path, base: Path | None = None) -> Adapter:
     """Read an adapter's folder.
 
     Args:
-        folder: with adapter_config.json and the tensors.
-        base: the model's folder, for the sizes of its experts; without it they are taken from the
-            config's base_model_name_or_path where that is a folder, else from the tensors.
+        folder: the folder with adapter_config.json and the weights.
+        base: the model's folder, for the sizes of its experts. Without it they come from the
+            config's base_model_name_or_path if that is a local folder, else from the tensors.
 
     Raises:
-        AdapterError: the adapter is damaged or its layout is not known.
+        AdapterError: the adapter is damaged or has an unknown layout.
     """
     if not folder.is_dir():
         raise AdapterError(f"{folder} is not a folder")
@@ -66,7 +76,10 @@ def read(folder: Path, base: Path | None = None) -> Adapter:
     found = group(files.tensors(folder))
     lost = [key for key in found.full if ".experts" in key and "shared_expert" not in key]
     if lost:
-        raise AdapterError(f"{listed(lost)}: routed experts in no layout that is known")
+        raise AdapterError(
+            f"{listed(lost)}: these routed experts are in an unknown layout. The layouts that can "
+            f"be read: {LAYOUTS}."
+        )
     if not found.experts:
         return Adapter(config, found, [], None)
     if base is None:
@@ -78,22 +91,30 @@ def read(folder: Path, base: Path | None = None) -> Adapter:
 
 
 def convert(adapter: Adapter, layout: str, progress: Progress) -> tuple[Written, dict[str, Any]]:
-    """The tensors and the adapter_config.json of ``adapter`` in another layout.
+    """Convert an adapter to another layout of routed experts. Other modules stay as they are.
+
+    Args:
+        layout: one of `names.LAYOUTS`.
+        progress: shows the progress of the loop over layers.
+
+    Returns:
+        The tensors, and the contents of adapter_config.json.
 
     Raises:
-        AdapterError: it has DoRA or biases on routed experts, which no fused layout has.
+        AdapterError: the adapter has DoRA magnitudes or biases on routed experts. The fused layouts
+            have no tensors for them.
     """
     odd = [name for name in (*adapter.found.magnitude, *adapter.found.bias) if place(name)]
     if odd:
         raise AdapterError(
-            f"DoRA or biases on {listed(odd)} have no place in other layouts: merge the adapter "
-            "into the model (--merge-into MODEL)"
+            f"DoRA magnitudes or biases on {listed(odd)} cannot be converted: the fused layouts "
+            "have no tensors for them. Merge the adapter into the model (--merge-into MODEL)."
         )
     out = Written(notes=set(adapter.notes))
-    if not adapter.sure and layout != "per-expert" and adapter.dims is not None:
+    if not adapter.dims_are_the_models and layout != "per-expert" and adapter.dims is not None:
         out.notes.add(
-            f"the model is taken to have {adapter.dims.experts} experts, as the adapter shows; "
-            "--base MODEL makes sure"
+            f"the model is assumed to have {adapter.dims.experts} experts, as the adapter shows. "
+            "Give --base MODEL to be sure."
         )
     for experts in progress(adapter.experts, "layers"):
         assert adapter.dims is not None
@@ -108,7 +129,8 @@ def convert(adapter: Adapter, layout: str, progress: Progress) -> tuple[Written,
 
 
 def _config(adapter: Adapter, out: Written, layout: str) -> dict[str, Any]:
-    raw = {k: v for k, v in adapter.config.raw.items() if k not in _STALE}
+    """The contents of adapter_config.json for what was written."""
+    raw = {k: v for k, v in adapter.config.raw.items() if k not in _LAYOUT_ENTRIES}
     modules = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in adapter.found.dense}
     raw["target_parameters"] = None
     own = {module.rpartition(".")[2] for module in out.ranks}
@@ -118,14 +140,19 @@ def _config(adapter: Adapter, out: Written, layout: str) -> dict[str, Any]:
     raw["target_modules"] = sorted(modules | own)
     ours = patterns(out, adapter.config)
     for key in ("rank_pattern", "alpha_pattern"):
-        # Of the source's patterns those on other modules stay; ours are more exact, and come first.
+        # The source's patterns stay, for other modules. Ours come first, because PEFT uses the
+        # first pattern that matches.
         kept = {k: v for k, v in (raw.get(key) or {}).items() if k not in ours[key]}
         raw[key] = {**ours[key], **kept}
     return raw
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-    """Write an adapter's folder."""
+    """Write an adapter's folder. An existing folder is replaced.
+
+    Args:
+        config: the contents of adapter_config.json.
+    """
     from safetensors.torch import save_file
 
     with replacing(folder) as draft:
@@ -139,7 +166,10 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any])
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place and name of ``folder`` when all went well."""
+    """Yield an empty folder that becomes ``folder`` at the end of the block.
+
+    An existing ``folder`` is replaced then. If the block raises, it stays as it was.
+    """
     draft = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)

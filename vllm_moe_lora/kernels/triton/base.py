@@ -1,10 +1,15 @@
-"""The base's grouped product with LoRA as its tail: y = W x + B z, rounded once.
+"""Triton kernel: the base experts' grouped GEMM with LoRA fused into its end (the "tail").
 
-Rows come in the base's own order, sorted by expert alone, as vLLM's `moe_align_block_size` makes
-it, or one pair a block, as vLLM has few of them. After the sum over x a block walks the adapter
-slots among its rows and adds each one's B z to the rows that have it, in the accumulator. So y is
-written once and read never, and no order of the pairs by adapter is wanted for it. Without LORA it
-is the same kernel less the tail: rows without an adapter have the same bits either way.
+It runs with VLLM_MOE_LORA_KERNELS=tail. For each token-expert pair it computes y = W x + B z in one
+fp32 accumulator and rounds once. W is the expert's base weight, B its lora_b, and z = lora_a x
+comes from shrink.py. So y is written once and never read, while a separate expand kernel has to
+read and write all of y again. grouped.py launches the kernel.
+
+The rows come in the order that vLLM's base kernel uses: sorted by expert, as `moe_align_block_size`
+does it, or, in a small batch, unsorted with one pair per block. They need not be sorted by adapter.
+After the sum over x, a block loops over the adapter slots of its rows and adds B z of each slot to
+the rows that use it. With LORA=False the kernel skips this loop, so a row without an adapter gets
+the same bits with and without LORA.
 """
 
 from __future__ import annotations
@@ -12,7 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Strides and widths count groups of 8 elements (see shrink.py).
+# Names ending in "8" count groups of 8 elements (see shrink.py). Triton must not compile a variant
+# for special values of these arguments: one variant serves every batch.
 _COUNTS = [
     "row_blocks",
     "num_pairs",
@@ -55,7 +61,10 @@ def _tail(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """acc + B z; ``slots`` [BLOCK_M] are num_slots in rows without an adapter."""
+    """Return acc + B z.
+
+    ``slots`` [BLOCK_M] has the adapter slot of each row, and num_slots for a row without one.
+    """
     z += pair[:, None] * z_row
     b += column.to(tl.int64)[None, :] * stride_out
     slot = tl.min(slots, 0)
@@ -64,7 +73,7 @@ def _tail(
         rank = tl.minimum(tl.load(ranks + slot * num_experts), max_rank)
         up_start = b + slot.to(tl.int64) * stride_slot
         groups = (rank + 7) // 8 * 8
-        # Mostly one step: nothing to fetch ahead, and no shared memory for it.
+        # The loop mostly has one step, so prefetching would only cost shared memory.
         for first in tl.range(0, rank, BLOCK_R, num_stages=1):
             r = first + tl.arange(0, BLOCK_R)
             up = tl.load(up_start + r[:, None], mask=(r < groups)[:, None], other=0.0)
@@ -76,7 +85,7 @@ def _tail(
                 down += tl.load(z + offset + r[None, :], mask=inside, other=0.0)
             down = tl.where((r < rank)[None, :], down, 0.0)
             if up.dtype == tl.float16:
-                # z may pass the range of fp16; tf32 holds fp16 factors exactly.
+                # z may be too large for fp16. tf32 has the range of fp32 and holds fp16 exactly.
                 acc = tl.dot(down, up.to(tl.float32), acc, input_precision="tf32")
             else:
                 acc = tl.dot(down.to(up.dtype), up, acc, input_precision="ieee")
@@ -128,19 +137,28 @@ def base_kernel(
     GROUP_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One program: BLOCK_M rows of one expert, BLOCK_N columns of one slice.
+    """One program computes BLOCK_M rows of one expert and BLOCK_N columns of one slice.
 
-    Shapes: x [rows, width]; weight [experts, SLICES * out, width]; y [pairs, SLICES * out]; z
-    [PARTS, pairs, SLICES, max_rank] fp32, rows in the pairs' order; b0, b1 [slots, experts or 1,
-    out, max_rank]; ranks [SLICES, slots, experts] int32; token_slots [tokens]; topk_weights
-    [pairs]; sorted_ids [row_blocks * BLOCK_M] pairs, num_pairs and more where there is none;
-    expert_ids [row_blocks], -1 for an expert of another rank, whose rows are zero; num_padded [1].
-    Unless SORTED, sorted_ids is not read and a block's first row is the pair of its own number.
+    Shapes:
+        x [rows, width], one row per token or per pair
+        weight [experts, SLICES * out, width]
+        y [pairs, SLICES * out]
+        z [PARTS, pairs, SLICES, max_rank] fp32, with rows in the order of the pairs
+        b0, b1 [slots, experts or 1, out, max_rank], lora_b of each slice
+        ranks [SLICES, slots, experts] int32
+        token_slots [tokens]
+        topk_weights [pairs]
+        sorted_ids [row_blocks * BLOCK_M], the pair of each row; num_pairs or more for an empty row
+        expert_ids [row_blocks]; -1 for an expert on another device, whose rows of y become zero
+        num_padded [1], how many rows of sorted_ids are in use
+
+    With SORTED=False sorted_ids is not read: block i has only the pair i, in its first row.
     """
     out = out8 * 8
     width = width8 * 8
     slice_blocks = (out + BLOCK_N - 1) // BLOCK_N
-    # Programs of GROUP_M row blocks share the columns of a weight while those are in the cache.
+    # Neighbouring programs take GROUP_M row blocks and the same columns of a weight, so that these
+    # columns are still in the cache.
     program = tl.program_id(0)
     per_group = GROUP_M * slice_blocks * SLICES
     first_block = program // per_group * GROUP_M
@@ -157,7 +175,7 @@ def base_kernel(
     else:
         pair = tl.where(rows == 0, block, num_pairs)
     live = (pair >= 0) & (pair < num_pairs)
-    # Rows and columns that are not there read the first instead: a mask would narrow the loads.
+    # Empty rows and columns read row 0 or column 0 instead. A mask would make the loads narrower.
     pair = tl.where(live, pair, 0)
     column = column_block % slice_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < out
@@ -214,6 +232,6 @@ def base_kernel(
         )
     if WEIGHTED:
         acc = acc * tl.load(topk_weights + pair).to(tl.float32)[:, None]
-    # Not before the sum: as many addresses as sums would take its registers.
+    # Computed only after the sum: there are as many addresses as sums, and they need registers.
     y += pair.to(tl.int64)[:, None] * stride_y8 * 8 + (slice_id * out + column)[None, :]
     tl.store(y, acc.to(y.dtype.element_ty), mask=live[:, None] & inside[None, :])

@@ -1,11 +1,12 @@
-"""Which tiles the kernels use: data by device, dtype and rank, and the rules for shapes.
+"""Tile sizes of the Triton kernels: tables by GPU architecture, dtype and rank, and how to choose.
 
-What decides the bits of a sum (the steps along x, the number of parts) depends on the layer
-only, never on the batch, so a request gets the same bits alone and in a batch. Row tiles stay
-below 64, where tensor cores take the same `mma.sync` path on every part.
+The order in which a sum is added depends on the steps along x and on the number of parts. Both are
+chosen from the layer's shape only, never from the batch. So a request gets the same bits alone and
+in a batch. Tiles of the LoRA kernels have fewer than 64 rows: there tensor cores use the same
+`mma.sync` instructions on every GPU.
 
-Nothing here was measured on a GPU yet: the sizes were chosen from registers, spills and shared
-memory of compiled kernels, and tests/kernels/test_compiled.py holds them to that.
+No size was measured on a GPU yet. They were chosen by the registers, spills and shared memory of
+the compiled kernels, and tests/kernels/test_compiled.py checks these.
 """
 
 from __future__ import annotations
@@ -15,25 +16,36 @@ from dataclasses import dataclass, replace
 
 import torch
 
-# Up to here the pairs are ranked against each other in one launch instead of counted in three.
+# Routing: up to this many pairs, one launch of `rank_kernel` sorts them instead of a counting sort
+# in three launches. The other numbers are pairs or segments per program, and warps.
 RANKED_PAIRS = 2048
 RANK_BLOCK, RANK_AGAINST, RANK_WARPS = 32, 128, 4
 COUNT_BLOCK, COUNT_WARPS = 256, 4
 SCAN_BLOCK, SCAN_WARPS = 2048, 8
 
-# Up to here tiles alone do not fill a GPU: small row tiles, and every part of a sum its program.
+# Up to this many pairs, a batch has too few tiles to fill a GPU. Then tiles have fewer rows, and
+# each part of a sum over x (split-K) is a program of its own.
 FEW_PAIRS = 1024
 PARTS = 4
-PARTS_FROM_WIDTH = 1024  # narrower sums are one part
+PARTS_FROM_WIDTH = 1024  # a sum over a narrower x has one part
 
-ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
-AMD_STAGES = 2  # the compiler's own default there: 64 KB of shared memory hold no more
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")  # the architectures that the tests compile for
+AMD_STAGES = 2  # most pipeline stages on AMD: more do not fit into 64 KB of shared memory
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # what the kernels compute in
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile sizes and launch options of one shrink and its expand."""
+    """Tile sizes and launch options of a shrink and the expand after it.
+
+    Attributes:
+        tile_rows: pairs per tile, in both kernels.
+        block_r: ranks per program of the shrink, and per step of the expand.
+        block_k: elements of x per step of the shrink.
+        shrink_warps, shrink_stages: warps and pipeline stages of the shrink.
+        block_n: columns of y per program of the expand.
+        expand_warps: warps of the expand.
+    """
 
     tile_rows: int
     block_r: int
@@ -46,7 +58,16 @@ class Tiles:
 
 @dataclass(frozen=True)
 class BaseTiles:
-    """Tile sizes and launch options of the base's product with LoRA as its tail."""
+    """Tile sizes and launch options of the base experts' grouped GEMM with a LoRA tail (base.py).
+
+    Attributes:
+        block_m: rows (pairs) per program.
+        block_n: columns of y per program.
+        block_k: elements of x per step.
+        group_m: row blocks whose programs run next to each other, to share a weight in the cache.
+        warps, stages: warps and pipeline stages.
+        block_r: ranks per step of the tail.
+    """
 
     block_m: int
     block_n: int
@@ -54,15 +75,15 @@ class BaseTiles:
     group_m: int
     warps: int
     stages: int
-    block_r: int  # ranks that the tail takes at a time
+    block_r: int
 
 
-# By bytes of an element; a batch's block_m is that of the base's order.
+# Bytes per element -> tiles. vLLM chooses block_m when it sorts the pairs of a batch.
 _BASE = {
     2: (
         BaseTiles(16, 128, 128, 1, 4, 3, 16),
         BaseTiles(32, 128, 64, 8, 4, 3, 16),
-        # 4 warps, or 128 columns for 128 rows, spill in the tail on sm_80 (Triton 3.9.0).
+        # On sm_80 the tail spills registers with 4 warps or 128 x 128 tiles (Triton 3.9.0).
         BaseTiles(64, 128, 64, 8, 8, 3, 16),
         BaseTiles(128, 64, 64, 8, 8, 3, 16),
     ),
@@ -72,7 +93,7 @@ _BASE = {
     ),
 }
 
-# By bytes of an element. fp32 runs without tensor cores: 16 rows and 32 ranks fill its registers.
+# Bytes per element -> tiles. fp32 does not use tensor cores; 16 rows, 32 ranks fill its registers.
 _DEFAULT = {
     2: (
         Tiles(16, 16, 128, 4, 4, 128, 4),
@@ -87,17 +108,20 @@ _DEFAULT = {
         Tiles(16, 32, 32, 4, 3, 64, 4),
     ),
 }
-# A part that was measured gets its own table here; the others run the default's.
+# Architecture -> its own table, for those the kernels were measured on. Others use _DEFAULT.
 _MEASURED: dict[str, dict[int, tuple[Tiles, ...]]] = {}
 
 
 def measured(arch: str) -> bool:
-    """Whether the kernels were measured on this part, and found to be worth it."""
+    """Return whether the kernels were measured on ``arch`` and found to be faster than vLLM's.
+
+    VLLM_MOE_LORA_KERNELS=auto uses them on these architectures only.
+    """
     return arch in _MEASURED
 
 
 def table(arch: str, dtype: torch.dtype) -> tuple[Tiles, ...]:
-    """Every choice there is for a device and a dtype."""
+    """Return all tiles for an architecture and a dtype."""
     found = _MEASURED.get(arch, _DEFAULT)[dtype.itemsize]
     if arch in _MEASURED or not arch.startswith("gfx"):
         return found
@@ -105,20 +129,20 @@ def table(arch: str, dtype: torch.dtype) -> tuple[Tiles, ...]:
 
 
 def tile_rows(arch: str, dtype: torch.dtype, num_pairs: int) -> int:
-    """Rows of a tile: the smallest of the table for few pairs, else the largest."""
+    """Return the rows per tile: the fewest in the table for a small batch, else the most."""
     rows = {tiles.tile_rows for tiles in table(arch, dtype)}
     return min(rows) if num_pairs <= FEW_PAIRS else max(rows)
 
 
 def tiles_for(arch: str, dtype: torch.dtype, rows: int, max_rank: int) -> Tiles:
-    """The narrowest rank tile that holds ``max_rank``, or the widest there is."""
+    """Return the tiles with the smallest ``block_r`` that holds ``max_rank``, else the largest."""
     fitting = [tiles for tiles in table(arch, dtype) if tiles.tile_rows == rows]
     fitting.sort(key=lambda tiles: tiles.block_r)
     return next((tiles for tiles in fitting if tiles.block_r >= max_rank), fitting[-1])
 
 
 def base_table(arch: str, dtype: torch.dtype) -> tuple[BaseTiles, ...]:
-    """Every choice there is for the base's product."""
+    """Return all tiles of base.py for an architecture and a dtype."""
     found = _BASE[dtype.itemsize]
     if not arch.startswith("gfx"):
         return found
@@ -126,23 +150,23 @@ def base_table(arch: str, dtype: torch.dtype) -> tuple[BaseTiles, ...]:
 
 
 def base_tiles(arch: str, dtype: torch.dtype, block_m: int) -> BaseTiles | None:
-    """Tiles of the base's product for an order in blocks of ``block_m`` rows, if there are any."""
+    """Return the tiles of base.py with blocks of ``block_m`` rows; None if there are none."""
     fitting = [tiles for tiles in base_table(arch, dtype) if tiles.block_m == block_m]
     return fitting[0] if fitting else None
 
 
 def parts_for(width: int) -> int:
-    """Parts that a sum over ``width`` elements is cut into."""
+    """Return the number of parts that a sum over ``width`` elements is split into."""
     return PARTS if width >= PARTS_FROM_WIDTH else 1
 
 
-def splits(num_pairs: int) -> bool:
-    """Whether the parts of a sum are programs of their own."""
+def parts_are_programs(num_pairs: int) -> bool:
+    """Return whether each part of a sum is a program of its own, as in a small batch."""
     return num_pairs <= FEW_PAIRS
 
 
 def max_tiles(num_pairs: int, num_segments: int, rows: int) -> int:
-    """Tiles that a batch of ``num_pairs`` can need, however it is routed."""
+    """Return the most tiles of ``rows`` rows that ``num_pairs`` pairs can need, however routed."""
     segments = min(num_pairs, num_segments)
     return min(num_pairs, (num_pairs + segments * (rows - 1)) // rows)
 
@@ -155,14 +179,20 @@ def _variants(arch: str) -> Iterator[tuple[torch.dtype, Tiles, int]]:
 
 
 def shrink_variants(arch: str) -> Iterator[tuple[torch.dtype, Tiles, int, bool]]:
-    """Every (dtype, tiles, slices, by pair) the shrink can be compiled for."""
+    """Yield (dtype, tiles, slices, by pair) of every variant of the shrink kernel.
+
+    The tests compile them all.
+    """
     for variant in _variants(arch):
         for by_pair in (False, True):
             yield *variant, by_pair
 
 
 def expand_variants(arch: str) -> Iterator[tuple[torch.dtype, Tiles, int, int, bool, bool]]:
-    """Every (dtype, tiles, slices, parts, weighted, added) the expand can be compiled for."""
+    """Yield (dtype, tiles, slices, parts, weighted, added) of every variant of the expand kernel.
+
+    The tests compile them all.
+    """
     for dtype, tiles, slices in _variants(arch):
         few = tiles.tile_rows == tile_rows(arch, dtype, FEW_PAIRS)
         for parts in (1, PARTS) if few else (1,):
@@ -174,10 +204,10 @@ def expand_variants(arch: str) -> Iterator[tuple[torch.dtype, Tiles, int, int, b
 def base_variants(
     arch: str,
 ) -> Iterator[tuple[torch.dtype, BaseTiles, int, int, bool, bool, bool, bool]]:
-    """Some (dtype, tiles, slices, parts, sorted, lora, weighted, even k) of the base's product.
+    """Yield (dtype, tiles, slices, parts, sorted, lora, weighted, even k) of some base.py variants.
 
-    Not all it can be compiled for: for all tiles each switch once, as layers have them; few pairs,
-    which are not sorted, come in the smallest blocks.
+    These are not all variants: every tile size comes with each switch once, in combinations that
+    layers have. Unsorted pairs occur with the smallest blocks only.
     """
     for dtype in DTYPES:
         for tiles in base_table(arch, dtype):

@@ -1,4 +1,8 @@
-"""y += B z for every tile of pairs, in place, times the router weight where asked; or y = B z."""
+"""Triton kernel "expand": y += B z in place, for the token-expert pairs of each tile.
+
+B is lora_b, and z = lora_a x comes from shrink.py. The product can be multiplied by the router
+weight. With ADDED=False the kernel stores y = B z instead. launch.py calls it.
+"""
 
 from __future__ import annotations
 
@@ -48,11 +52,17 @@ def expand_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program: one tile, BLOCK_N columns of one slice.
+    """One program computes one tile of pairs and BLOCK_N columns of one slice.
 
-    Shapes: y [pairs, SLICES * out]; z [PARTS, pairs, SLICES, max_rank] fp32, rows in tile order;
-    b0, b1 [slots, experts or 1, out, max_rank]; ranks [SLICES, slots, experts] int32;
-    topk_weights [pairs]. Strides and widths count groups of 8 elements (see shrink.py).
+    Shapes:
+        y [pairs, SLICES * out]
+        z [PARTS, pairs, SLICES, max_rank] fp32, with rows in the order of the tiles
+        b0, b1 [slots, experts or 1, out, max_rank], lora_b of each slice
+        ranks [SLICES, slots, experts] int32
+        topk_weights [pairs]
+        order, tile_segment, tile_start, tile_rows: from routing.py
+
+    Names ending in "8" count groups of 8 elements (see shrink.py).
     """
     tile = tl.program_id(0)
     segment = tl.load(tile_segment + tile)
@@ -84,8 +94,8 @@ def expand_kernel(
     b += (slot * stride_slot8 + expert * stride_expert8) * 8
     b += column.to(tl.int64)[None, :] * stride_out8 * 8
     z += (start + row)[:, None] * (SLICES * max_rank) + slice_id * max_rank
-    # Whole groups are loaded, and what lies past the rank is dropped after: a mask at the rank
-    # itself would make every load as narrow as one element.
+    # Loads are masked by whole groups of 8, and columns beyond the rank are set to zero later. A
+    # mask at the rank itself would make every load one element wide.
     groups = (rank + 7) // 8 * 8
 
     acc = tl.zeros([TILE_ROWS, BLOCK_N], tl.float32)
@@ -99,7 +109,7 @@ def expand_kernel(
             down += tl.load(z + offset + r[None, :], mask=live[:, None] & (r < groups)[None, :])
         down = tl.where(live[:, None] & (r < rank)[None, :], down, 0.0)
         if up.dtype == tl.float16:
-            # z may pass the range of fp16; tf32 holds fp16 factors exactly and has fp32's range.
+            # z may be too large for fp16. tf32 has the range of fp32 and holds fp16 exactly.
             acc = tl.dot(down, up.to(tl.float32), acc, input_precision="tf32")
         else:
             acc = tl.dot(down.to(up.dtype), up, acc, input_precision="ieee")

@@ -1,4 +1,8 @@
-"""The factors of one projection in their slots, checked once instead of at every call."""
+"""The LoRA factors of one projection, as the Triton kernels take them.
+
+`Factors` holds vLLM's slot buffers without copying them. It checks their shapes and strides once,
+so that a kernel launch does not have to. It also keeps the rank in use for each slot and expert.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,16 @@ from .checks import check_aligned, fail
 
 
 class Factors:
-    """A and B of w13 (two slices, or one that is fused) or of w2, for every adapter slot.
+    """lora_a and lora_b of w13 or w2, for all adapter slots of one layer.
+
+    w13 has two slices (gate and up) if these have factors of their own, and one if they are fused.
+    w2 has one slice.
 
     Attributes:
-        lora_a: per slice [slots, experts or 1, max_rank, width].
-        lora_b: per slice [slots, experts or 1, out, max_rank].
-        ranks: [slices, slots, experts] int32 on the device, 0 where there is no factor. What
-            the factors hold past a rank is never used.
+        lora_a: one tensor per slice, [slots, experts or 1, max_rank, width].
+        lora_b: one tensor per slice, [slots, experts or 1, out, max_rank].
+        ranks: [slices, slots, experts] int32 on the device: the rank in use, 0 for no factor. The
+            kernels do not use numbers of the factors beyond it.
     """
 
     def __init__(
@@ -26,26 +33,34 @@ class Factors:
         lora_b: Sequence[torch.Tensor],
         num_experts: int,
     ) -> None:
-        """All ranks start at 0.
+        """All ranks are 0 at first; see `set_ranks` and `find_ranks`.
+
+        Args:
+            lora_a, lora_b: as the attributes. They are kept, not copied.
+            num_experts: experts on this device.
 
         Raises:
-            TypeError: dtypes or devices differ, or the dtype is none the kernels compute in.
-            ValueError: shapes or strides of slices differ, a size but slots and experts is no
-                multiple of 8, or rows do not start at multiples of 16 bytes.
+            TypeError: dtypes or devices differ, or the kernels cannot compute in the dtype.
+            ValueError: the slices differ in shape or strides; max_rank, width or out is not a
+                multiple of 8; or a row does not start at a multiple of 16 bytes.
         """
         if not 1 <= len(lora_a) == len(lora_b) <= 2:
-            fail(ValueError, "factors", f"{len(lora_a)} A and {len(lora_b)} B; one or two of each")
+            fail(
+                ValueError,
+                "factors",
+                f"are {len(lora_a)} lora_a and {len(lora_b)} lora_b, expected one or two of each",
+            )
         first_a, first_b = lora_a[0], lora_b[0]
         if first_a.ndim != 4 or first_b.ndim != 4:
-            fail(ValueError, "factors", "A and B are [slots, experts or 1, rows, columns]")
+            fail(ValueError, "factors", "must be tensors [slots, experts or 1, rows, columns]")
         self.dtype, self.device = first_a.dtype, first_a.device
         if self.dtype not in config.DTYPES:
-            fail(TypeError, "factors", f"{self.dtype}; the kernels compute in {config.DTYPES}")
+            fail(TypeError, "factors", f"are {self.dtype}, expected one of {config.DTYPES}")
         self.num_slots, self.num_experts = first_a.shape[0], num_experts
         self.max_rank, self.width = first_a.shape[2:]
         self.out = first_b.shape[2]
         if self.out % 8:
-            fail(ValueError, "lora_b", f"out is {self.out}, not a multiple of 8; pad it")
+            fail(ValueError, "lora_b", f"has out = {self.out}, not a multiple of 8; pad it")
         for what, tensors, rows, columns in (
             ("lora_a", lora_a, self.max_rank, self.width),
             ("lora_b", lora_b, self.out, self.max_rank),
@@ -66,7 +81,7 @@ class Factors:
             fail(
                 TypeError,
                 what,
-                f"{tensor.dtype} on {tensor.device}, another factor is "
+                f"is {tensor.dtype} on {tensor.device}, but another factor is "
                 f"{self.dtype} on {self.device}",
             )
         shapes = [(self.num_slots, n, rows, columns) for n in (self.num_experts, 1)]
@@ -74,69 +89,79 @@ class Factors:
             fail(
                 ValueError,
                 what,
-                f"shape {tuple(tensor.shape)}, expected {shapes[0]}, or 1 for "
-                "the experts where they share it",
+                f"has shape {tuple(tensor.shape)}, expected {shapes[0]}, or {shapes[1]} if all "
+                "experts share the factor",
             )
         if tensor.shape != first.shape or tensor.stride() != first.stride():
-            fail(ValueError, what, "slices differ in shape or strides")
+            fail(ValueError, what, "has slices that differ in shape or strides")
         check_aligned(what, tensor)
 
     def set_ranks(self, slot: int, ranks: int | torch.Tensor) -> None:
-        """Say which ranks of ``slot`` are in use: one for all, or [slices, experts] on the CPU.
+        """Set the ranks of the adapter in ``slot``.
+
+        Args:
+            slot: from 0.
+            ranks: one rank for all experts, or [slices, experts] int on the CPU.
 
         Raises:
-            ValueError: no such slot, a rank below 0 or above the buffers', or a wrong shape.
+            ValueError: the slot does not exist, a rank is below 0 or above ``max_rank``, or
+                ``ranks`` has the wrong shape.
         """
         if not 0 <= slot < self.num_slots:
-            fail(ValueError, "slot", f"{slot}, there are {self.num_slots}")
+            fail(ValueError, "slot", f"is {slot}, but there are {self.num_slots}, from 0")
         host = torch.as_tensor(ranks, dtype=torch.int32)
         if host.ndim and tuple(host.shape) != (self.slices, self.num_experts):
             fail(
                 ValueError,
                 "ranks",
-                f"shape {tuple(host.shape)}, expected one number or "
+                f"has shape {tuple(host.shape)}, expected one number or "
                 f"{(self.slices, self.num_experts)}",
             )
         if int(host.min()) < 0 or int(host.max()) > self.max_rank:
             fail(
                 ValueError,
                 "ranks",
-                f"slot {slot}: {int(host.min())} to {int(host.max())}, the "
-                f"buffers hold 0 to {self.max_rank}",
+                f"of slot {slot} are {int(host.min())} to {int(host.max())}, but the buffers hold "
+                f"0 to {self.max_rank}",
             )
         self.ranks[:, slot] = host.to(self.device)
 
     def find_ranks(self, slot: int) -> None:
-        """Set the ranks of ``slot`` from what its factors hold, without asking the device.
+        """Set the ranks of the adapter in ``slot`` from the numbers in the buffers.
 
-        A rank counts up to the last at which neither A's row nor B's column is all zero, so an
-        expert that an adapter left out, or never trained, has none.
+        The rank of an expert is the number of the last row of lora_a and column of lora_b, counted
+        from 1, that are both not all zero. An expert without LoRA thus gets rank 0. The ranks are
+        computed on the device, and the call does not wait for it.
 
         Raises:
-            ValueError: no such slot.
+            ValueError: the slot does not exist.
         """
         if not 0 <= slot < self.num_slots:
-            fail(ValueError, "slot", f"{slot}, there are {self.num_slots}")
+            fail(ValueError, "slot", f"is {slot}, but there are {self.num_slots}, from 0")
         for ranks, a, b in zip(self.ranks, self.lora_a, self.lora_b, strict=True):
-            used = _any(a[slot], 2) & _any(b[slot], 1)  # [experts or 1, max_rank]
+            used = _any_nonzero(a[slot], 2) & _any_nonzero(b[slot], 1)  # [experts or 1, max_rank]
             numbers = torch.arange(1, self.max_rank + 1, dtype=torch.int32, device=self.device)
             ranks[slot] = (used * numbers).amax(1)
 
 
-def _any(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """Where a row or column has a number other than 0; NaN is one."""
+def _any_nonzero(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return, along ``dim``, whether any number is not 0. NaN is not 0."""
     return (values.amax(dim) != 0) | (values.amin(dim) != 0)
 
 
 def active_segments(*factors: Factors) -> torch.Tensor:
-    """[slots, experts] bool: where any of a layer's projections has a factor. For `route`.
+    """Return [slots, experts] bool: whether any projection of the layer has a factor there.
 
-    Copy it into one buffer if a CUDA graph is to read it.
+    Pass it to `route`, which then leaves out pairs without LoRA. If a CUDA graph reads it, copy it
+    into a buffer that stays the same.
     """
     return torch.stack([one.ranks.gt(0).any(0) for one in factors]).any(0)
 
 
 def _strides(factor: torch.Tensor) -> tuple[int, int, int]:
-    """Strides in groups of 8 elements; a shared factor is the same for every expert."""
+    """Return the strides of (slot, expert, row) in groups of 8 elements.
+
+    If all experts share the factor, the stride of the expert is 0.
+    """
     slot, expert, row, _ = (stride // 8 for stride in factor.stride())
     return slot, 0 if factor.shape[1] == 1 else expert, row

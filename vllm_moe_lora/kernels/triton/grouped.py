@@ -1,7 +1,10 @@
-"""The base's grouped product, with or without LoRA as its tail, as one call.
+"""The base experts' grouped GEMM with LoRA fused into its end: checks, then launches base.py.
 
-Nothing here waits for the GPU, and what is allocated comes from torch's pool, so a call can be
-captured in a CUDA graph; the checks then run once, at capture.
+layers/gpu/base_product.py calls `grouped_product` with VLLM_MOE_LORA_KERNELS=tail, in place of
+vLLM's own kernel.
+
+Nothing here waits for the GPU, and all memory comes from torch's allocator. So a call can be
+captured in a CUDA graph. The checks then run once, during the capture.
 """
 
 from __future__ import annotations
@@ -21,15 +24,19 @@ from .route import Routing
 
 @dataclass(frozen=True)
 class Order:
-    """Pairs sorted by expert, each expert's filled up to whole blocks; vLLM's own tensors.
+    """The order of the token-expert pairs in the GEMM: vLLM's tensors, from `moe_align_block_size`.
+
+    Pairs are sorted by expert. The rows of each expert are padded to whole blocks, so that all rows
+    of a block use the same weight.
 
     Attributes:
-        sorted_ids: [blocks * block_m] int32: pair of each row, the number of pairs or more where
-            there is none. None: not sorted, each pair in the first row of its own block.
-        expert_ids: [blocks] int32, local expert of each block, -1 for one of another rank; [pairs]
-            int32 or int64 without ``sorted_ids``.
-        num_padded: [1] int32, rows in use.
-        block_m: rows of a block.
+        sorted_ids: [blocks * block_m] int32, the pair of each row. A padding row has the number of
+            pairs or more. None for a small batch, which is not sorted: each pair is then the first
+            row of a block of its own.
+        expert_ids: [blocks] int32, the local expert of each block; -1 if it lives on another
+            device. Without ``sorted_ids``: [pairs] int32 or int64.
+        num_padded: [1] int32, the number of rows in use, padding included.
+        block_m: rows per block.
     """
 
     sorted_ids: torch.Tensor | None
@@ -40,12 +47,12 @@ class Order:
 
 @dataclass(frozen=True)
 class Lora:
-    """What the tail adds.
+    """The LoRA that the GEMM adds.
 
     Attributes:
-        factors: of the projection.
-        routing: of this batch, active wherever ``factors`` has a rank.
-        token_slots: [tokens], as `route` got them.
+        factors: of this projection.
+        routing: of this batch. It must contain all pairs for which ``factors`` has a rank.
+        token_slots: [tokens] int32 or int64, the tensor that `route` got.
     """
 
     factors: Factors
@@ -63,29 +70,34 @@ def grouped_product(
     lora: Lora | None = None,
     slices: int = 1,
 ) -> None:
-    """y = W x (+ B A x), for every pair; rows of experts of other ranks are zero.
+    """Compute y = W x, or y = W x + lora_b (lora_a x), for each token-expert pair.
 
     Args:
-        y: [pairs, out], overwritten, the dtype of x; out is the sum of the slices'.
-        x: [pairs // top_k, in], one row a token, or [pairs, in], one row a pair.
-        weight: [experts, out, in] of that dtype.
-        top_k: pairs of a token.
-        topk_weights: [tokens, top_k] any float dtype, to multiply all of it by; or None.
-        slices: of W, as many as ``lora`` has.
+        y: [pairs, out], is overwritten. out is the sum over the slices. Rows of experts on other
+            devices become zero.
+        x: [tokens, in] with one row per token, or [pairs, in] with one row per pair, in y's dtype.
+        weight: [experts, out, in] in y's dtype, the base weights W.
+        order: the pairs, sorted by expert.
+        top_k: pairs per token.
+        topk_weights: [tokens, top_k] float32, bfloat16 or float16: router weights to multiply the
+            whole result with. None to multiply with 1.
+        lora: what to add; None for the base experts alone.
+        slices: how many slices W and ``lora`` have: two for gate and up, else one.
 
     Raises:
-        TypeError: wrong dtypes or devices.
-        ValueError: wrong shapes or strides, rows not aligned to 16 bytes, or no tiles for
-            ``order.block_m``.
+        TypeError: a wrong dtype or device.
+        ValueError: a wrong shape or stride, a row that is not aligned to 16 bytes, or a
+            ``order.block_m`` for which config.py has no tiles.
     """
     device, dtype, pairs = y.device, y.dtype, y.shape[0]
     if dtype not in config.DTYPES:
-        fail(TypeError, "y", f"{dtype}; the kernels compute in {config.DTYPES}")
+        fail(TypeError, "y", f"is {dtype}, expected one of {config.DTYPES}")
     if weight.ndim != 3 or weight.dtype != dtype or weight.device != device:
-        what = f"{weight.dtype} on {weight.device}, {weight.ndim} dimensions"
-        fail(TypeError, "weight", f"{what}; y is {dtype} on {device}, W [experts, out, in]")
+        found = f"{weight.dtype} on {weight.device} with {weight.ndim} dimensions"
+        wanted = f"{dtype} on {device} (as y), [experts, out, in]"
+        fail(TypeError, "weight", f"is {found}, expected {wanted}")
     if top_k < 1 or pairs % top_k:
-        fail(ValueError, "top_k", f"{top_k} does not divide {pairs} pairs")
+        fail(ValueError, "top_k", f"is {top_k}, which does not divide {pairs} pairs")
     experts, rows, width = weight.shape
     tokens = pairs // top_k
     check_aligned("weight", weight)
@@ -96,7 +108,11 @@ def grouped_product(
         floats = (torch.float32, torch.bfloat16, torch.float16)
         check_ids("topk_weights", topk_weights, device, floats, (tokens, top_k))
     if rows % (8 * slices):
-        fail(ValueError, "weight", f"{rows} rows are not {slices} slices of a multiple of 8")
+        fail(
+            ValueError,
+            "weight",
+            f"has {rows} rows, which are not {slices} slices of a multiple of 8 rows",
+        )
     if lora is not None:
         _check_lora(lora, device, dtype, (experts, slices, rows // slices, width), (tokens, top_k))
     arch = arch_of(device)
@@ -105,9 +121,10 @@ def grouped_product(
     max_rank = 0 if lora is None else lora.factors.max_rank
     tiles = config.base_tiles(arch, dtype, order.block_m)
     if tiles is None:
-        fail(ValueError, "order", f"no tiles of {order.block_m} rows for {dtype}")
+        why = f"has blocks of {order.block_m} rows, for which there are no tiles in {dtype}"
+        fail(ValueError, "order", why)
 
-    # What is not read still needs an address.
+    # Arguments that the kernel does not read still need some tensor.
     ids = order.num_padded if order.sorted_ids is None else order.sorted_ids
     strides, ranks, slots, z = (0, 0, 0), ids, ids, y
     b, num_slots = (weight, weight), 0
@@ -161,17 +178,21 @@ def grouped_product(
 
 
 def _check_order(order: Order, device: torch.device, pairs: int) -> int:
-    """Blocks to launch."""
+    """Check the order's tensors and return the number of row blocks to launch."""
     ids, blocks, kinds = order.sorted_ids, order.expert_ids.numel(), (torch.int32,)
     check_ids("num_padded", order.num_padded, device, kinds, (1,))
-    if ids is None:  # the router's own, in its dtype
+    if ids is None:  # expert_ids are the router's topk_ids, in their dtype
         check_ids("expert_ids", order.expert_ids, device, (*kinds, torch.int64), (pairs,))
         return pairs
     check_ids("expert_ids", order.expert_ids, device, kinds, (blocks,))
     check_ids("sorted_ids", ids, device, kinds, (ids.numel(),))
     if ids.numel() > blocks * order.block_m:
-        fail(ValueError, "sorted_ids", f"{ids.numel()} rows in {blocks} blocks of {order.block_m}")
-    return ids.numel() // order.block_m  # a block cut short has no row in use
+        fail(
+            ValueError,
+            "sorted_ids",
+            f"has {ids.numel()} rows, more than {blocks} blocks of {order.block_m}",
+        )
+    return ids.numel() // order.block_m  # no row of an incomplete last block is in use
 
 
 def _check_lora(
@@ -181,17 +202,31 @@ def _check_lora(
     weight: tuple[int, int, int, int],
     ids: tuple[int, int],
 ) -> None:
-    """``weight``: experts, slices, out of a slice, in; ``ids``: tokens, top_k."""
+    """Check ``lora`` against the base weight and the batch.
+
+    Args:
+        weight: (experts, slices, out of a slice, in).
+        ids: (tokens, top_k).
+    """
     factors, routing = lora.factors, lora.routing
     if factors.dtype != dtype or factors.device != device:
-        what = f"{factors.dtype} on {factors.device}"
-        fail(TypeError, "factors", f"{what}, y is {dtype} on {device}")
+        found = f"{factors.dtype} on {factors.device}"
+        fail(TypeError, "factors", f"are {found}, but y is {dtype} on {device}")
     have = factors.num_experts, factors.slices, factors.out, factors.width
     if have != weight:
-        fail(ValueError, "factors", f"experts, slices, out, in {have}; the weight's are {weight}")
+        fail(
+            ValueError,
+            "factors",
+            f"have (experts, slices, out, in) = {have}, but the weight has {weight}",
+        )
     if (routing.num_slots, routing.num_experts) != (factors.num_slots, factors.num_experts):
-        fail(ValueError, "routing", "made for other factors")
+        fail(ValueError, "routing", "was made for other factors")
     if (routing.tokens, routing.top_k) != ids or routing.order.device != device:
-        fail(ValueError, "routing", f"of {routing.tokens} tokens, y has {ids[0]}")
+        fail(
+            ValueError,
+            "routing",
+            f"is for {routing.tokens} tokens * {routing.top_k} on {routing.order.device}, but y "
+            f"has {ids[0]} * {ids[1]} on {device}",
+        )
     kinds = (torch.int32, torch.int64)
     check_ids("token_slots", lora.token_slots, device, kinds, (routing.tokens,))

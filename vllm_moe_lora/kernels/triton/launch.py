@@ -1,7 +1,7 @@
-"""Shrink and expand as one call: checks that need no device, then the two launches.
+"""LoRA on one projection of the routed experts: checks the arguments, launches shrink and expand.
 
-Nothing here waits for the GPU, and what is allocated comes from torch's pool, so a call can be
-captured in a CUDA graph; the checks then run once, at capture.
+Nothing here waits for the GPU, and all memory comes from torch's allocator. So `add_lora` can be
+captured in a CUDA graph. The checks then run once, during the capture.
 """
 
 from __future__ import annotations
@@ -25,21 +25,26 @@ def add_lora(
     topk_weights: torch.Tensor | None = None,
     add_inputs: bool = True,
 ) -> None:
-    """y += B (A x) for every routed pair, in place; kernels/reference.py defines the result.
+    """Compute y += lora_b (lora_a x) in place, for each token-expert pair with LoRA.
+
+    kernels/reference.py defines the result.
 
     Args:
-        y: [tokens, top_k, out] or [tokens * top_k, out], the dtype of x; out is the sum of the
-            slices'. Rows may be parts of wider ones.
-        x: [tokens, in], one row a token, or [tokens * top_k, in], one row a pair.
-        factors: of the projection.
-        routing: of this batch, made for the dtype of x.
-        topk_weights: [tokens, top_k] any float dtype, contiguous, to multiply by; or None.
-        add_inputs: False: y = B (A x) where a slice of a pair has a factor; the rest of y is left.
+        y: [tokens, top_k, out] or [tokens * top_k, out], in the dtype of the factors. out is the
+            sum over the slices. A row may be a part of a wider row.
+        x: [tokens, in] with one row per token, or [tokens * top_k, in] with one row per pair, in
+            the dtype of the factors.
+        factors: of this projection.
+        routing: of this batch, from `route`, made for the dtype of x.
+        topk_weights: [tokens, top_k] float32, bfloat16 or float16, contiguous: router weights to
+            multiply each product with. None to multiply with 1.
+        add_inputs: if False, store y = lora_b (lora_a x). Columns of a pair without a factor still
+            keep what they have.
 
     Raises:
-        TypeError: wrong dtypes or devices.
-        ValueError: wrong shapes or strides, rows not aligned to 16 bytes, or a routing that was
-            made for other factors.
+        TypeError: a wrong dtype or device.
+        ValueError: a wrong shape or stride, a row that is not aligned to 16 bytes, or a routing
+            that was made for other factors.
     """
     dtype, device = factors.dtype, factors.device
     pairs = routing.num_pairs
@@ -47,19 +52,18 @@ def add_lora(
         fail(
             ValueError,
             "routing",
-            f"made for {routing.num_slots} slots and "
-            f"{routing.num_experts} experts, the factors have {factors.num_slots} and "
-            f"{factors.num_experts}",
+            f"was made for {routing.num_slots} slots and {routing.num_experts} experts, but the "
+            f"factors have {factors.num_slots} and {factors.num_experts}",
         )
     if y.ndim == 3:
         try:
             y = y.view(y.shape[0] * routing.top_k, y.shape[2])
         except RuntimeError:
-            fail(ValueError, "y", "not [tokens, top_k, out] with evenly spaced rows")
+            fail(ValueError, "y", "is not [tokens, top_k, out] with evenly spaced rows")
     check_rows("y", y, device, dtype, (pairs,), factors.slices * factors.out)
     check_rows("x", x, device, dtype, (routing.tokens, pairs), factors.width)
     if routing.order.device != device:
-        fail(TypeError, "routing", f"on {routing.order.device}, the factors are on {device}")
+        fail(TypeError, "routing", f"is on {routing.order.device}, but the factors are on {device}")
     if topk_weights is not None:
         floats = (torch.float32, torch.bfloat16, torch.float16)
         check_ids("topk_weights", topk_weights, device, floats, (routing.tokens, routing.top_k))
@@ -78,7 +82,7 @@ def add_lora(
         factors.lora_b[-1],
         factors.ranks,
         z if topk_weights is None else topk_weights,
-        *_plan(routing),
+        *_tables(routing),
         factors.num_experts,
         factors.num_slots * factors.num_experts,
         factors.max_rank // 8,
@@ -101,15 +105,22 @@ def add_lora(
 def shrink(
     x: torch.Tensor, factors: Factors, routing: Routing, by_pair: bool = False
 ) -> torch.Tensor:
-    """A x for every routed pair, its sum over x in one part or several; x is checked already.
+    """Compute z = lora_a x for each token-expert pair with LoRA.
+
+    Args:
+        x: as in `add_lora`. It is not checked here.
+        factors: of this projection.
+        routing: of this batch.
+        by_pair: whether the rows of z are in the order of the pairs, as base.py needs it. If not,
+            they are in the order of the routing's tiles.
 
     Returns:
-        [parts, pairs, slices, max_rank] fp32, rows in the order of the routing's tiles, or of the
-        pairs. What belongs to no pair or lies past a rank is not written.
+        [parts, pairs, slices, max_rank] fp32. z is the sum over the parts (see shrink.py). Rows of
+        pairs without LoRA and numbers beyond a rank are not written.
     """
     pairs = routing.num_pairs
     parts = config.parts_for(factors.width)
-    split = parts > 1 and config.splits(pairs)
+    split = parts > 1 and config.parts_are_programs(pairs)
     z = torch.empty(
         (parts if split else 1, pairs, factors.slices, factors.max_rank),
         dtype=torch.float32,
@@ -124,7 +135,7 @@ def shrink(
         factors.lora_a[-1],
         factors.ranks,
         z,
-        *_plan(routing),
+        *_tables(routing),
         factors.num_experts,
         factors.num_slots * factors.num_experts,
         1 if x.shape[0] == pairs else routing.top_k,
@@ -146,5 +157,6 @@ def shrink(
     return z
 
 
-def _plan(routing: Routing) -> tuple[torch.Tensor, ...]:
+def _tables(routing: Routing) -> tuple[torch.Tensor, ...]:
+    """Return the routing's tensors in the order of the kernels' arguments."""
     return routing.order, routing.tile_segment, routing.tile_start, routing.tile_rows

@@ -1,7 +1,7 @@
-"""The routing pass as a call: checks that need no device, then one launch or three.
+"""Routing for one call of a MoE layer: checks the arguments and launches the kernels of routing.py.
 
-Nothing here waits for the GPU, and what is allocated comes from torch's pool, so a call can be
-captured in a CUDA graph; the checks then run once, at capture.
+Nothing here waits for the GPU, and all memory comes from torch's allocator. So `route` can be
+captured in a CUDA graph. The checks then run once, during the capture.
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ from .checks import arch_of, check_ids, fail
 
 @dataclass(frozen=True)
 class Routing:
-    """The pairs of one MoE layer call, ordered by (slot, expert) and cut into tiles.
+    """The token-expert pairs of one call of a MoE layer, sorted by (slot, expert), in tiles.
+
+    routing.py explains segments and tiles.
 
     Attributes:
-        order: [pairs] int32: position -> pair; positions outside the tiles mean nothing.
-        tile_segment: [tiles] int32, slot * num_experts + expert, or -1 for no tile.
-        tile_start, tile_rows: [tiles] int32, first position and number of rows of each tile.
-        rows: the most rows a tile can have.
-        tokens, top_k, num_slots, num_experts: sizes of the call.
+        order: [pairs] int32, the pair at each position of the sorted order. Positions that belong
+            to no tile have no meaning.
+        tile_segment: [tiles] int32, the segment slot * num_experts + expert of each tile; -1 for
+            an empty tile.
+        tile_start, tile_rows: [tiles] int32, the first position and the number of rows of each
+            tile.
+        rows: the most rows that a tile can have.
+        tokens, top_k, num_slots, num_experts: the sizes of the call.
     """
 
     order: torch.Tensor
@@ -39,6 +44,7 @@ class Routing:
 
     @property
     def num_pairs(self) -> int:
+        """The number of token-expert pairs, with and without LoRA."""
         return self.tokens * self.top_k
 
 
@@ -51,25 +57,27 @@ def route(
     expert_map: torch.Tensor | None = None,
     active: torch.Tensor | None = None,
 ) -> Routing:
-    """One pass over the router's choice, for w13 and w2 alike.
+    """Sort the token-expert pairs of a batch by (slot, expert). w13 and w2 use the same routing.
 
     Args:
-        topk_ids: [tokens, top_k] int32 or int64, contiguous.
-        token_slots: [tokens] int32 or int64, adapter slot, -1 for a base token. A slot that does
-            not exist counts as -1: it cannot be seen here without waiting for the device.
-        num_slots: adapter slots of the factors.
-        num_experts: experts on this rank.
-        dtype: of the activations the routing will be used with.
-        expert_map: [experts of the whole model] int32, local expert of each or -1.
-        active: [num_slots, num_experts] bool, where any factor has a rank, see
-            `factors.active_segments`; pairs of other segments are left out.
+        topk_ids: [tokens, top_k] int32 or int64, contiguous: the expert of each pair.
+        token_slots: [tokens] int32 or int64: the adapter slot of each token, -1 for a base token. A
+            slot that does not exist counts as -1; it is no error, because finding it would mean to
+            wait for the device.
+        num_slots: the number of adapter slots of the factors.
+        num_experts: the number of experts on this device.
+        dtype: of the activations. The number of rows per tile depends on it.
+        expert_map: [experts of the whole model] int32 or int64, the local index of each expert; -1
+            if it lives on another device. None if ``topk_ids`` are local indices.
+        active: [num_slots, num_experts] bool, from `factors.active_segments`: which segments have
+            LoRA at all. Pairs of the others are left out. None if all segments may have LoRA.
 
     Raises:
-        TypeError: wrong dtypes or devices.
-        ValueError: wrong shapes, or not contiguous.
+        TypeError: a wrong dtype or device.
+        ValueError: a wrong shape, a tensor that is not contiguous, or too many pairs or segments.
     """
     if topk_ids.ndim != 2:
-        fail(ValueError, "topk_ids", f"shape {tuple(topk_ids.shape)}, expected [tokens, top_k]")
+        fail(ValueError, "topk_ids", f"has shape {tuple(topk_ids.shape)}, expected [tokens, top_k]")
     tokens, top_k = topk_ids.shape
     device = topk_ids.device
     ints = (torch.int32, torch.int64)
@@ -81,13 +89,22 @@ def route(
         kinds = (torch.bool, torch.uint8, torch.int8)
         check_ids("active", active, device, kinds, (num_slots, num_experts))
     if num_slots < 1 or num_experts < 1:
-        fail(ValueError, "num_slots, num_experts", f"{num_slots}, {num_experts}: both at least 1")
+        fail(
+            ValueError,
+            "num_slots and num_experts",
+            f"are {num_slots} and {num_experts}, but must be at least 1",
+        )
     if dtype not in config.DTYPES:
-        fail(TypeError, "dtype", f"{dtype}; the kernels compute in {config.DTYPES}")
+        fail(TypeError, "dtype", f"is {dtype}, expected one of {config.DTYPES}")
 
     num_pairs, num_segments = tokens * top_k, num_slots * num_experts
     if num_segments >= 2**31 or num_pairs >= 2**31:
-        fail(ValueError, "topk_ids", "more pairs or segments than 32 bits can number")
+        fail(
+            ValueError,
+            "topk_ids",
+            f"has {num_pairs} pairs, and there are {num_segments} segments (slots * experts); the "
+            "kernels number both with 32 bits",
+        )
     rows = config.tile_rows(arch_of(device), dtype, num_pairs)
     ranked = num_pairs <= config.RANKED_PAIRS
     tiles = num_pairs if ranked else config.max_tiles(num_pairs, num_segments, rows)

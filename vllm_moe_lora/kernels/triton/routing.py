@@ -1,13 +1,18 @@
-"""One routing pass for w13 and w2: which pairs share a factor, as tiles of rows.
+"""Triton kernels for routing: they group the token-expert pairs that use the same LoRA factors.
 
-A pair is one (token, expert choice); its segment is slot * experts + expert. The pass orders the
-pairs by segment and cuts every segment into tiles of at most TILE_ROWS rows. Shrink and expand
-launch one program a tile; a tile whose segment is -1 has no work and its program stops at once,
-so the grid depends on the batch size only and can be captured in a CUDA graph.
+A pair is a token and one of the experts that the router chose for it. Pairs with the same adapter
+slot and the same expert use the same factors. They form a segment, with the number
+slot * num_experts + expert. The routing sorts the pairs by segment and cuts each segment into tiles
+of at most TILE_ROWS rows. It runs once per MoE layer, for w13 and w2. route.py launches it.
 
-Few pairs are ranked against each other, in one launch. More are counted, scanned and placed. The
-atomics of that are on integers, and what they leave open, which row of its segment a pair
-becomes, is part of no sum.
+The shrink and expand kernels launch one program per tile. A tile with the segment -1 is empty, and
+its program stops at once. So the grid depends on the batch size only, and the launches can be
+captured in a CUDA graph.
+
+In a small batch one launch is enough: `rank_kernel` compares each pair with all others. In a larger
+batch three launches do a counting sort: `count_kernel`, `scan_kernel`, `place_kernel`. These use
+atomic additions of integers. They leave open which row of its segment a pair gets, but no result
+depends on that.
 """
 
 from __future__ import annotations
@@ -15,7 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# One compiled variant serves every batch: nothing is specialised on a count or on a view's start.
+# Triton must not compile a variant for special values or alignments of these arguments: one variant
+# serves every batch.
 _COUNTS = ["num_pairs", "top_k", "num_slots", "num_experts", "map_size"]
 _IDS = ["topk_ids", "token_slots", "expert_map", "active"]
 _TILES = ["order", "tile_segment", "tile_start", "tile_rows"]
@@ -37,7 +43,10 @@ def segment_of(
     HAS_MAP: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
 ):
-    """Segment of each pair; slots * experts where there is nothing to do. No id is trusted."""
+    """Return the segment of each pair; num_slots * num_experts for a pair without LoRA.
+
+    Slots, experts and entries of the expert map that do not exist count as "without LoRA".
+    """
     inside = pairs < num_pairs
     slot = tl.load(token_slots + pairs // top_k, mask=inside, other=-1).to(tl.int32)
     expert = tl.load(topk_ids + pairs, mask=inside, other=-1).to(tl.int32)
@@ -74,18 +83,22 @@ def rank_kernel(
     BLOCK: tl.constexpr,
     AGAINST: tl.constexpr,
 ):
-    """Few pairs: each is ranked against all. The tile that starts at position p is tile p."""
+    """Sort a small batch: each pair counts the pairs that come before it.
+
+    The number of a tile is the position of its first pair.
+    """
     ids = topk_ids, token_slots, expert_map, active
     counts = num_pairs, top_k, num_slots, num_experts, map_size
     mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     segment = segment_of(mine, *ids, *counts, HAS_MAP, HAS_ACTIVE)
-    before = tl.zeros([BLOCK], tl.int32)  # pairs of lower segments
-    behind = tl.zeros([BLOCK], tl.int32)  # earlier pairs of the same segment
-    together = tl.zeros([BLOCK], tl.int32)  # pairs of the same segment
+    before = tl.zeros([BLOCK], tl.int32)  # number of pairs in lower segments
+    behind = tl.zeros([BLOCK], tl.int32)  # number of earlier pairs in the same segment
+    together = tl.zeros([BLOCK], tl.int32)  # number of all pairs in the same segment
     for first in range(0, num_pairs, AGAINST):
         others = first + tl.arange(0, AGAINST)
         against = segment_of(others, *ids, *counts, HAS_MAP, HAS_ACTIVE)
-        # Past the end are pairs of no segment: lower than none, and nobody asks how many they are.
+        # Pairs beyond the end have the highest segment. They are before no other pair, and their
+        # own counts are not used.
         lower = against[None, :] < segment[:, None]
         same = against[None, :] == segment[:, None]
         before += tl.sum(lower.to(tl.int32), axis=1)
@@ -116,7 +129,7 @@ def count_kernel(
     HAS_ACTIVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """counts[segment] += its pairs; counts is zero before."""
+    """Count the pairs of each segment; ``counts`` must be zero at first."""
     ids = topk_ids, token_slots, expert_map, active
     sizes = num_pairs, top_k, num_slots, num_experts, map_size
     pairs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -140,7 +153,10 @@ def scan_kernel(
     TILE_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: where the pairs and tiles of each segment start; tiles left over get -1."""
+    """Compute where the pairs and tiles of each segment start. Only one program runs.
+
+    Unused tiles get the segment -1.
+    """
     pairs_before = tl.zeros([], tl.int32)
     tiles_before = tl.zeros([], tl.int32)
     for first in range(0, num_segments, BLOCK):
@@ -183,7 +199,7 @@ def place_kernel(
     TILE_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Put each live pair into its segment; the pair that begins a tile describes the tile."""
+    """Put each pair with LoRA into its segment. A tile's first pair writes the tile's entry."""
     ids = topk_ids, token_slots, expert_map, active
     sizes = num_pairs, top_k, num_slots, num_experts, map_size
     pairs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -1,8 +1,11 @@
-"""z = A x for every tile of pairs: fp32, all slices of a projection at once, so x is read once.
+"""Triton kernel "shrink": z = A x in fp32, for the token-expert pairs of each tile.
 
-The sum over x is cut into parts of whole BLOCK_K steps, which are added up in order. How many
-parts there are follows from the layer's shape alone; whether each is a program's (few pairs, the
-expand adds them up) or one program does all of them (many pairs) changes no bit of the sum.
+A is lora_a. One program computes all slices of a projection, so x is read once. launch.py calls it.
+
+The sum over the width of x is split into parts (split-K), which are added in order. The number of
+parts depends on the layer's shape only. In a small batch each part is a program of its own, and
+expand.py adds them. In a large batch one program computes all parts. Both give the same bits, so a
+request gets the same result alone and in a batch.
 """
 
 from __future__ import annotations
@@ -10,8 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Strides and widths count groups of 8 elements: a group is at least 16 bytes, so the compiler
-# knows every row to be aligned, whatever the shape, and loads weights 16 bytes at a time.
+# Names ending in "8" count groups of 8 elements, for widths and strides. A group has at least 16
+# bytes, so the compiler knows that every row is aligned and loads weights 16 bytes at a time.
+# Triton must not compile a variant for special values of these arguments: one serves every batch.
 _COUNTS = [
     "num_experts",
     "num_segments",
@@ -31,6 +35,7 @@ _TABLES = ["ranks", "order", "tile_segment", "tile_start", "tile_rows"]
 
 @triton.jit
 def _step(x, a, acc, ranks, columns, width, rank, stride_rank):
+    """Return acc + x a^T for one block of columns."""
     tile = tl.load(
         a + ranks[None, :] * stride_rank + columns[:, None],
         mask=(ranks < rank)[None, :] & (columns < width)[:, None],
@@ -68,11 +73,15 @@ def shrink_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program: one tile, BLOCK_R ranks, ``parts_here`` parts of the sum over x.
+    """One program computes one tile of pairs, BLOCK_R ranks and ``parts_here`` parts of the sum.
 
-    Shapes: x [rows, width]; a0, a1 [slots, experts or 1, max_rank, width]; ranks
-    [SLICES, slots, experts] int32; z [parts, pairs, SLICES, max_rank] fp32, rows in tile order,
-    or with BY_PAIR in the pairs' own.
+    Shapes:
+        x [rows, width], one row per token or per pair
+        a0, a1 [slots, experts or 1, max_rank, width], lora_a of each slice
+        ranks [SLICES, slots, experts] int32
+        z [parts, pairs, SLICES, max_rank] fp32, with rows in the order of the tiles; with BY_PAIR
+            in the order of the pairs
+        order, tile_segment, tile_start, tile_rows: from routing.py
     """
     tile = tl.program_id(0)
     segment = tl.load(tile_segment + tile)

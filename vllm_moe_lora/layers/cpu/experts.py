@@ -1,9 +1,11 @@
-"""What every LoRA-capable CPU experts class shares: the slot protocol and the split of a batch.
+"""The common part of the CPU experts classes with LoRA support (vLLM 0.30 to 0.33).
 
-vLLM's `FusedMoEWithLoRA` keeps the factors in its stacks and hands them over as a
-`MoELoRAContext`; hooks/lora_layers_fused_moe.py calls `slot_written` / `slot_cleared` after each
-change. `apply` sends base tokens through upstream's own code, so they get the very bits they get
-without LoRA, and only tokens with an adapter through `apply_lora`.
+vLLM's LoRA layer (`FusedMoEWithLoRA`) keeps the factors of all adapter slots in its buffers, and
+gives them to its experts as a `MoELoRAContext`. hooks/lora_layers_fused_moe_slots.py calls
+`slot_written` and `slot_cleared` after each change of a slot.
+
+`apply` splits a batch. Tokens without an adapter run upstream's own `apply`, so their results are
+bit for bit those without LoRA. Tokens with an adapter run `apply_lora` of the subclass.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def token_slots(context: MoELoRAContext, num_tokens: int) -> torch.Tensor:
-    """[num_tokens] int64 adapter slot of each token, -1 where it has none (padding included)."""
+    """Return [num_tokens] int64, the adapter slot of each token.
+
+    It is -1 for a token without an adapter, and for a padding token.
+    """
     slots: torch.Tensor = context.punica_wrapper.token_lora_indices
     if slots.numel() >= num_tokens:
         return slots[:num_tokens]
@@ -27,56 +32,74 @@ def token_slots(context: MoELoRAContext, num_tokens: int) -> torch.Tensor:
 
 
 def combine(pairs: torch.Tensor, topk_weights: torch.Tensor | None, plan: PairPlan) -> torch.Tensor:
-    """Weighted sum over the experts of each token, in fp32: [pairs, out] -> [rows, out]."""
-    y = plan.in_turn(pairs)
+    """Sum the outputs of each token's experts, weighted by the router, in fp32.
+
+    Args:
+        pairs: [pairs, out], the output of each token-expert pair, in the plan's order.
+        topk_weights: [tokens, top_k] of the whole batch; None if all weights are 1.
+        plan: from `make_plan`.
+
+    Returns:
+        [rows, out] float32, one row for each token of ``plan.rows``.
+    """
+    y = plan.by_token(pairs)
     if topk_weights is None:
         weights = torch.ones(y.shape[:2], dtype=torch.float32)
     else:
         weights = topk_weights.index_select(0, plan.rows).to(torch.float32)
     if plan.valid is not None:
-        weights = weights * plan.in_turn(plan.valid)
+        weights = weights * plan.by_token(plan.valid)
     return torch.bmm(weights.unsqueeze(1), y.to(torch.float32)).squeeze(1)
 
 
 def refuse_expert_parallel(config: Any) -> None:
-    """
+    """Refuse expert parallelism, for which upstream's CPU operators give wrong results.
+
+    The operators take the router's global expert ids for local ones, and so read and write beyond
+    the end of the local experts. That happens without LoRA, too.
+
     Args:
-        config: a layer's `FusedMoEConfig`.
+        config: the layer's `FusedMoEConfig`.
 
     Raises:
-        NotImplementedError: experts are spread over ranks. Upstream's CPU operators take the
-            router's numbers for places among a rank's experts and write past them.
+        NotImplementedError: the layer uses expert parallelism.
     """
     if config.moe_parallel_config.use_ep:
         raise NotImplementedError(
-            "vLLM's CPU experts do not know which experts are on other ranks, with or without "
-            "LoRA, and --enable-lora is not to hide it: start without --enable-expert-parallel, "
-            "which shares each expert among the ranks instead."
+            "vLLM's CPU experts do not support expert parallelism: they take global expert ids for "
+            "local ones, with and without LoRA. Start without --enable-expert-parallel; vLLM then "
+            "splits each expert among the ranks."
         )
 
 
 class CPULoRAExperts:
-    """Mixin over an upstream CPU experts class; the subclass implements `apply_lora`."""
+    """Mixin that adds LoRA to an upstream CPU experts class. Subclasses implement `apply_lora`."""
 
+    moe_config: Any  # the layer's FusedMoEConfig, set by upstream
     _lora_context: MoELoRAContext | None = None
-    _ranks: torch.Tensor = torch.zeros(0, dtype=torch.int64)  # [slots] rank in use, 0 = empty
+    # [slots] int64, the rank of the adapter in each slot; 0 if these experts have no LoRA there.
+    _ranks: torch.Tensor = torch.zeros(0, dtype=torch.int64)
 
     @staticmethod
     def supports_lora() -> bool:
         return True
-
-    moe_config: Any  # upstream's, of the layer
 
     def set_lora_context(self, context: MoELoRAContext) -> None:
         refuse_expert_parallel(self.moe_config)
         self._lora_context = context
 
     def slot_written(self, wrapper: Any, slot: int, rank: int) -> None:
-        """An adapter of ``rank`` now stands in ``slot`` of the wrapper's stacks."""
+        """Take over an adapter that the LoRA layer has just written into its buffers.
+
+        Args:
+            wrapper: the `FusedMoEWithLoRA`.
+            slot: of the adapter, from 0.
+            rank: the highest rank of its factors on this layer.
+        """
         self._set_rank(slot, rank)
 
     def slot_cleared(self, slot: int) -> None:
-        """``slot`` holds no adapter any more, or one without LoRA on this layer's experts."""
+        """Forget ``slot``: it is empty, or its adapter has no LoRA on this layer's experts."""
         self._set_rank(slot, 0)
 
     def _set_rank(self, slot: int, rank: int) -> None:
@@ -86,24 +109,31 @@ class CPULoRAExperts:
         self._ranks = ranks.index_fill(0, torch.tensor([slot]), rank)
 
     def plan_batch(self, num_tokens: int, topk_ids: torch.Tensor) -> PairPlan | None:
+        """Collect the token-expert pairs with LoRA; None if the batch has none.
+
+        Args:
+            num_tokens: tokens of the batch, padding included.
+            topk_ids: [tokens, top_k] int, local expert ids.
+        """
         context = self._lora_context
-        # hooks/lora_punica_cpu.py says once a batch which adapters are in it.
+        # hooks/lora_punica_cpu.py sets token_segments for each batch. [] means: no adapters.
         if context is None or getattr(context.punica_wrapper, "token_segments", None) == []:
             return None
         if not self._ranks.any():
             return None
         slots = token_slots(context, num_tokens)
-        # Slots without LoRA on these experts are base requests here. Slot -1 reads the last
-        # entry, and stays -1 either way.
+        # A token whose adapter has no LoRA on these experts counts as one without an adapter. A
+        # token with slot -1 reads the last entry of ranks, and keeps -1 whatever that is.
         ranks = torch.nn.functional.pad(self._ranks, (0, context.max_loras + 1))
         slots = slots.masked_fill(ranks[slots] == 0, -1)
         return make_plan(slots, topk_ids, context.local_num_experts)
 
     def rank_of(self, slot: int) -> int:
+        """Return the rank of the adapter in ``slot``; 0 if these experts have no LoRA there."""
         return int(self._ranks[slot])
 
     def apply_base(self, output: torch.Tensor, *args: Any) -> None:
-        """Upstream's own apply over base tokens only."""
+        """Run upstream's `apply` for tokens without an adapter, with its arguments."""
         super().apply(output, *args)  # type: ignore[misc]
 
     def apply_lora(
@@ -117,7 +147,21 @@ class CPULoRAExperts:
         activation: Any,
         router_weight_on_input: bool,
     ) -> torch.Tensor:
-        """Output of the tokens ``plan.rows``: [rows, hidden] in fp32 or hidden_states' dtype."""
+        """Compute the layer's output for the tokens with an adapter.
+
+        Args:
+            plan: the pairs of those tokens.
+            hidden_states: [tokens, hidden] of the whole batch.
+            w1, w2: the experts' weights, in the format of the upstream class.
+            topk_weights, topk_ids: [tokens, top_k] of the whole batch.
+            activation: upstream's `MoEActivation`.
+            router_weight_on_input: the router weights are in ``hidden_states`` already, so the
+                outputs are summed without them.
+
+        Returns:
+            [rows, hidden], one row for each token of ``plan.rows``, in float32 or in the dtype of
+            ``hidden_states``.
+        """
         raise NotImplementedError
 
     def apply(
@@ -138,7 +182,7 @@ class CPULoRAExperts:
         expert_tokens_meta: Any,
         apply_router_weight_on_input: bool,
     ) -> None:
-        """Same signature and meaning as upstream's `FusedMoEExpertsModular.apply`."""
+        """Compute the experts' output of a batch; see upstream's `FusedMoEExpertsModular.apply`."""
         plan = self.plan_batch(hidden_states.shape[0], topk_ids)
         rest = (
             activation,

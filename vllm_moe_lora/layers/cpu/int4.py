@@ -1,10 +1,12 @@
-"""LoRA for INT4 (GPTQ, AWQ, compressed-tensors) experts on CPU.
+"""LoRA on INT4 experts (GPTQ, AWQ, compressed-tensors) on the CPU, in vLLM 0.30 to 0.33.
 
-Base tokens run vLLM's fused operator (`fused_experts_cpu`, W4A8) as without LoRA. Tokens with an
-adapter run the same packed weights through vLLM's per-matrix operator (`int4_scaled_mm_cpu`), one
-expert after another, so the delta can join before the activation; there is no second copy of the
-weights. Upstream gates this class on AMX; the operators themselves also run on AVX-512 with VNNI
-(checked once a process against the dequantised product), so with LoRA it is offered there too.
+Tokens without an adapter run vLLM's fused operator `fused_experts_cpu`, as without LoRA. It has no
+place to add LoRA before the activation. So tokens with an adapter run vLLM's operator for a single
+matrix, `int4_scaled_mm_cpu`, expert by expert, over the same packed weights.
+
+Upstream uses its INT4 experts class only on CPUs with AMX. Both operators also run on AVX-512 with
+VNNI, so the class with LoRA is offered there, too. `operators_work` first checks their result
+against the product with dequantised weights.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ from .experts import CPULoRAExperts, combine
 
 @functools.cache
 def operators_work() -> bool:
-    """Whether vLLM's INT4 CPU operators exist here and give right products without AMX."""
+    """Return whether vLLM's INT4 operators exist and work on this CPU, with AMX or without.
+
+    Without AMX, a small product is computed and compared. The answer is kept for the process.
+    """
     from vllm.platforms import CpuArchEnum, current_platform
 
     names = ("fused_experts_cpu", "int4_scaled_mm_cpu", "convert_weight_packed_scale_zp")
@@ -32,11 +37,15 @@ def operators_work() -> bool:
         return True
     if not torch.cpu._is_vnni_supported():
         return False
-    with torch.device("cpu"):  # a model may be built on another ("meta")
+    with torch.device("cpu"):  # the default device may be "meta" while a model is built
         return _product_is_right()
 
 
 def _product_is_right() -> bool:
+    """Compare `int4_scaled_mm_cpu` with the product of dequantised weights.
+
+    Activations are quantised to 8 bits inside the operator, so up to 5 % of difference is allowed.
+    """
     from vllm import _custom_ops as ops
 
     rows, columns, group = 64, 128, 64
@@ -56,7 +65,10 @@ def _product_is_right() -> bool:
 
 
 class Int4CPUExperts(CPULoRAExperts):
-    """Mixin over upstream's `CPUExpertsInt4`."""
+    """Mixin that adds LoRA to upstream's `CPUExpertsInt4`.
+
+    ``w1_scale``, ``w2_scale``, ``w1_zp`` and ``w2_zp`` are upstream's packed scales and zeros.
+    """
 
     w1_scale: torch.Tensor
     w2_scale: torch.Tensor
@@ -71,14 +83,14 @@ class Int4CPUExperts(CPULoRAExperts):
 
     @staticmethod
     def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
-        """Upstream's one scheme, and group 32 of compressed-tensors, which the operators take."""
+        """Allow upstream's scheme, and also compressed-tensors with a group size of 32."""
         from vllm.model_executor.layers.quantization.utils import quant_utils as q
 
         return weight_key in (q.kInt4Static, q.kInt4Static32) and activation_key is None
 
     @staticmethod
     def is_supported_config(cls: type[Any], moe_config: Any, *keys: Any) -> tuple[bool, str | None]:
-        """Upstream's rules, and only with LoRA on: without it upstream's own class serves."""
+        """Apply upstream's rules, and refuse without LoRA: upstream's own class then runs."""
         if not moe_config.is_lora_enabled:
             return False, "LoRA is off"
         return super().is_supported_config(cls, moe_config, *keys)  # type: ignore[misc]
@@ -94,6 +106,7 @@ class Int4CPUExperts(CPULoRAExperts):
         activation: Any,
         router_weight_on_input: bool,
     ) -> torch.Tensor:
+        """See `CPULoRAExperts.apply_lora`."""
         from vllm._custom_ops import int4_scaled_mm_cpu
 
         context = self._lora_context
@@ -105,6 +118,7 @@ class Int4CPUExperts(CPULoRAExperts):
         def matmul(
             x: torch.Tensor, w: torch.Tensor, z: torch.Tensor, s: torch.Tensor
         ) -> torch.Tensor:
+            # s is packed in blocks of columns: shape[1] blocks of shape[-1] columns are all of y's.
             y = x.new_empty(x.shape[0], s.shape[1] * s.shape[-1])
             for expert, start, stop in slices:
                 y[start:stop] = int4_scaled_mm_cpu(

@@ -1,4 +1,9 @@
-"""The LoRA-capable twin of each upstream CPU experts class, and how a backend choice gets one."""
+"""Subclasses of vLLM's CPU experts classes that support LoRA, and how vLLM comes to choose them.
+
+vLLM 0.30 to 0.33. Each upstream class has one subclass with LoRA support. hooks/
+fused_moe_oracle_unquantized.py and hooks/fused_moe_oracle_int_wna16.py put it in the place of the
+upstream class when vLLM selects a backend.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +18,12 @@ from .unquantized import WidenedCPUExperts
 
 @functools.cache
 def with_lora(experts_cls: type[Any]) -> type[Any] | None:
-    """A subclass of ``experts_cls`` that takes LoRA, or None where there is no way yet.
+    """Return the subclass of an upstream experts class that supports LoRA.
 
-    The subclass keeps upstream's name with a suffix, so vLLM's own log lines stay readable.
+    Its name is upstream's with the suffix "WithLoRA", because vLLM logs the name.
+
+    Returns:
+        The subclass, or None if there is none.
     """
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
     from vllm.model_executor.layers.fused_moe.experts.lora_experts_mixin import LoRAExpertsMixin
@@ -25,7 +33,7 @@ def with_lora(experts_cls: type[Any]) -> type[Any] | None:
         (cpu_moe.CPUExpertsInt4, Int4CPUExperts),
     ):
         if issubclass(experts_cls, base):
-            # LoRAExpertsMixin is what FusedMoEWithLoRA.set_mapping asks for by isinstance.
+            # FusedMoEWithLoRA.set_mapping asserts isinstance(experts, LoRAExpertsMixin).
             bases = (mixin, experts_cls, LoRAExpertsMixin)
             name = f"{experts_cls.__name__}WithLoRA"
             return type(name, bases, {"__module__": __name__, "upstream_cls": experts_cls})
@@ -33,30 +41,34 @@ def with_lora(experts_cls: type[Any]) -> type[Any] | None:
 
 
 def upstream_of(experts_cls: type[Any]) -> type[Any] | None:
-    """The upstream class of a twin, None for any other class."""
+    """Return the upstream class of a subclass from `with_lora`; None for any other class."""
     return getattr(experts_cls, "upstream_cls", None)
 
 
-def lora_choice(
-    choose: Callable[..., tuple[Any, type[Any] | None]], config: Any, *args: Any, **kwargs: Any
+def select_with_lora(
+    select: Callable[..., tuple[Any, type[Any] | None]], config: Any, *args: Any, **kwargs: Any
 ) -> tuple[Any, type[Any] | None]:
-    """Make upstream's backend choice as if LoRA were off and return the class's LoRA twin.
+    """Select the backend that vLLM uses without LoRA, and the subclass of its class with LoRA.
 
     Args:
-        choose: upstream's select function; called with ``args`` and ``kwargs``.
-        config: the layer's `FusedMoEConfig`; `is_lora_enabled` is off during the choice only.
+        select: upstream's select function; called with ``args`` and ``kwargs``. It returns the
+            backend and the experts class.
+        config: the layer's `FusedMoEConfig`. Its ``is_lora_enabled`` is False during the call.
+
+    Returns:
+        The backend, and the subclass that supports LoRA.
 
     Raises:
-        NotImplementedError: the chosen experts class has no LoRA twin.
+        NotImplementedError: there is no such subclass for the selected experts class.
     """
     with lora_off(config):
-        backend, experts_cls = choose(*args, **kwargs)
-    twin = None if experts_cls is None else with_lora(experts_cls)  # type: ignore[arg-type]
-    if twin is None:
+        backend, experts_cls = select(*args, **kwargs)
+    subclass = None if experts_cls is None else with_lora(experts_cls)  # type: ignore[arg-type]
+    if subclass is None:
         name = getattr(experts_cls, "__name__", backend)
         raise NotImplementedError(
             f"vLLM chose the CPU MoE experts {name}, which cannot take LoRA. Serve a bf16, fp16, "
             "fp32, GPTQ or compressed-tensors INT4 version of the model, or leave out "
             "--enable-lora."
         )
-    return backend, twin
+    return backend, subclass

@@ -1,8 +1,11 @@
-"""Experts of a CPU that route for themselves (0.11, 0.24 to 0.27), with LoRA by torch's operators.
+"""LoRA on unquantised experts on the CPU, in vLLM 0.11 and 0.24 to 0.27, with torch's operators.
 
-Upstream's wrapper knows Triton kernels only. Here the layer's CPU operator is called for base
-tokens, as it is without LoRA, and tokens with an adapter are computed expert by expert, over plain
-weights.
+In these releases the CPU experts are monolithic: one callable, the ``cpu_fused_moe`` of the layer
+or of its quantisation method, does the routing and the experts. vLLM's LoRA layer cannot wrap it,
+because it expects experts with a Triton kernel.
+
+Here that callable is replaced by `CPUFusedMoEWithLoRA`. It runs the original for tokens without an
+adapter. Tokens with one are computed expert by expert. For that the weights must not be packed.
 """
 
 from __future__ import annotations
@@ -16,12 +19,13 @@ from .experts import refuse_expert_parallel
 
 
 class CPUFusedMoEWithLoRA:
-    """Stands where the layer has its ``cpu_fused_moe``.
+    """Replaces the ``cpu_fused_moe`` callable of a layer, and adds LoRA.
 
     Args:
-        base: what stood there.
-        wrapper: the `FusedMoEWithLoRA`, whose stacks are read: lora_a [slots, experts, rank, in]
-            and lora_b [slots, experts, out, rank] of gate, up and down, or of gate_up and down.
+        base: the original callable.
+        wrapper: the LoRA layer (`FusedMoEWithLoRA`). Its buffers are read: lora_a [slots, experts,
+            rank, in] and lora_b [slots, experts, out, rank], of gate, up and down, or of the fused
+            gate_up and down.
     """
 
     def __init__(self, base: Callable[..., torch.Tensor], wrapper: Any) -> None:
@@ -37,6 +41,16 @@ class CPUFusedMoEWithLoRA:
         *args: Any,
         **more: Any,
     ) -> torch.Tensor:
+        """Compute the layer's output, [tokens, hidden]. The arguments are those of the original.
+
+        Args:
+            x: [tokens, hidden].
+            router_logits: [tokens, experts].
+
+        Raises:
+            NotImplementedError: a token has an adapter, and the model puts the router weights on
+                the input, or has an activation that this vLLM does not have on the CPU.
+        """
         slots = self._slots(x.shape[0])
         rows = (slots >= 0).nonzero().flatten()
         if not rows.numel():
@@ -54,7 +68,7 @@ class CPUFusedMoEWithLoRA:
         return out
 
     def _slots(self, tokens: int) -> torch.Tensor:
-        """[tokens] adapter slot of each token, -1 where it has none on this layer."""
+        """Return [tokens] int64, the adapter slot of each token; -1 without LoRA on this layer."""
         slots: torch.Tensor = self._wrapper.punica_wrapper.token_lora_indices[:tokens]
         slots = torch.nn.functional.pad(slots, (0, tokens - slots.numel()), value=-1)
         return slots.masked_fill(self._wrapper.adapter_enabled[slots] == 0, -1)
@@ -77,12 +91,16 @@ class CPUFusedMoEWithLoRA:
         apply_router_weight_on_input: bool = False,
         activation: Any = "silu",
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Route the tokens with an adapter; returns topk_weights and topk_ids, [tokens, top_k].
+
+        The parameters are those that ``cpu_fused_moe`` gets after the layer.
+        """
         from vllm.model_executor.layers.fused_moe.cpu_fused_moe import select_experts
 
         if apply_router_weight_on_input:
             raise NotImplementedError(
-                "on a CPU this vLLM has no LoRA for models with the router weight on the input: "
-                "take 0.30 or a later one"
+                "MoE LoRA on the CPU does not support models that apply router weights on the "
+                "experts' input in this vLLM release: use vLLM 0.30 or later."
             )
         weights, ids = select_experts(
             hidden_states=x,
@@ -108,25 +126,45 @@ class CPUFusedMoEWithLoRA:
         slots: torch.Tensor,
         act: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """[tokens, hidden] fp32, summed over experts: (W2 + B2 A2) act((W13 + B13 A13) x)."""
+        """Compute the sum over each token's experts of (W2 + B2 A2) act((W13 + B13 A13) x).
+
+        Args:
+            layer: has the weights, ``w13_weight`` and ``w2_weight`` [experts, out, in].
+            x: [tokens, hidden].
+            weights, ids: topk_weights and topk_ids, [tokens, top_k].
+            slots: [tokens], all 0 or more.
+            act: [tokens, gate and up] -> [tokens, intermediate].
+
+        Returns:
+            [tokens, hidden] float32.
+        """
         out = torch.zeros(x.shape, dtype=torch.float32)
         pairs = torch.stack([slots.repeat_interleave(ids.shape[1]), ids.flatten().long()])
         for slot, expert in torch.unique(pairs, dim=1).T.tolist():
-            rows, place = ((ids == expert) & (slots == slot)[:, None]).nonzero(as_tuple=True)
+            rows, choice = ((ids == expert) & (slots == slot)[:, None]).nonzero(as_tuple=True)
             mine = x[rows]
-            both = _linear(layer, "w13", expert, mine)
-            for start, delta in self._deltas(mine, slot, expert, both.shape[1]):
-                both[:, start : start + delta.shape[1]] += delta
-            hidden = act(both)
+            gate_up = _linear(layer, "w13", expert, mine)
+            for start, delta in self._deltas(mine, slot, expert, gate_up.shape[1]):
+                gate_up[:, start : start + delta.shape[1]] += delta
+            hidden = act(gate_up)
             y = _linear(layer, "w2", expert, hidden)
             y = y + _product(hidden, *_factors(self._wrapper, "w2", 0, slot, expert))
-            out.index_add_(0, rows, y.float() * weights[rows, place].float()[:, None])
+            out.index_add_(0, rows, y.float() * weights[rows, choice].float()[:, None])
         return out
 
     def _deltas(
         self, x: torch.Tensor, slot: int, expert: int, width: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first column, values) of what is added to gate and up, whose columns may be padded."""
+        """Compute B13 A13 x of each slice.
+
+        Args:
+            x: [tokens, hidden].
+            width: columns of gate and up together in the base layer's output; each of the two may
+                be padded.
+
+        Yields:
+            The first column of the slice in that output, and the product [tokens, out].
+        """
         slices = getattr(self._wrapper, "_w13_slices", 2)
         for i in range(slices):
             factors = _factors(self._wrapper, "w13", i, slot, expert)
@@ -134,12 +172,22 @@ class CPUFusedMoEWithLoRA:
 
 
 def _activation(which: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Raises NotImplementedError."""
+    """Return the activation: [tokens, gate and up] -> [tokens, intermediate].
+
+    Args:
+        which: its name, or upstream's `MoEActivation`.
+
+    Raises:
+        NotImplementedError: this vLLM has no such activation on the CPU.
+    """
     from vllm.model_executor.layers.fused_moe import cpu_fused_moe
 
     table = getattr(cpu_fused_moe, "_CPU_MOE_ACT_FN", {"silu": _silu_and_mul})
     if which not in table:
-        raise NotImplementedError(f"on a CPU this vLLM has no MoE activation {which}")
+        raise NotImplementedError(
+            f"MoE LoRA on the CPU does not support the activation {which} in this vLLM release. "
+            "Serve the model without --enable-lora."
+        )
     act: Callable[[torch.Tensor], torch.Tensor] = table[which]
     return act
 
@@ -150,6 +198,7 @@ def _silu_and_mul(x: torch.Tensor) -> torch.Tensor:
 
 
 def _linear(layer: Any, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+    """Apply one expert's base weight and bias; ``name`` is "w13" or "w2"."""
     bias = getattr(layer, f"{name}_bias", None)
     weight = getattr(layer, f"{name}_weight")[expert]
     return torch.nn.functional.linear(x, weight, None if bias is None else bias[expert])
@@ -158,33 +207,43 @@ def _linear(layer: Any, name: str, expert: int, x: torch.Tensor) -> torch.Tensor
 def _factors(
     wrapper: Any, name: str, i: int, slot: int, expert: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """lora_a [rank, in] and lora_b [out, rank]: 0.11 has a stack for each of w1, w3 and w2."""
-    if hasattr(wrapper, "w1_lora_a_stacked"):
+    """Return lora_a [rank, in] and lora_b [out, rank] of one slot and expert.
+
+    Args:
+        wrapper: the `FusedMoEWithLoRA`.
+        name: "w13" or "w2".
+        i: the slice: 0 for gate, for a fused gate_up and for w2, 1 for up.
+        slot, expert: which adapter and which local expert.
+    """
+    if hasattr(wrapper, "w1_lora_a_stacked"):  # 0.11: a buffer for each of w1, w3 and w2
         own = {"w2": ("w2",), "w13": ("w1", "w3")}[name][i]
         stacks = [getattr(wrapper, f"{own}_lora_{side}_stacked") for side in "ab"]
     else:
         stacks = [getattr(wrapper, f"{name}_lora_{side}_stacked")[i] for side in "ab"]
-    # A stack that all experts share (--enable-moe-shared-loras) has one place.
+    # With --enable-moe-shared-loras a buffer has one entry for all experts.
     a, b = (stack[slot, expert % stack.shape[1]] for stack in stacks)
     return a, b
 
 
 def _product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``x`` may be wider than ``a`` is, by padding."""
+    """Compute b (a x). ``x`` may have more columns than ``a``, from padding; they are not used."""
     return x[:, : a.shape[1]] @ a.to(x.dtype).T @ b.to(x.dtype).T
 
 
-def routes_alone(runner: Any) -> bool:
-    """Whether the experts are a CPU's of 0.24 to 0.27, unquantised."""
+def is_monolithic(runner: Any) -> bool:
+    """Return whether a `MoERunner` runs the unquantised CPU experts of vLLM 0.24 to 0.27."""
     method = getattr(getattr(runner, "routed_experts", None), "quant_method", None)
     return hasattr(method, "cpu_fused_moe")
 
 
-def prepare(wrapper: Any, runner: Any) -> None:
-    """`FusedMoEWithLoRA.__init__` of 0.24 to 0.27 without a kernel, which a CPU has not.
+def init_wrapper(wrapper: Any, runner: Any) -> None:
+    """Replaces `FusedMoEWithLoRA.__init__` in vLLM 0.24 to 0.27, for monolithic CPU experts.
+
+    Upstream's constructor needs a modular kernel, which these experts do not have. This one sets
+    the same attributes, except those of the kernel, and calls `install`.
 
     Args:
-        wrapper: is initialised.
+        wrapper: the `FusedMoEWithLoRA` to initialise.
         runner: the `MoERunner` that it wraps.
 
     Raises:
@@ -209,25 +268,26 @@ def prepare(wrapper: Any, runner: Any) -> None:
 
 
 def install(wrapper: Any, layer: Any, holder: Any) -> None:
-    """Put LoRA into the layer's CPU operator.
+    """Replace the layer's ``cpu_fused_moe`` by one with LoRA.
 
     Args:
         wrapper: the `FusedMoEWithLoRA`.
-        layer: has the weights.
-        holder: has the operator, ``cpu_fused_moe``.
+        layer: the module that has the weights.
+        holder: the object that has ``cpu_fused_moe``: the layer (0.11) or its quantisation method.
 
     Raises:
-        NotImplementedError: there is none, or the weights are packed.
+        NotImplementedError: there is no ``cpu_fused_moe``, because the weights are quantised; or
+            the weights are packed.
     """
     base = getattr(holder, "cpu_fused_moe", None)
     if base is None:
         raise NotImplementedError(
-            f"{type(layer.quant_method).__name__}: on a CPU this vLLM has LoRA for unquantised "
-            "experts only. Serve an unquantised checkpoint, or a newer vLLM."
+            f"{type(layer.quant_method).__name__}: MoE LoRA on the CPU supports only unquantised "
+            "experts in this vLLM release. Serve an unquantised checkpoint, or use a newer vLLM."
         )
     if type(base).__name__ == "SGLFusedMOE" or layer.w13_weight.dim() != 3:
         raise NotImplementedError(
-            "on a CPU this vLLM has MoE LoRA for plain weights only: set VLLM_CPU_SGL_KERNEL=0 and "
-            "VLLM_CPU_MOE_PREPACK=0."
+            "MoE LoRA on the CPU does not support packed weights in this vLLM release: set "
+            "VLLM_CPU_SGL_KERNEL=0 and VLLM_CPU_MOE_PREPACK=0."
         )
     holder.cpu_fused_moe = CPUFusedMoEWithLoRA(base, wrapper)

@@ -1,16 +1,19 @@
-"""LoRA through vLLM's closed fused CPU MoE operator, by widening its weights.
+"""LoRA on unquantised experts on the CPU, in vLLM 0.30 to 0.33: factors inside the base weights.
 
-`cpu_fused_moe` computes w2·act(w13·x) and the weighted sum in one call and shows nothing in
-between, so a delta cannot be added before the activation. But
+vLLM's CPU operator `cpu_fused_moe` computes w2·act(w13·x) and the weighted sum over experts in one
+call. There is no place between the two products to add LoRA. But with A = lora_a and B = lora_b
 
     [W13 | B13] · [x ; A13·x]  =  W13·x + B13·(A13·x)      and      [W2 ; A2] · h  =  [W2·h ; A2·h]
 
-so B13 becomes extra input columns of w13, A2 extra output rows of w2, and B2 is applied after
-the call. The delta joins before the activation in the operator's own fp32 accumulator. The
-packed layout keeps blocks of 16 output rows with all their input columns together (checked once a
-process by `layout_is_plain`), so columns and rows are written into the packed weights in place,
-with no second copy of the experts. Columns exist only for the adapters in slots, at their own
-rank; without an adapter the weights are upstream's, untouched.
+So B13 is appended to w13 as input columns, and A2 is appended to w2 as output rows. A13·x is
+computed before the call, and B2·(A2·h) is added after it. The operator adds the LoRA of w13 in its
+fp32 accumulator, before the activation.
+
+vLLM packs the weights for the operator. The packed layout keeps 16 output rows together, with all
+their input columns (`layout_is_plain` checks this once per process). So the factors of an adapter
+can be written into the packed weights in place, and no second copy of the experts is needed.
+Columns exist only for adapters that are in a slot, as many as their rank. As long as there was no
+adapter, the weights are upstream's, unchanged.
 """
 
 from __future__ import annotations
@@ -24,9 +27,9 @@ from ...kernels.cpu import PairPlan, expand_add, shrink
 from .columns import ColumnAllocator
 from .experts import CPULoRAExperts, combine
 
-PACK_ROWS = 16  # output rows that the operator packs together, on every instruction set it has
+PACK_ROWS = 16  # output rows that are packed together, on each instruction set
 PACK_COLUMNS = 8  # a multiple of the input columns packed together (2 on AMX and VSX, 4 on NEON)
-PACK_UNIT = 32  # the operator packs and multiplies whole units of rows and columns
+PACK_UNIT = 32  # rows and columns of a packed weight are multiples of this
 
 
 def _round_up(n: int, unit: int) -> int:
@@ -34,7 +37,15 @@ def _round_up(n: int, unit: int) -> int:
 
 
 def _pack(weight: torch.Tensor, isa: str) -> torch.Tensor:
-    """Pack [E, out, in], zero-padded to whole units; the packed shape is the padded one."""
+    """Pack a weight as vLLM does, after padding it with zeros to multiples of `PACK_UNIT`.
+
+    Args:
+        weight: [experts, out, in].
+        isa: the instruction set that the operator uses: "vec", "amx", "neon" or "vsx".
+
+    Returns:
+        The packed weight; its shape is [experts, padded out, padded in].
+    """
     from vllm._custom_ops import cpu_prepack_moe_weight
 
     pad = torch.nn.functional.pad
@@ -43,14 +54,20 @@ def _pack(weight: torch.Tensor, isa: str) -> torch.Tensor:
 
 
 def _blocks(packed: torch.Tensor) -> torch.Tensor:
-    """[E, out, in] packed -> [E, out / 16, in * 16]: a column range is a slice of the last axis."""
+    """View a packed [experts, out, in] as [experts, out / 16, in * 16].
+
+    In this view a range of input columns is a slice of the last axis.
+    """
     experts, rows, columns = packed.shape
     return packed.view(experts, rows // PACK_ROWS, columns * PACK_ROWS)
 
 
 @functools.cache
 def layout_is_plain(isa: str, dtype: torch.dtype) -> bool:
-    """Whether packing commutes with appending columns and rows (the property used here)."""
+    """Return whether packed weights have the layout that this module relies on.
+
+    That is: appending packed columns or rows gives the same as packing the appended weight.
+    """
     w = torch.randn(1, 64, 64).to(dtype)
     whole, cut = _pack(w, isa), PACK_UNIT + PACK_COLUMNS
     left, right = _pack(w[:, :, :cut], isa), _pack(w[:, :, cut:], isa)
@@ -62,7 +79,7 @@ def layout_is_plain(isa: str, dtype: torch.dtype) -> bool:
 
 
 def widen_columns(packed: torch.Tensor, columns: int) -> torch.Tensor:
-    """Append zero input columns to a packed weight until it has ``columns`` of them."""
+    """Return a copy of a packed [experts, out, in] with zero columns appended: in = ``columns``."""
     experts, rows, have = packed.shape
     wide = packed.new_zeros(experts, rows, columns)
     _blocks(wide)[:, :, : have * PACK_ROWS].copy_(_blocks(packed))
@@ -70,20 +87,28 @@ def widen_columns(packed: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def widen_rows(packed: torch.Tensor, rows: int) -> torch.Tensor:
-    """Append zero output rows to a packed weight until it has ``rows`` of them."""
+    """Return a copy of a packed [experts, out, in] with zero rows appended: out = ``rows``."""
     wide = packed.new_zeros(packed.shape[0], rows, packed.shape[2])
     wide[:, : packed.shape[1]].copy_(packed)
     return wide
 
 
 class WidenedCPUExperts(CPULoRAExperts):
-    """Mixin over `CPUUnquantizedExperts` and its x86 (AMX), Arm and Power kin."""
+    """Mixin that adds LoRA to upstream's `CPUUnquantizedExperts` or a subclass (AMX, Arm, Power).
+
+    ``isa``, ``w1_bias`` and ``w2_bias`` are upstream's attributes.
+    """
 
     isa: str
     w1_bias: torch.Tensor | None
     w2_bias: torch.Tensor | None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Let upstream pack the weights, and check that they can be widened.
+
+        Raises:
+            NotImplementedError: they cannot.
+        """
         super().process_weights_after_loading(layer)  # type: ignore[misc]
         if getattr(self, "_use_zentorch", False):
             raise NotImplementedError(
@@ -104,7 +129,7 @@ class WidenedCPUExperts(CPULoRAExperts):
     # -- slots ---------------------------------------------------------------------------------
 
     def slot_written(self, wrapper: Any, slot: int, rank: int) -> None:
-        """Copy B13 and A2 of ``slot`` from the wrapper's stacks into the widened weights."""
+        """Copy B13 and A2 of ``slot`` from the LoRA layer's buffers into the packed weights."""
         self.slot_cleared(slot)
         super().slot_written(wrapper, slot, rank)
         b13 = self._w13_b(wrapper, slot, rank)
@@ -131,11 +156,11 @@ class WidenedCPUExperts(CPULoRAExperts):
         super().slot_cleared(slot)
 
     def _w13_b(self, wrapper: Any, slot: int, rank: int) -> torch.Tensor:
-        """[E, w13 rows, columns]: B13 as columns, gate and up side by side when A differs.
+        """Return B13 of ``slot`` as columns to append to w13: [experts, rows of w13, columns].
 
-        With two slices (own A each) the columns are [B_gate 0; 0 B_up], with a fused gate_up one
-        block. Rows follow the operator's weight: gate then up, each padded to the kernel's
-        alignment, or interleaved (gpt-oss).
+        With two slices (gate and up have an A each) the columns are [B_gate 0; 0 B_up]. With one
+        slice (fused gate_up) they are B_gate_up. The rows are those of w13: all of gate, then all
+        of up, each padded to the operator's alignment; or gate and up interleaved (gpt-oss).
         """
         stacks = wrapper.w13_lora_b_stacked
         w13 = self._layer.w13_weight
@@ -160,6 +185,7 @@ class WidenedCPUExperts(CPULoRAExperts):
         return out
 
     def _interleaved(self) -> bool:
+        """Return whether the rows of gate and up alternate in w13; gpt-oss' activation says so."""
         from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
         return self.moe_config.activation == MoEActivation.SWIGLUOAI  # type: ignore[attr-defined]
@@ -178,7 +204,7 @@ class WidenedCPUExperts(CPULoRAExperts):
 
     # -- compute -------------------------------------------------------------------------------
 
-    def _call(
+    def _run_operator(
         self,
         out: torch.Tensor,
         x: torch.Tensor,
@@ -187,6 +213,15 @@ class WidenedCPUExperts(CPULoRAExperts):
         activation: Any,
         unweighted: bool,
     ) -> None:
+        """Call `cpu_fused_moe` with the widened weights.
+
+        Args:
+            out: [tokens, rows of w2], is overwritten.
+            x: [tokens, columns of w13].
+            topk_weights, topk_ids: [tokens, top_k].
+            activation: upstream's `MoEActivation`.
+            unweighted: sum the experts' outputs without ``topk_weights``.
+        """
         from vllm._custom_ops import cpu_fused_moe
 
         cpu_fused_moe(
@@ -208,14 +243,16 @@ class WidenedCPUExperts(CPULoRAExperts):
             super().apply_base(output, hidden_states, *args)
             return
         _, _, topk_weights, topk_ids, activation, *_, unweighted = args
-        # Zero columns and ignored rows change no bit of the others: every output element is the
-        # same fp32 sum, with zeros added at its end.
+        # The weights are widened, but the input is 0 in the appended columns, and the appended rows
+        # of the output are dropped. The rest is the same fp32 sum with zeros added at its end, so
+        # it has the same bits as without LoRA.
         x = self._widened_input(hidden_states)
         out = output.new_empty(output.shape[0], self._hidden + self._w2_rows.capacity)
-        self._call(out, x, topk_weights, topk_ids, activation, unweighted)
+        self._run_operator(out, x, topk_weights, topk_ids, activation, unweighted)
         output.copy_(out[:, : self._hidden])
 
     def _widened_input(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return a copy of [tokens, hidden] with zeros in w13's appended columns."""
         width = self._hidden + self._w13_columns.capacity
         x = hidden_states.new_empty(hidden_states.shape[0], width)
         x[:, : self._hidden] = hidden_states
@@ -233,6 +270,7 @@ class WidenedCPUExperts(CPULoRAExperts):
         activation: Any,
         router_weight_on_input: bool,
     ) -> torch.Tensor:
+        """See `CPULoRAExperts.apply_lora`."""
         context = self._lora_context
         assert context is not None
         x = self._widened_input(hidden_states.index_select(0, plan.tokens()))
@@ -240,22 +278,30 @@ class WidenedCPUExperts(CPULoRAExperts):
         ranks = {slot: self.rank_of(slot) for slot in plan.slot_set()}
         rank = max(ranks.values())
         z = [shrink(narrow, a[:, :, :rank], plan) for a in context.w13_lora_a_stacked]
-        self._scatter(x, z, ranks, plan)
+        self._write_shrunk(x, z, ranks, plan)
 
         out = x.new_empty(len(plan), self._hidden + self._w2_rows.capacity)
         ids = plan.experts.to(topk_ids.dtype).unsqueeze(1)
         ones = topk_weights.new_ones(len(plan), 1)
-        self._call(out, x, ones, ids, activation, True)
+        # Each pair is a token of its own with one expert, so nothing is summed here.
+        self._run_operator(out, x, ones, ids, activation, True)
 
         y = out[:, : self._hidden]
-        z2 = self._gather(out, rank, ranks, plan)
+        z2 = self._read_shrunk(out, rank, ranks, plan)
         expand_add(y, z2, context.w2_lora_b_stacked[0][:, :, :, :rank], plan)
         return combine(y, None if router_weight_on_input else topk_weights, plan)
 
-    def _scatter(
+    def _write_shrunk(
         self, x: torch.Tensor, z: list[torch.Tensor], ranks: dict[int, int], plan: PairPlan
     ) -> None:
-        """Write each pair's z into the columns of its slot."""
+        """Write A13·x of each pair into the columns that B13 of its slot has in w13.
+
+        Args:
+            x: [pairs, columns of w13], the widened input; it is changed.
+            z: A13·x, one [pairs, rank] per slice.
+            ranks: slot -> rank of its adapter.
+            plan: the pairs.
+        """
         for slot, rank in ranks.items():
             first = self._hidden + self._w13_columns.regions[slot][0]
             rows = slice(None) if len(ranks) == 1 else plan.pairs_of(slot)
@@ -263,10 +309,20 @@ class WidenedCPUExperts(CPULoRAExperts):
                 start = first + index * rank
                 x[rows, start : start + rank] = part[rows, :rank]
 
-    def _gather(
+    def _read_shrunk(
         self, out: torch.Tensor, rank: int, ranks: dict[int, int], plan: PairPlan
     ) -> torch.Tensor:
-        """Read each pair's A2·h from the output rows of its slot; [pairs, rank], zero padded."""
+        """Read A2·h of each pair from the rows that A2 of its slot has in w2.
+
+        Args:
+            out: [pairs, rows of w2], the operator's output.
+            rank: the highest rank of the batch.
+            ranks: slot -> rank of its adapter.
+            plan: the pairs.
+
+        Returns:
+            [pairs, rank], with zeros beyond the rank of the pair's own adapter.
+        """
         z = out.new_zeros(len(plan), rank)
         for slot, own in ranks.items():
             first = self._hidden + self._w2_rows.regions[slot][0]

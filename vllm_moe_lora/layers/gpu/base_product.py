@@ -1,8 +1,13 @@
-"""The base's product in Triton's experts, put off until its LoRA is known, which then is its tail.
+"""Defers the GEMMs of the base experts, so that one kernel computes a GEMM together with its LoRA.
 
-Upstream multiplies with the experts' weights, then calls Punica, which reads and writes all of the
-result once more. With VLLM_MOE_LORA_KERNELS=tail the first call only leaves word here, and what
-stands in Punica's place (`segments`) runs both in one kernel. Whoever cannot has to `flush`.
+For unquantised experts in Triton, with VLLM_MOE_LORA_KERNELS=tail (vLLM 0.28 to 0.33). Upstream
+launches the kernel of the base GEMM, and then adds the LoRA, which reads and writes the whole
+output once more. Here the call of upstream's kernel is only recorded (`defer`). When upstream asks
+for the LoRA of that output, moe_kernels.py fetches the record (`deferred_for`) and launches one
+kernel for both.
+
+Code that needs the output of the base GEMM, or cannot add LoRA in this way, must call `flush`. It
+launches upstream's kernel.
 """
 
 from __future__ import annotations
@@ -20,16 +25,16 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Product:
-    """One product that waits.
+class DeferredProduct:
+    """One deferred GEMM of the base experts.
 
     Attributes:
-        launch: upstream's kernel.
-        y: [tokens, top_k, out] or [pairs, out], not written yet.
-        x: [tokens, in] or [pairs, in].
+        launch: launches upstream's kernel.
+        y: [tokens, top_k, out] or [tokens * top_k, out], the output; not written yet.
+        x: [tokens, in] or [tokens * top_k, in].
         weight: [experts, out, in].
-        topk_weights: [tokens, top_k] to multiply by, or None.
-        order: pairs by expert.
+        topk_weights: [tokens, top_k] to multiply the output with; None for w13.
+        order: the token-expert pairs, sorted by expert.
     """
 
     launch: Callable[[], None]
@@ -40,10 +45,15 @@ class Product:
     order: Order
 
     def run(self, top_k: int, lora: Lora | None, slices: int) -> None:
-        """Our kernel in place of upstream's.
+        """Compute the GEMM and its LoRA with our kernel.
+
+        Args:
+            top_k: experts per token.
+            lora: what to add; None for the base GEMM alone.
+            slices: 2 if gate and up have LoRA factors of their own, else 1.
 
         Raises:
-            TypeError, ValueError: it does not take them; nothing was written.
+            TypeError, ValueError: the kernel does not support the tensors. Nothing was written.
         """
         from ...kernels.triton.grouped import grouped_product
 
@@ -53,21 +63,26 @@ class Product:
 
 
 class _Call:
+    """One call of the experts' `apply`; it has at most one deferred GEMM at a time."""
+
     def __init__(self) -> None:
-        self.product: Product | None = None
+        self.product: DeferredProduct | None = None
 
 
 _calls: ContextVar[_Call | None] = ContextVar("moe_lora_tail", default=None)
 
 
 @contextmanager
-def applying(put: bool) -> Iterator[None]:
-    """One call of experts' `apply`; its products are ``put`` off.
+def deferring(enabled: bool) -> Iterator[None]:
+    """Defer GEMMs inside the block, which is one call of the experts' `apply`.
+
+    Args:
+        enabled: False to defer none.
 
     Raises:
-        RuntimeError: a product was put off and nothing asked for it.
+        RuntimeError: at the end a GEMM is still deferred, so its output was never computed.
     """
-    call = _Call() if put else None
+    call = _Call() if enabled else None
     token = _calls.set(call)
     try:
         yield
@@ -75,23 +90,28 @@ def applying(put: bool) -> Iterator[None]:
         _calls.reset(token)
     if call is not None and call.product is not None:
         raise RuntimeError(
-            "MoE LoRA kernels: vLLM did not add LoRA after a product of its experts that waited "
-            "for it. Cure: VLLM_MOE_LORA_KERNELS=ours."
+            "MoE LoRA kernels: a GEMM of the experts was deferred until its LoRA is added, but "
+            "vLLM did not add any. Cure: VLLM_MOE_LORA_KERNELS=ours."
         )
 
 
-def wanted() -> bool:
-    """Whether this is within a call of `apply` whose products are put off."""
+def is_deferring() -> bool:
+    """Return whether this is inside a block of `deferring` that is enabled."""
     return _calls.get() is not None
 
 
-def put_off(launch: Callable[[], None], given: dict[str, Any]) -> bool:
-    """Whether ``launch``, upstream's product, waits for its LoRA.
+def defer(launch: Callable[[], None], given: dict[str, Any]) -> bool:
+    """Record a call of upstream's GEMM kernel instead of launching it. Needs `is_deferring`.
 
-    Only where `wanted`.
+    A GEMM that is deferred already is launched first.
 
     Args:
+        launch: launches upstream's kernel.
         given: the arguments of `invoke_fused_moe_triton_kernel`, by name.
+
+    Returns:
+        False if our kernel cannot compute this GEMM: the weights are quantised or have a bias. The
+        caller must then launch upstream's kernel.
     """
     flush()
     x, weight, ids = given["A"], given["B"], given["sorted_token_ids"]
@@ -101,18 +121,23 @@ def put_off(launch: Callable[[], None], given: dict[str, Any]) -> bool:
     from ...kernels.triton.grouped import Order
 
     block_m = given["config"]["BLOCK_SIZE_M"]
-    if ids is not None and x.shape[0] < block_m:  # as upstream: no more blocks than pairs
+    if ids is not None and x.shape[0] < block_m:
+        # Upstream launches no more blocks than there are pairs, too.
         ids = ids[: x.shape[0] * given["top_k"] * block_m]
     order = Order(ids, given["expert_ids"], given["num_tokens_post_padded"], block_m)
     weights = given["topk_weights"] if given["mul_routed_weight"] else None
     call = _calls.get()
     assert call is not None
-    call.product = Product(launch, given["C"], x, weight, weights, order)
+    call.product = DeferredProduct(launch, given["C"], x, weight, weights, order)
     return True
 
 
-def waiting(y: torch.Tensor, x: torch.Tensor) -> Product | None:
-    """The product that writes ``y`` and reads ``x``; any other is flushed."""
+def deferred_for(y: torch.Tensor, x: torch.Tensor) -> DeferredProduct | None:
+    """Return the deferred GEMM that reads ``x`` and writes ``y``.
+
+    It stays deferred until `mark_done` or `flush` is called. If the deferred GEMM has other
+    tensors, it is launched, and None is returned.
+    """
     call = _calls.get()
     product = None if call is None else call.product
     if product is None:
@@ -124,15 +149,15 @@ def waiting(y: torch.Tensor, x: torch.Tensor) -> Product | None:
     return None
 
 
-def done() -> None:
-    """The product that waited was run."""
+def mark_done() -> None:
+    """Forget the deferred GEMM, after our kernel has computed it."""
     call = _calls.get()
     if call is not None:
         call.product = None
 
 
 def flush() -> None:
-    """Run upstream's kernel for a product that waits, if one does."""
+    """Launch upstream's kernel for the deferred GEMM, if there is one."""
     call = _calls.get()
     if call is not None and call.product is not None:
         product, call.product = call.product, None

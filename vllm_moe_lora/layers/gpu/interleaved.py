@@ -1,4 +1,9 @@
-"""Gate's and up's factors apart, on experts whose gate and up alternate (gpt-oss)."""
+"""Separate LoRA factors of gate and up, on experts that interleave gate and up (gpt-oss).
+
+With --enable-mixed-moe-lora-format vLLM keeps two slices of w13 factors, for gate and for up. The
+output of gpt-oss' w13 alternates between gate and up. Up to vLLM 0.31 `apply_w13_lora` adds gate's
+LoRA to the first half of the output, and up's to the second half. vLLM 0.32 does it right.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +13,34 @@ from typing import Any
 import torch
 
 
-def wanted(experts: Any, context: Any) -> bool:
-    """Whether ``experts`` have rows in turn and ``context``, their `MoELoRAContext`, two slices."""
+def needed(experts: Any, context: Any) -> bool:
+    """Return whether the experts interleave gate and up, and the LoRA context has two slices.
+
+    Args:
+        experts: upstream's experts.
+        context: their `MoELoRAContext`.
+    """
     activation = experts.moe_config.activation
     name = str(getattr(activation, "value", activation))
     return bool(context.w13_num_slices == 2 and name == "swigluoai")
 
 
-def added(y: torch.Tensor, add: Callable[[torch.Tensor], Any], fresh: bool) -> Any:
-    """What ``add`` returns, which adds to a tensor like ``y`` gate's change and then up's.
+def add_interleaved(y: torch.Tensor, add: Callable[[torch.Tensor], Any], overwrite: bool) -> Any:
+    """Add the LoRA of gate and up to an output in which they alternate.
 
     Args:
-        y: [tokens, top_k, 2 * inner] or any shape of that width, gate and up in turn.
-        fresh: ``y`` is to be the change itself.
+        y: [tokens, top_k, 2 * intermediate], or any shape with that width; changed in place.
+        add: adds gate's LoRA to the first half of a tensor like ``y``, and up's to the second half.
+        overwrite: ``y`` becomes the LoRA itself.
+
+    Returns:
+        What ``add`` returned.
     """
-    change = torch.zeros_like(y)
-    result = add(change)
-    in_turn = change.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-    if fresh:
-        y.copy_(in_turn)
+    delta = torch.zeros_like(y)
+    result = add(delta)
+    interleaved = delta.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    if overwrite:
+        y.copy_(interleaved)
     else:
-        y.add_(in_turn)
+        y.add_(interleaved)
     return result

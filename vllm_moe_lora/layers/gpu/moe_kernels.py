@@ -1,12 +1,15 @@
-"""Our Triton kernels in the place of Punica's for LoRA on routed experts, on a GPU (0.28 to 0.33).
+"""Runs our Triton kernels in place of Punica's, for LoRA on routed experts on a GPU (0.28 to 0.33).
 
-All of upstream's experts with LoRA end in two calls, `add_lora_w13` before the activation and
-`add_lora_w2` after the second product, and hand what the first returns to the second unopened.
-Here the first makes one routing for both. The factors are vLLM's own stacks; what is kept beside
-them are their ranks, found on the device whenever a slot changes.
+All of upstream's experts with LoRA make two calls: `add_lora_w13` before the activation, and
+`add_lora_w2` after the second GEMM. They pass what the first returns on to the second, without
+looking at it. hooks/lora_punica_gpu.py calls `add_w13` and `add_w2` here instead. `add_w13`
+computes the routing of the batch once, for both.
 
-Which kernels run is decided once for each layer, when its first slot is written: before any
-request has an adapter and before a CUDA graph is captured.
+The factors stay in vLLM's slot buffers. `LayerFactors` adds the rank that each slot and expert
+uses. It is computed on the device when a slot changes (hooks/lora_layers_fused_moe_slots.py).
+
+Whether a layer uses our kernels or upstream's is decided once, when its first slot is written. That
+is before any request has an adapter, and before a CUDA graph is captured.
 """
 
 from __future__ import annotations
@@ -26,28 +29,34 @@ if TYPE_CHECKING:
     from ...kernels.triton.route import Routing
 
 logger = get_logger(__name__)
-_INSTEAD = "Upstream's kernels run instead; VLLM_MOE_LORA_KERNELS=upstream says so without this."
-_KEPT = "_moe_lora_segments"  # attribute of a LoRA layer
+_FALLBACK = (
+    "Upstream's kernels run instead. VLLM_MOE_LORA_KERNELS=upstream selects them without this "
+    "warning."
+)
+_FACTORS = "_moe_lora_factors"  # attribute of a LoRA layer: its `LayerFactors`, None for upstream
 
 
-class Segments:
-    """One layer's factors as our kernels take them.
+class LayerFactors:
+    """The LoRA factors of one layer, as our kernels take them.
 
     Attributes:
-        w13: gate and up, or one slice that is fused or not gated.
-        swapped: w13 with its slices in the other order, as TRT-LLM's experts want them.
+        w13: gate and up as two slices; or one slice, if they are fused or there is no gate.
+        swapped: w13 with up before gate, as TRT-LLM's experts ask for it.
         w2: down.
-        active: [slots, experts] bool, where an adapter in use has any factor.
-        tail: LoRA is the tail of the base's product where that is Triton's.
+        enabled: vLLM's `adapter_enabled`, [slots + 1] int32, 0 for an empty slot.
+        active: [slots, experts] bool, whether the adapter in the slot has LoRA on that expert.
+        tail: whether base GEMM and LoRA run in one kernel (base_product.py), for Triton experts.
     """
 
     def __init__(self, layer: Any, tail: bool = False) -> None:
-        """
+        """Take over vLLM's slot buffers, with what they hold now.
+
         Args:
-            layer: vLLM's FusedMoEWithLoRA, or what it is wrapped by.
+            layer: vLLM's `FusedMoEWithLoRA`.
+            tail: see the attribute.
 
         Raises:
-            TypeError, ValueError: the kernels do not take its stacks; the text says why.
+            TypeError, ValueError: the kernels do not support the buffers; the text says why.
         """
         from ...kernels.triton.factors import Factors
 
@@ -60,14 +69,17 @@ class Segments:
         size = (self.w13.num_slots, experts)
         self.active = torch.zeros(size, dtype=torch.bool, device=self.w13.device)
         for slot in range(self.w13.num_slots):
-            self.written(slot)
+            self.slot_written(slot)
 
-    def of(self, layer: Any) -> bool:
-        """Whether the layer still has the stacks that this was made for."""
+    def belongs_to(self, layer: Any) -> bool:
+        """Return whether these are still the buffers of ``layer``; vLLM may create new ones."""
         return self.w13.lora_a[0] is layer.w13_lora_a_stacked[0]
 
-    def written(self, slot: int) -> None:
-        """``slot`` has other factors than before. In place: a captured graph sees it."""
+    def slot_written(self, slot: int) -> None:
+        """Find the ranks of ``slot`` again, after its factors have changed.
+
+        The tensors are changed in place, because a captured CUDA graph reads them.
+        """
         self.w13.find_ranks(slot)
         self.w2.find_ranks(slot)
         if self.swapped is not self.w13:
@@ -75,83 +87,95 @@ class Segments:
         ranks = torch.cat([self.w13.ranks[:, slot], self.w2.ranks[:, slot]])
         self.active[slot] = ranks.gt(0).any(0) & self.enabled[slot].ne(0)
 
-    def cleared(self, slot: int) -> None:
-        """``slot`` is all zero."""
+    def slot_cleared(self, slot: int) -> None:
+        """Set the ranks of ``slot`` to 0, in place, after its factors were set to zero."""
         for factors in (self.w13, self.swapped, self.w2):
             factors.ranks[:, slot] = 0
         self.active[slot] = False
 
 
 @dataclass(frozen=True)
-class Handed:
-    """What `add_w13` leaves for `add_w2`, where upstream's sorted token ids would be.
+class RoutedBatch:
+    """What `add_w13` passes to `add_w2`, in the place of upstream's sorted token ids.
 
     Attributes:
-        routing: None where no token of the batch has an adapter.
-        token_slots: [tokens] int32.
+        layer: the factors of the layer.
+        routing: of the token-expert pairs with LoRA; None if no token has an adapter.
+        token_slots: [tokens] int32, the adapter slot of each token; -1 for none.
     """
 
-    segments: Segments
+    layer: LayerFactors
     routing: Routing | None
     token_slots: torch.Tensor
 
 
-# Address of the first A and of the first B -> whose they are. The layer keeps it alive.
-_segments: weakref.WeakValueDictionary[tuple[int, int], Segments] = weakref.WeakValueDictionary()
+# (address of the first lora_a, address of the first lora_b) of w13 or w2 -> the layer's factors.
+# The layer keeps them alive.
+_by_address: weakref.WeakValueDictionary[tuple[int, int], LayerFactors] = (
+    weakref.WeakValueDictionary()
+)
 
 
 def slot_written(layer: Any, slot: int) -> None:
-    """After every `set_lora` of ``layer``, vLLM's FusedMoEWithLoRA."""
-    # Inside a step, a tensor made here could not be written to outside of steps later.
+    """Update the ranks of ``slot``; called after each `set_lora`.
+
+    Args:
+        layer: vLLM's `FusedMoEWithLoRA`.
+        slot: from 0.
+    """
+    # vLLM may call this in inference mode. A tensor that is created there cannot be changed outside
+    # of it later.
     with torch.inference_mode(False), torch.no_grad():
-        if _kept(layer):
-            layer.__dict__[_KEPT].written(slot)
-        elif _KEPT not in layer.__dict__:
-            _keep(layer)
+        if _factors_of(layer) is not None:
+            layer.__dict__[_FACTORS].slot_written(slot)
+        elif _FACTORS not in layer.__dict__:
+            _register(layer)
 
 
 def slot_cleared(layer: Any, slot: int) -> None:
-    """After every `reset_lora`."""
+    """Set the ranks of ``slot`` to 0; called after each `reset_lora`."""
     with torch.inference_mode(False), torch.no_grad():
-        if _kept(layer):
-            layer.__dict__[_KEPT].cleared(slot)
+        if (factors := _factors_of(layer)) is not None:
+            factors.slot_cleared(slot)
 
 
-def _kept(layer: Any) -> bool:
-    """Whether our kernels serve the layer, and its stacks are still those they know."""
-    kept = layer.__dict__.get(_KEPT)
-    if kept is not None and not kept.of(layer):
-        del layer.__dict__[_KEPT]
-        kept = None
-    return kept is not None
+def _factors_of(layer: Any) -> LayerFactors | None:
+    """Return the factors of a layer that uses our kernels; forget those of older buffers."""
+    factors: LayerFactors | None = layer.__dict__.get(_FACTORS)
+    if factors is not None and not factors.belongs_to(layer):
+        del layer.__dict__[_FACTORS]
+        return None
+    return factors
 
 
-def _keep(layer: Any) -> None:
-    made = _made(layer)
-    layer.__dict__[_KEPT] = made
+def _register(layer: Any) -> None:
+    """Decide which kernels serve ``layer``, and remember it."""
+    made = _make_factors(layer)
+    layer.__dict__[_FACTORS] = made
     if made is not None:
         for factors in (made.w13, made.swapped, made.w2):
-            _segments[_address(factors.lora_a, factors.lora_b)] = made
+            _by_address[_address(factors.lora_a, factors.lora_b)] = made
 
 
-def _made(layer: Any) -> Segments | None:
+def _make_factors(layer: Any) -> LayerFactors | None:
+    """Return the factors for our kernels, or None if upstream's kernels serve ``layer``."""
     choice = envs.get("VLLM_MOE_LORA_KERNELS")
     if choice == "upstream":
         return None
     from ...kernels.triton import checks, config
 
     try:
-        part = checks.arch_of(layer.w13_lora_a_stacked[0].device)
-        if choice == "auto" and not config.measured(part):
-            logger.debug("MoE LoRA: upstream's kernels, as ours were not measured on %s", part)
+        arch = checks.arch_of(layer.w13_lora_a_stacked[0].device)
+        if choice == "auto" and not config.measured(arch):
+            logger.debug("MoE LoRA: upstream's kernels, because ours were not measured on %s", arch)
             return None
         if layer.fully_sharded:
-            raise ValueError("factors are sharded in their rank (--fully-sharded-loras)")
-        made = Segments(layer, choice == "tail")
+            raise ValueError("the factors are split along their rank (--fully-sharded-loras)")
+        made = LayerFactors(layer, choice == "tail")
     except (TypeError, ValueError, ImportError) as error:
-        warning_once(f"MoE LoRA kernels cannot serve this model: {error}. {_INSTEAD}")
+        warning_once(f"MoE LoRA kernels cannot serve this model: {error}. {_FALLBACK}")
         return None
-    logger.debug("MoE LoRA: our kernels, on %s", part)
+    logger.debug("MoE LoRA: our kernels, on %s", arch)
     return made
 
 
@@ -159,14 +183,18 @@ def _address(lora_a: Sequence[torch.Tensor], lora_b: Sequence[torch.Tensor]) -> 
     return lora_a[0].data_ptr(), lora_b[0].data_ptr()
 
 
-def applying(experts: Any) -> Any:
-    """For one call of `TritonExperts.apply`: whether its products wait for LoRA."""
-    context, wanted = experts._lora_context, False
+def deferring(experts: Any) -> Any:
+    """Return the context manager for one call of `TritonExperts.apply`, see `base_product`.
+
+    It defers the GEMMs if the layer uses our kernels with VLLM_MOE_LORA_KERNELS=tail, and if LoRA
+    does not run on a second CUDA stream.
+    """
+    context, enabled = experts._lora_context, False
     if context is not None and context.aux_stream is None:
         stacks = context.w13_lora_a_stacked, context.w13_lora_b_stacked
-        segments = _segments.get(_address(*stacks))
-        wanted = segments is not None and segments.tail
-    return base_product.applying(wanted)
+        factors = _by_address.get(_address(*stacks))
+        enabled = factors is not None and factors.tail
+    return base_product.deferring(enabled)
 
 
 def add_w13(
@@ -182,20 +210,30 @@ def add_w13(
     add_inputs: bool,
     token_slots: torch.Tensor | None,
 ) -> tuple[Any, None, None, torch.Tensor] | None:
-    """`PunicaWrapperGPU.add_lora_w13`, or None where upstream is to do it.
+    """Add the LoRA of w13, as `PunicaWrapperGPU.add_lora_w13` does.
 
     Args:
+        punica: the `PunicaWrapperGPU`.
         y: [tokens, top_k, out] or [tokens * top_k, out], changed in place.
         x: [tokens, hidden].
-        lora_a, lora_b: the layer's stacks, or views of them expanded over the experts.
+        lora_a, lora_b: the layer's slot buffers, or views of them expanded over the experts.
         topk_ids, topk_weights: [tokens, top_k].
-        expert_map: as upstream has it, [experts of the model] int32.
-        token_slots: [tokens] int32 after dispatch to this rank, None for the batch's own.
+        expert_map: [experts of the model] int32, the local expert, or -1 for one on another device.
+            None if all experts are local.
+        num_tokens: tokens of the batch.
+        add_inputs: False to overwrite ``y`` with the LoRA.
+        token_slots: [tokens] int32, the adapter slots of tokens that were sent to this device by
+            others. None for the batch's own tokens.
+
+    Returns:
+        What upstream's function returns, with a `RoutedBatch` as its first item. None if upstream's
+        function has to be called, because the layer uses upstream's kernels, or our kernels do not
+        support the tensors (then with a warning). ``y`` is then unchanged.
     """
-    segments = _segments.get(_address(lora_a, lora_b))
-    if segments is None:
+    layer = _by_address.get(_address(lora_a, lora_b))
+    if layer is None:
         return None
-    # Known on the CPU for the batch's own tokens alone; of others' it says nothing.
+    # The flag no_lora is on the CPU. It is about the batch's own tokens only.
     base_only = False
     if token_slots is None:
         token_slots, *_, no_lora, _ = punica.token_mapping_meta.meta_args(
@@ -205,17 +243,19 @@ def add_w13(
     from ...kernels.triton import checks, launch, route
     from ...kernels.triton.grouped import Lora
 
-    product = base_product.waiting(y, x)
-    factors = segments.w13
+    product = base_product.deferred_for(y, x)
+    factors = layer.w13
     if factors.lora_a[0].data_ptr() != lora_a[0].data_ptr():
-        factors = segments.swapped
+        factors = layer.swapped
     try:
         if base_only:
-            if product is not None:  # the kernel that runs beside adapters, too
+            if product is not None:
+                # Our kernel, not upstream's, so that a token has the same result in a batch with
+                # adapters and in one without.
                 product.run(topk_ids.shape[1], None, factors.slices)
-                base_product.done()
-            return Handed(segments, None, token_slots), None, None, token_slots
-        # What only w2 would find out, when there is no way back any more.
+                base_product.mark_done()
+            return RoutedBatch(layer, None, token_slots), None, None, token_slots
+        # add_w2 needs topk_weights. There it is too late to call upstream's function.
         floats = (torch.float32, torch.bfloat16, torch.float16)
         shape = tuple(topk_ids.shape)
         checks.check_ids("topk_weights", topk_weights, factors.device, floats, shape)
@@ -226,44 +266,54 @@ def add_w13(
             factors.num_experts,
             factors.dtype,
             expert_map,
-            segments.active,
+            layer.active,
         )
         if product is None:
             launch.add_lora(y, x, factors, routing, add_inputs=add_inputs)
         else:
             lora = Lora(factors, routing, token_slots)
             product.run(routing.top_k, lora, factors.slices)
-            base_product.done()
-    except (TypeError, ValueError) as error:  # y is as it was
-        warning_once(f"{error}. {_INSTEAD}")
+            base_product.mark_done()
+    except (TypeError, ValueError) as error:  # raised by checks, before y is changed
+        warning_once(f"{error}. {_FALLBACK}")
         return None
-    return Handed(segments, routing, token_slots), None, None, token_slots
+    return RoutedBatch(layer, routing, token_slots), None, None, token_slots
 
 
 def add_w2(
-    handed: Handed, y: torch.Tensor, x: torch.Tensor, topk_weights: torch.Tensor, add_inputs: bool
+    batch: RoutedBatch,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    add_inputs: bool,
 ) -> None:
-    """`PunicaWrapperGPU.add_lora_w2` after our `add_w13`; upstream's always weights.
+    """Add the LoRA of w2, as `PunicaWrapperGPU.add_lora_w2` does.
+
+    Like upstream's function, it always multiplies with the router weights.
 
     Args:
+        batch: from `add_w13`.
         y: [tokens, top_k, hidden], changed in place.
         x: [tokens * top_k, intermediate].
+        topk_weights: [tokens, top_k].
+        add_inputs: False to overwrite ``y`` with the LoRA.
 
     Raises:
-        TypeError, ValueError: the kernels do not take them, and the routing is ours already.
+        TypeError, ValueError: our kernels do not support the tensors. Upstream's kernels cannot run
+            instead, because they need their own routing.
     """
-    routing, factors = handed.routing, handed.segments.w2
-    product = base_product.waiting(y, x)
+    routing, factors = batch.routing, batch.layer.w2
+    product = base_product.deferred_for(y, x)
     if product is not None and product.topk_weights is not None:
         from ...kernels.triton.grouped import Lora
 
-        slots = handed.token_slots
+        slots = batch.token_slots
         lora = None if routing is None else Lora(factors, routing, slots)
         try:
             product.run(topk_weights.shape[1], lora, factors.slices)
-            return base_product.done()
-        except (TypeError, ValueError) as error:  # y is as it was
-            warning_once(f"{error}. {_INSTEAD}")
+            return base_product.mark_done()
+        except (TypeError, ValueError) as error:  # raised by checks, before y is changed
+            warning_once(f"{error}. {_FALLBACK}")
     base_product.flush()
     if routing is None:
         return None

@@ -1,9 +1,12 @@
-"""Router weights that go on an expert's input (Llama-4), not on its output.
+"""LoRA on experts with the router weight on their input (Llama-4) instead of their output.
 
-An expert e of weight s answers f(s * x) there. Upstream multiplies the tokens when it prepares
-them, but (0.24 on) gives gate's and up's factors the tokens as they were, and multiplies down's
-change by s on top. Marlin's experts multiply gate and up by s once more even without an adapter.
-Multiplied before all that, with weights of one behind, all of it is right.
+An expert f with the router weight s computes f(s * x) there, not s * f(x). vLLM multiplies the
+tokens with s before the experts run. But its LoRA kernels do not know that: from 0.24 on they
+multiply lora_a of gate and up with the tokens without s, and they multiply the LoRA of down with s
+once more. And `MarlinExperts` multiply the output of w13 with s once more, even without an adapter.
+
+Here the tokens are multiplied with s before all that, and the kernel gets router weights of 1. Then
+every later multiplication is right.
 """
 
 from __future__ import annotations
@@ -14,32 +17,37 @@ from typing import Any
 import torch
 
 
-def moved(
+def multiply(
     experts: Any, layer: Any, tokens: torch.Tensor, topk_weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and weights for one call of a kernel whose ``experts`` apply LoRA (from 0.20 on).
+    """Multiply the tokens with their router weights, for vLLM 0.20 and later.
 
     Args:
-        layer: the module that holds the experts' weights.
+        experts: upstream's experts.
+        layer: the module that has their weights.
         tokens: [tokens, hidden].
-        topk_weights: [tokens, top_k]; with more than one a token upstream refuses the call.
+        topk_weights: [tokens, top_k].
 
     Returns:
-        The same where the weights go on the output, or where there is no LoRA.
+        The tokens and the router weights for the kernel. They are the arguments if the model puts
+        the weights on the output, if the experts have no LoRA context, or if top_k is not 1. (In
+        the last case upstream refuses the call.)
     """
     if not layer.apply_router_weight_on_input or getattr(experts, "_lora_context", None) is None:
         return tokens, topk_weights
-    return _moved(tokens, topk_weights)
+    return _multiply(tokens, topk_weights)
 
 
-def _moved(tokens: torch.Tensor, topk_weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _multiply(
+    tokens: torch.Tensor, topk_weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     if topk_weights.shape[1] != 1:
         return tokens, topk_weights
     return tokens * topk_weights.to(tokens.dtype), torch.ones_like(topk_weights)
 
 
 class _SharedExperts:
-    """Shared experts that a kernel owns (up to 0.16): they get the tokens as they were."""
+    """The shared experts of a kernel (vLLM up to 0.16). They get the tokens without weights."""
 
     def __init__(self, experts: Any) -> None:
         self.experts, self.tokens = experts, None
@@ -52,7 +60,13 @@ class _SharedExperts:
 
 
 def install(layer: Any) -> None:
-    """Have a wrapped ``layer`` multiply first (up to 0.19, where factors are added by closures)."""
+    """Make the kernel of a layer that LoRA wraps multiply first, for vLLM 0.11 to 0.19.
+
+    There the LoRA layer adds LoRA by functions that it wraps around the methods of the kernel.
+
+    Args:
+        layer: the module that LoRA wraps; its kernel is changed.
+    """
     if not getattr(layer, "apply_router_weight_on_input", False):
         return
     method = layer.quant_method
@@ -64,19 +78,22 @@ def install(layer: Any) -> None:
     shared = None
     if getattr(kernel, "shared_experts", None) is not None:
         shared = _SharedExperts(kernel.shared_experts)
-        # Beside the registered module, which attribute access then does not reach.
+        # The kernel is a Module, and _SharedExperts is not. An instance attribute hides the
+        # registered module of the same name from attribute access.
         object.__setattr__(kernel, "shared_experts", shared)
     entry = "forward" if hasattr(kernel, "forward") else "apply"
-    setattr(kernel, entry, _weighted(getattr(kernel, entry), shared))
+    setattr(kernel, entry, _multiplying(getattr(kernel, entry), shared))
 
 
-def _weighted(run: Callable[..., Any], shared: _SharedExperts | None) -> Callable[..., Any]:
-    def weighted(*, hidden_states: Any, topk_weights: Any, **more: Any) -> Any:
-        tokens, weights = _moved(hidden_states, topk_weights)
+def _multiplying(run: Callable[..., Any], shared: _SharedExperts | None) -> Callable[..., Any]:
+    """Wrap ``run``, which runs a kernel, so that it gets multiplied tokens."""
+
+    def multiplying(*, hidden_states: Any, topk_weights: Any, **more: Any) -> Any:
+        tokens, weights = _multiply(hidden_states, topk_weights)
         if shared is not None:
             shared.tokens = hidden_states
         if "shared_experts_input" in more and more["shared_experts_input"] is None:
             more["shared_experts_input"] = hidden_states
         return run(hidden_states=tokens, topk_weights=weights, **more)
 
-    return weighted
+    return multiplying

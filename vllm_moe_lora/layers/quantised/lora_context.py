@@ -1,9 +1,11 @@
-"""Experts whose `apply` never looks at the LoRA context, made to (0.20 to 0.33).
+"""Adds LoRA to experts classes whose `apply` ignores it, in vLLM 0.20 to 0.33.
 
-From 0.20 on a wrapper gives its experts a context and their `apply` is to add the factors. Some
-classes inherit the promise and replace `apply`. What they do call, as all of upstream's Triton and
-Marlin experts do, is `activation` between the two products and `moe_sum` after the second: the two
-places where factors are added.
+From 0.20 on vLLM's LoRA layer gives its experts a `MoELoRAContext`, and `apply` of the experts has
+to add the LoRA. Some classes inherit ``supports_lora() == True`` from `TritonExperts`, but have an
+`apply` of their own that does not read the context. Adapters are then ignored without a message.
+
+Every such `apply` calls `self.activation` between the two GEMMs, and `self.moe_sum` after the
+second. `adding_lora` returns a copy of the experts on which these two methods add LoRA first.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 
 
-def consuming(
+def adding_lora(
     experts: Any,
     hidden_states: torch.Tensor,
     w1: torch.Tensor,
@@ -23,20 +25,27 @@ def consuming(
     topk_ids: torch.Tensor,
     expert_map: torch.Tensor | None,
 ) -> Any:
-    """``experts`` for one call of `apply`: itself without a context, else a copy that adds LoRA.
+    """Return the experts to use for one call of `apply`.
 
-    A copy, because two batches may be on their way through the same experts at once.
+    It is a copy, because two batches may run through the same experts at once (--enable-dbo).
 
     Args:
+        experts: upstream's experts.
         hidden_states: [tokens, hidden], not quantised.
-        topk_weights, topk_ids: [tokens, top_k].
+        w1, w2: the experts' weights, [experts, out, in] or packed.
+        topk_weights, topk_ids: [tokens, top_k]; the ids are those of the whole model.
+        expert_map: [experts of the model] int32, the local expert, or -1 for one on another device.
+            None if all experts are local.
+
+    Returns:
+        A copy of ``experts`` that adds LoRA; ``experts`` itself if it has no LoRA context.
     """
     context = experts._lora_context
     if context is None:
         return experts
     tokens, top_k = topk_ids.shape
-    common = of_batch(w1, w2, topk_weights)
-    kept: dict[str, Any] = {}
+    common = common_arguments(w1, w2, topk_weights)
+    w2_arguments: dict[str, Any] = {}  # what apply_w2_lora needs from before the activation
 
     def activation(kind: Any, output: torch.Tensor, input: torch.Tensor, **options: Any) -> None:
         found = experts.apply_w13_lora(
@@ -47,21 +56,21 @@ def consuming(
             expert_map=expert_map,
             **common,
         )
-        kept.update(zip(PLACES, found, strict=True))
+        w2_arguments.update(zip(ROUTING_ARGUMENTS, found, strict=True))
         experts.activation(kind, output, input, **options)
-        kept["x"] = output
+        w2_arguments["x"] = output
 
     def moe_sum(input: torch.Tensor, output: torch.Tensor, *rest: Any) -> None:
-        experts.apply_w2_lora(context, y=input, **kept, **common)
+        experts.apply_w2_lora(context, y=input, **w2_arguments, **common)
         experts.moe_sum(input, output, *rest)
 
-    once = copy.copy(experts)
-    once.activation, once.moe_sum = activation, moe_sum
-    return once
+    changed = copy.copy(experts)
+    changed.activation, changed.moe_sum = activation, moe_sum
+    return changed
 
 
-# What `apply_w13_lora` gives back, under the names by which `apply_w2_lora` takes it.
-PLACES = (
+# The parameters of `apply_w2_lora` that take the tuple which `apply_w13_lora` returns, in order.
+ROUTING_ARGUMENTS = (
     "sorted_token_ids_lora",
     "expert_ids_lora",
     "num_tokens_post_padded_lora",
@@ -69,8 +78,15 @@ PLACES = (
 )
 
 
-def of_batch(w1: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor) -> dict[str, Any]:
-    """What `apply_w13_lora` and `apply_w2_lora` both take; ``topk_weights`` [tokens, top_k]."""
+def common_arguments(
+    w1: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor
+) -> dict[str, Any]:
+    """Return the arguments that `apply_w13_lora` and `apply_w2_lora` have in common.
+
+    Args:
+        w1, w2: the experts' weights.
+        topk_weights: [tokens, top_k].
+    """
     tokens, top_k = topk_weights.shape
     sizes = {"num_tokens": tokens, "top_k_num": top_k}
     return {**sizes, "topk_weights": topk_weights, "w1": w1, "w2": w2}

@@ -1,25 +1,37 @@
-"""Marlin's experts for GPTQ and AWQ layers, in releases that have none with LoRA (up to 0.12)."""
+"""Makes `MarlinExperts` for GPTQ and AWQ layers, in vLLM 0.11.1 to 0.12.
+
+The quantisation methods of these releases have no experts class for LoRA. Later ones make it
+themselves.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+# Names of the quantisation methods in question.
 METHODS = ("GPTQMarlinMoEMethod", "AWQMoEMethod", "AWQMarlinMoEMethod")
 
 
 def make_quant_config(layer: Any, method: Any) -> Any:
-    """What ``method.get_fused_moe_quant_config`` does not give there.
+    """Make the quantisation config, for which ``method.get_fused_moe_quant_config`` returns None.
+
+    Args:
+        layer: the module that has the scales and zero points.
+        method: its quantisation method, one of `METHODS`.
+
+    Returns:
+        A `FusedMoEQuantConfig` for INT4 weights and 16-bit activations.
 
     Raises:
-        NotImplementedError: the weights have other than 4 bits.
+        NotImplementedError: the weights do not have 4 bits.
     """
     from vllm.model_executor.layers.fused_moe.config import int4_w4a16_moe_quant_config
 
     config, zeros = method.quant_config, "AWQ" in type(method).__name__
     if not zeros and config.quant_type.size_bits != 4:
         raise NotImplementedError(
-            "GPTQ-Marlin experts take LoRA with 4-bit weights only: serve a 4-bit checkpoint, or "
-            "without --enable-lora."
+            "MoE LoRA on GPTQ-Marlin experts supports only 4-bit weights: serve a 4-bit "
+            "checkpoint, or without --enable-lora."
         )
     return int4_w4a16_moe_quant_config(
         w1_scale=layer.w13_scales,
@@ -31,7 +43,7 @@ def make_quant_config(layer: Any, method: Any) -> Any:
 
 
 def make_experts(layer: Any, method: Any) -> Any:
-    """`MarlinExperts` over the weights of ``layer``."""
+    """Make `MarlinExperts` for ``layer``. ``method.moe_quant_config`` must be set."""
     from vllm.model_executor.layers.fused_moe.fused_marlin_moe import MarlinExperts
 
     config = method.moe_quant_config

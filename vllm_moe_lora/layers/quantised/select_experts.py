@@ -1,7 +1,11 @@
-"""Which experts a quantised layer runs with LoRA, where its method does not say (0.12 to 0.27).
+"""Chooses the experts class for a quantised MoE layer with LoRA, in vLLM 0.12 to 0.27.
 
-`FusedMoEWithLoRA` asks the quantisation method for experts that take LoRA. Methods that were never
-taught to answer raise what reads like an error in vLLM.
+There vLLM's LoRA layer (`FusedMoEWithLoRA`) asks the layer's quantisation method for experts, by
+`select_gemm_impl`. Some methods do not implement it and raise an error, though vLLM has an experts
+class that supports LoRA on their weights. `make_experts` makes it.
+
+`explained` is used with every release from 0.12 on: where no experts class supports LoRA, it turns
+upstream's error into one that names the layer and says what to do.
 """
 
 from __future__ import annotations
@@ -14,24 +18,33 @@ from typing import Any
 from ...targets import target_modules
 from . import marlin, weight_names
 
-OLD_STYLE = "Old-style modular kernel"
-TAKES = (
-    "Unquantised, FP8 and INT4 checkpoints (GPTQ, AWQ, compressed-tensors) take LoRA: serve one of "
-    "those, or without --enable-lora."
+OLD_STYLE = "Old-style modular kernel"  # how upstream says: no modular kernel (0.28 and later)
+SUPPORTED = (
+    "LoRA works with unquantised, FP8 and INT4 checkpoints (GPTQ, AWQ, compressed-tensors): serve "
+    "one of those, or without --enable-lora."
 )
 
 
 def _routed(layer: Any) -> Any:
-    """The module that holds the weights: from 0.24 on the runner that is wrapped has it inside."""
+    """Return the module that has the weights.
+
+    Up to 0.23 it is the module that LoRA wraps. From 0.24 on LoRA wraps a `MoERunner`, which has it
+    as ``routed_experts``.
+    """
     return getattr(layer, "routed_experts", layer)
 
 
 def prepare(layer: Any) -> None:
-    """Give ``layer`` what the wrapper and its method read and INT4 layers do not have: the names
-    ``w13_weight`` and ``w2_weight``, and in 0.12 a quantisation config for GPTQ and AWQ.
+    """Add what upstream's LoRA layer reads of ``layer`` and what INT4 layers do not have.
+
+    These are the names ``w13_weight`` and ``w2_weight``, and in vLLM 0.12 a quantisation config for
+    GPTQ and AWQ.
+
+    Args:
+        layer: the module that LoRA wraps.
 
     Raises:
-        NotImplementedError: see `marlin_int4.make_quant_config`.
+        NotImplementedError: see `marlin.make_quant_config`.
     """
     routed = _routed(layer)
     for which in ("w13", "w2"):
@@ -44,17 +57,18 @@ def prepare(layer: Any) -> None:
 
 
 def _triton(layer: Any, method: Any) -> Any:
-    """Triton's experts for INT4 and INT8 weights that are not packed for Marlin."""
+    """Make the Triton experts for INT4 and INT8 weights that are not packed for Marlin."""
     try:
         from vllm.model_executor.layers.fused_moe.experts import triton_moe
     except ImportError:  # up to 0.20
         from vllm.model_executor.layers.fused_moe import fused_moe as triton_moe
-    # Up to 0.13 `TritonExperts` do both.
+    # Up to 0.13 there is no TritonWNA16Experts; TritonExperts supports these weights.
     kind = getattr(triton_moe, "TritonWNA16Experts", None) or triton_moe.TritonExperts
     more = {"moe_config": method.moe} if "moe_config" in inspect.signature(kind).parameters else {}
     return kind(quant_config=method.moe_quant_config, **more)
 
 
+# Name of the quantisation method -> the function that makes its experts.
 CHOICES: dict[str, Callable[[Any, Any], Any]] = {
     "MoeWNA16Method": _triton,
     "CompressedTensorsWNA16MoEMethod": _triton,
@@ -62,25 +76,34 @@ CHOICES: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def experts(method: Any, layer: Any, otherwise: Callable[[], Any]) -> Any:
-    """The experts for ``layer`` of a ``method`` that has no `select_gemm_impl` of its own.
+def make_experts(method: Any, layer: Any, upstream: Callable[[], Any]) -> Any:
+    """Make the experts for a layer whose quantisation method has no `select_gemm_impl` of its own.
 
     Args:
-        otherwise: upstream's answer.
+        method: the quantisation method.
+        layer: the module that has the weights.
+        upstream: the inherited `select_gemm_impl`. It is called if LoRA is off, and for methods
+            that are not in `CHOICES`.
     """
     choice = CHOICES.get(type(method).__name__)
     if choice is None or not method.moe.is_lora_enabled:
-        return otherwise()
+        return upstream()
     return choice(layer, method)
 
 
 @contextmanager
 def explained(layer: Any) -> Iterator[None]:
-    """Let a wrapper that cannot be made say for which layer, why, and what to do.
+    """Turn upstream's errors for experts without LoRA into one that says what to do.
+
+    The block is upstream's constructor of a LoRA layer. It fails with an AssertionError without a
+    text, or with what the quantisation method raises.
+
+    Args:
+        layer: the module that LoRA wraps.
 
     Raises:
-        NotImplementedError: instead of a bare AssertionError, and of what methods without experts
-            for LoRA raise.
+        NotImplementedError: in place of those; the text names the layer, the reason and the cure.
+            Errors that have a cure already, and other RuntimeErrors, are passed on unchanged.
     """
     try:
         yield
@@ -96,5 +119,5 @@ def explained(layer: Any) -> Iterator[None]:
             raise NotImplementedError(f"{name}: {says.rstrip('. ')}. {cure}") from error
         raise NotImplementedError(
             f"{name}: this vLLM has no experts for {method} that take LoRA "
-            f"({says or 'an assertion on their class failed'}). {cure} {TAKES}"
+            f"({says or 'an assertion on their class failed'}). {cure} {SUPPORTED}"
         ) from error

@@ -1,8 +1,11 @@
-"""FP8 and INT8 experts with LoRA see the tokens before they are quantised (0.20 to 0.23).
+"""Gives FP8 and INT8 experts with LoRA the unquantised tokens, in vLLM 0.20 to 0.23.
 
-There the tokens are quantised on their way to the experts, and the factors of gate and up are
-multiplied with the quantised numbers, without their scale. 0.24 keeps the tokens beside; here they
-are quantised by the experts themselves, which 0.24 also does where tokens travel between ranks.
+There vLLM quantises the tokens before it calls the experts' `apply`. The experts then multiply
+lora_a of gate and up with the quantised numbers, without their scale, so the LoRA is wrong. vLLM
+0.24 keeps the unquantised tokens for LoRA.
+
+Here the experts ask for unquantised tokens (`needed`), and `quantise` quantises them at the start
+of `apply`. vLLM 0.24 does the same if tokens are sent between devices.
 """
 
 from __future__ import annotations
@@ -14,27 +17,33 @@ from typing import Any
 import torch
 
 
-def wanted(experts: Any) -> bool:
-    """Whether these experts are to be given tokens that are not quantised yet."""
+def needed(experts: Any) -> bool:
+    """Return whether these experts need unquantised tokens for LoRA."""
     return (
         getattr(experts, "_lora_context", None) is not None
-        # Other formats name themselves by a string; their experts quantise for themselves.
+        # FP8 and INT8 are torch dtypes. Other formats are strings, and their experts quantise the
+        # tokens themselves.
         and isinstance(experts.quant_dtype, torch.dtype)
         and not getattr(experts, "quantization_emulation", False)
         and experts.quant_config.ocp_mx_scheme is None
     )
 
 
-def quantised(
+def quantise(
     experts: Any, hidden_states: torch.Tensor, scale: torch.Tensor | None
 ) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
-    """Experts, tokens and their scales for one call of `apply`.
+    """Quantise the tokens at the start of `apply`, and keep the unquantised ones for LoRA.
 
     Args:
-        hidden_states: [tokens, hidden] as they came.
-        scale: their scales, None where they are not quantised.
+        experts: upstream's experts.
+        hidden_states: [tokens, hidden], quantised or not.
+        scale: the scales of quantised tokens, else None.
+
+    Returns:
+        The experts to use for this call, a copy whose `apply_w13_lora` uses the unquantised tokens;
+        the quantised tokens; and their scales. The arguments themselves if nothing has to be done.
     """
-    if not wanted(experts) or scale is not None or hidden_states.dtype == experts.quant_dtype:
+    if not needed(experts) or scale is not None or hidden_states.dtype == experts.quant_dtype:
         return experts, hidden_states, scale
     from vllm.model_executor.layers.fused_moe.utils import moe_kernel_quantize_input
 
@@ -46,10 +55,11 @@ def quantised(
         config.per_act_token_quant,
         config.block_shape,
     )
-    once = copy.copy(experts)
-    once.apply_w13_lora = functools.partial(_with, experts.apply_w13_lora, hidden_states)
-    return once, tokens, scale
+    changed = copy.copy(experts)
+    changed.apply_w13_lora = functools.partial(_replace_x, experts.apply_w13_lora, hidden_states)
+    return changed, tokens, scale
 
 
-def _with(apply_w13_lora: Any, tokens: torch.Tensor, *args: Any, **more: Any) -> Any:
+def _replace_x(apply_w13_lora: Any, tokens: torch.Tensor, *args: Any, **more: Any) -> Any:
+    """Call ``apply_w13_lora`` with ``tokens`` in place of its argument x."""
     return apply_w13_lora(*args, **{**more, "x": tokens})

@@ -1,7 +1,11 @@
-"""vLLM 0.11.1 and 0.11.2: what `FusedMoEWithLoRA` needs of a quantised MoE layer, and of a CPU.
+"""Chooses the experts class for a MoE layer with LoRA, in vLLM 0.11.1 and 0.11.2.
 
-There the wrapper always runs `TritonExperts` over ``w13_weight`` and ``w2_weight``. Layers of INT4
-weights have other names, and some of them other kernels.
+There vLLM's LoRA layer (`FusedMoEWithLoRA`) always runs `TritonExperts` over ``w13_weight`` and
+``w2_weight``. That is wrong for INT4 weights that are packed for Marlin.
+
+hooks/lora_layers_fused_moe.py calls `experts_for` around the LoRA layer's
+`_inject_lora_into_fused_moe`. In it upstream calls `modular_triton_fused_moe`, whose hook calls
+`make_kernel`.
 """
 
 from __future__ import annotations
@@ -13,46 +17,53 @@ from typing import Any
 
 from . import marlin
 
-# The experts that the wrapper being built is to run instead of `TritonExperts`.
+# The experts that the LoRA layer that is being built runs; None for upstream's `TritonExperts`.
 _experts: contextvars.ContextVar[Any] = contextvars.ContextVar("moe_lora_experts", default=None)
 
 
 def _marlin(layer: Any, method: Any) -> Any:
+    """Make `MarlinExperts` for a GPTQ or AWQ layer, and the config that its method lacks."""
     method.moe_quant_config = marlin.make_quant_config(layer, method)
     return marlin.make_experts(layer, method)
 
 
-def _own_choice(layer: Any, method: Any) -> Any:
+def _compressed_tensors_marlin(layer: Any, method: Any) -> Any:
+    """Make the experts that the method itself has for modular kernels."""
     from vllm.model_executor.layers.fused_moe.prepare_finalize import MoEPrepareAndFinalizeNoEP
 
     if method.num_bits != 4:
         raise NotImplementedError(
-            "compressed-tensors' Marlin experts take LoRA with 4-bit weights only: serve a 4-bit "
-            "checkpoint, or without --enable-lora."
+            "MoE LoRA on compressed-tensors' Marlin experts supports only 4-bit weights: serve a "
+            "4-bit checkpoint, or without --enable-lora."
         )
     layer.ensure_moe_quant_config_init()
     return method.select_gemm_impl(MoEPrepareAndFinalizeNoEP(), layer)
 
 
-# Method -> what makes its experts; others run `TritonExperts`, which also take the INT4 and INT8
-# weights of MoeWNA16Method and CompressedTensorsWNA16MoEMethod.
+# Name of the quantisation method -> the function that makes its experts. Layers of other methods
+# run `TritonExperts`. These also support the INT4 and INT8 weights of MoeWNA16Method and
+# CompressedTensorsWNA16MoEMethod.
 CHOICES: dict[str, Callable[[Any, Any], Any]] = {
     **dict.fromkeys(marlin.METHODS, _marlin),
-    "CompressedTensorsWNA16MarlinMoEMethod": _own_choice,
+    "CompressedTensorsWNA16MarlinMoEMethod": _compressed_tensors_marlin,
 }
 
 
 def on_cpu(wrapper: Any) -> bool:
-    """Whether cpu_plain.py serves this `FusedMoEWithLoRA`."""
+    """Return whether a `FusedMoEWithLoRA` is on the CPU. cpu/torch_experts.py then adds LoRA."""
     return bool(wrapper.device.type == "cpu")
 
 
 @contextmanager
-def chosen(layer: Any) -> Iterator[None]:
-    """While this lasts, `kernel` gives the one for ``layer``, whose weights have their aliases.
+def experts_for(layer: Any) -> Iterator[None]:
+    """Inside the block, `make_kernel` makes the kernel for ``layer``.
+
+    Args:
+        layer: upstream's `FusedMoE`. `weight_names.alias_weights` was called for it.
 
     Raises:
-        NotImplementedError: the quantisation is not one that takes LoRA; the text has the cure.
+        NotImplementedError: there are no experts with LoRA for its weights. The text says what to
+            do.
     """
     choice = CHOICES.get(type(layer.quant_method).__name__)
     token = _experts.set(choice(layer, layer.quant_method) if choice else None)
@@ -62,17 +73,24 @@ def chosen(layer: Any) -> Iterator[None]:
         _experts.reset(token)
 
 
-def in_one_piece(layer: Any) -> None:
-    """Have the wrapped layer's experts get a batch whole.
+def disable_chunking(layer: Any) -> None:
+    """Make the modular kernel of a wrapped layer pass a whole batch to its experts.
 
-    The modular kernel hands them VLLM_FUSED_MOE_CHUNK_SIZE tokens at a time (32,768 by default),
-    while upstream's wrapper adds the factors of all the batch's tokens to each piece.
+    Without this it passes chunks of at most VLLM_FUSED_MOE_CHUNK_SIZE tokens (32,768 by default).
+    But upstream's LoRA layer computes the LoRA of the whole batch and adds it to each chunk.
     """
     layer.quant_method.fused_experts.fused_experts.supports_chunking = lambda: False
 
 
-def kernel(shared_experts: Any) -> Any:
-    """The modular kernel of the layer that `chosen` is for; None where upstream's own is right."""
+def make_kernel(shared_experts: Any) -> Any:
+    """Make the modular kernel for the layer of `experts_for`.
+
+    Args:
+        shared_experts: the layer's shared experts, or None.
+
+    Returns:
+        A `FusedMoEModularKernel`; None if upstream's own kernel is right.
+    """
     experts = _experts.get()
     if experts is None:
         return None

@@ -1,9 +1,9 @@
-"""One module, one LoRA wrapper, whatever names the model knows it by.
+"""One LoRA layer for each wrapped module, whatever name the model reaches the module by.
 
-vLLM wraps a module under the first name that LoRA may target. The same module is often reachable
-by other names (`mlp.shared_expert_gate` is also `mlp.shared_expert.expert_gate`, `mlp.gate` is
-also the MoE runner's `gate`), and the forward pass may use one of those: its LoRA would be
-silently ignored.
+vLLM's `LoRAModelManager` replaces a module by a LoRA layer under the first name that LoRA may
+target. The model may hold the same module under a second name: `mlp.shared_expert_gate` is also
+`mlp.shared_expert.expert_gate`, and `mlp.gate` is also `gate` of the MoE runner. If the forward
+pass uses the second name, it runs the module without LoRA, and no message says so.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from torch import nn
 
 
 def rewire(model: nn.Module, wrappers: dict[str, nn.Module]) -> list[str]:
-    """Point every reference to a wrapped module at its wrapper.
+    """Point every reference to a wrapped module at the module's LoRA layer.
 
     Args:
-        model: the whole model.
-        wrappers: name -> LoRA layer with the wrapped module as ``base_layer``
+        model: the whole model; it is changed.
+        wrappers: name -> LoRA layer, which has the wrapped module as ``base_layer``
             (`LoRAModelManager.modules`).
 
     Returns:
-        The names that were pointed elsewhere, for the log.
+        The names that now lead to the LoRA layer, for the log.
     """
     by_base = _by_base(wrappers)
     own = {id(wrapper) for wrapper in by_base.values()}
     moved = []
     for parent_name, parent in model.named_modules():
         for name, child in parent._modules.items():
-            # A raw reference, or one to a second wrapper of the module.
+            # The child is the bare module, or a second LoRA layer around it.
             wrapper = by_base.get(id(child)) or by_base.get(id(getattr(child, "base_layer", None)))
             if wrapper is None or wrapper is parent or id(child) in own:
                 continue
@@ -36,31 +36,45 @@ def rewire(model: nn.Module, wrappers: dict[str, nn.Module]) -> list[str]:
     return moved
 
 
-def once(wrappers: dict[str, nn.Module]) -> list[str]:
-    """Drop further names and further wrappers of one module from ``wrappers``; returns the names.
+def drop_duplicates(wrappers: dict[str, nn.Module]) -> list[str]:
+    """Remove all entries of ``wrappers`` that belong to a module which an earlier entry has.
 
-    An adapter has weights under the first name only, and each further one would reset them.
+    An adapter has weights under the first name only. vLLM resets the slot for each name without
+    weights, so a second name of the same module would erase them.
+
+    Args:
+        wrappers: as in `rewire`; it is changed.
+
+    Returns:
+        The names that were removed.
     """
     first: dict[int, str] = {}
     for name, one in wrappers.items():
-        first.setdefault(_inside(one), name)
-    again = [name for name, one in wrappers.items() if first[_inside(one)] != name]
+        first.setdefault(_base_id(one), name)
+    again = [name for name, one in wrappers.items() if first[_base_id(one)] != name]
     for name in again:
         del wrappers[name]
     return again
 
 
-def raw_references(model: nn.Module, wrappers: dict[str, nn.Module]) -> dict[str, str]:
-    """Wrapped modules that some plain object still calls unwrapped: name -> who holds it.
+def unwrapped_references(model: nn.Module, wrappers: dict[str, nn.Module]) -> dict[str, str]:
+    """Find wrapped modules that an attention backend still uses without LoRA.
 
-    Attention implementations are plain objects; MLA's keeps `kv_b_proj` and multiplies its weight
-    into the query and output projections once, at load, so a wrapper cannot reach it.
+    Attention backends (``impl`` of vLLM's attention layers) are plain objects, so `rewire` does not
+    find their references. MLA's backend holds `kv_b_proj`. It multiplies that weight into the query
+    and output projections when the model is loaded, so a LoRA layer around it has no effect.
+
+    Args:
+        model, wrappers: as in `rewire`.
+
+    Returns:
+        Name of the LoRA layer -> the attribute that holds the bare module.
     """
     by_base = _by_base(wrappers)
     names = {id(wrapper): name for name, wrapper in wrappers.items()}
     found: dict[str, str] = {}
     for owner_name, owner in model.named_modules():
-        holder = vars(owner).get("impl")  # vLLM's attention layers keep their backend there
+        holder = vars(owner).get("impl")
         if holder is None or not hasattr(holder, "__dict__"):
             continue
         for key, value in vars(holder).items():
@@ -72,9 +86,9 @@ def raw_references(model: nn.Module, wrappers: dict[str, nn.Module]) -> dict[str
 
 
 def _by_base(wrappers: dict[str, nn.Module]) -> dict[int, nn.Module]:
-    """Wrapped module -> its first wrapper."""
+    """Return id of the wrapped module -> its first LoRA layer."""
     return {id(w.base_layer): w for w in reversed(wrappers.values()) if hasattr(w, "base_layer")}
 
 
-def _inside(wrapper: nn.Module) -> int:
+def _base_id(wrapper: nn.Module) -> int:
     return id(getattr(wrapper, "base_layer", wrapper))

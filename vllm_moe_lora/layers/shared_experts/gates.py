@@ -1,4 +1,8 @@
-"""Gates that are torch's own Linear modules (up to vLLM 0.13), which LoRA cannot wrap."""
+"""Replaces gates that are torch.nn.Linear by vLLM's linear layers, which LoRA can wrap.
+
+Up to vLLM 0.13 the `shared_expert_gate` of Qwen2-MoE and its successors is a torch.nn.Linear. vLLM
+has LoRA layers for its own linear layers only, so it refuses an adapter with LoRA on that gate.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,14 @@ from torch import nn
 
 
 def as_vllm_linear(model: nn.Module, names: Collection[str]) -> int:
-    """Turn torch's own Linear modules called ``names`` into vLLM's, which LoRA can wrap.
+    """Replace each torch.nn.Linear whose attribute name is in ``names`` by a `ReplicatedLinear`.
 
-    The weight is the same parameter, the result the same tensor; every reference is replaced.
+    The new module has the same parameters and computes the same result. It is put wherever the
+    model has a reference to the old one.
+
+    Args:
+        model: the whole model; it is changed.
+        names: names of attributes, such as {"shared_expert_gate"}.
 
     Returns:
         The number of modules that were replaced.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import hashlib
 import json
 import os
@@ -27,13 +28,14 @@ import traceback
 from pathlib import Path
 
 # What is read while modules are imported; anything else may differ from fork to fork.
-AT_IMPORT = ("PYTHON", "OMP_", "TRITON_", "MKL_", "HF_", "LD_", "VLLM_LOGGING", "VLLM_CONFIGURE")
+AT_IMPORT = ("PYTHON", "OMP_", "TORCH", "TRITON_", "HF_", "LD_", "VLLM_LOGGING")
 IDLE = 90  # seconds after which a parent ends; releases are tested one after the other
 PRELOADED = (
     "torch",
     "transformers",
     "vllm",
     "vllm.config",
+    "vllm.entrypoints.llm",
     "vllm.engine.arg_utils",
     "vllm.lora.layers",
     "vllm.lora.request",
@@ -158,6 +160,8 @@ def _import():
         from vllm.model_executor.models import registry
 
         registry._run_in_subprocess = lambda function: function()
+    gc.collect()
+    gc.freeze()  # vLLM collects several times while it starts; what is imported stays
 
 
 def _fork(made, listener, running):

@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 
 import forks
-import pytest
 from release import installed
+
+from vllm_moe_lora import supported
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -27,14 +28,26 @@ CODE = [str(HERE / "scripts"), str(HERE / "stand_ins"), str(HERE.parent)]
 FOLDER = Path(os.environ.get("MOE_LORA_TREES", ROOT / ".trees"))
 
 
+@functools.cache
+def available() -> list[str]:
+    """The known releases whose sources are here."""
+    return [release for release in supported.releases() if _tree(release) is not None]
+
+
 def tree(release: str) -> Path:
-    """The folder that holds ``vllm/`` of ``release``. Skips the test where there is none."""
-    found = FOLDER / f"v{release}"
-    if not (found / "vllm" / "__init__.py").is_file():
-        if installed().partition("+")[0] != release:
-            pytest.skip(f"no sources of vLLM {release} in {FOLDER}: run ci/trees.py {release}")
-        found = Path(importlib.util.find_spec("vllm").origin).parents[1]
+    """The folder that holds ``vllm/`` of ``release``, one of `available`."""
+    found = _tree(release)
+    assert found is not None, f"no vLLM {release} in {FOLDER}: run ci/trees.py {release}"
     return found
+
+
+def _tree(release: str) -> Path | None:
+    found = FOLDER / f"v{release}"
+    if (found / "vllm" / "__init__.py").is_file():
+        return found
+    spec = importlib.util.find_spec("vllm")
+    here = spec is not None and installed().partition("+")[0] == release
+    return Path(spec.origin).parents[1] if here else None
 
 
 def results(release: str, script: str, *arguments: str) -> dict[str, object]:

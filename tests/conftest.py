@@ -32,6 +32,7 @@ def _missing(item: pytest.Item) -> str:
     return ""
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     missing = {item: _missing(item) for item in items}
     left_out = [item for item, why in missing.items() if why]

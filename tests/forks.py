@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import gc
 import hashlib
+import importlib
 import json
 import os
 import runpy
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 from pathlib import Path
 
 # What is read while modules are imported; anything else may differ from fork to fork.
@@ -35,8 +37,12 @@ PRELOADED = (
     "transformers",
     "vllm",
     "vllm.config",
-    "vllm.entrypoints.llm",
     "vllm.engine.arg_utils",
+    "vllm.distributed",
+)
+# Not where a script is to put stand-ins for a GPU before them.
+ENGINE = (
+    "vllm.entrypoints.llm",
     "vllm.lora.layers",
     "vllm.lora.request",
     "vllm.v1.engine.llm_engine",
@@ -44,13 +50,14 @@ PRELOADED = (
 )
 
 
-def launch(command, env, timeout=None, **_):
-    """`subprocess.run` of ``[python, script, *arguments]``: a `CompletedProcess` with text.
+def launch(command, env=None, timeout=None, **_):
+    """`subprocess.run` of ``[python, script or -c or -m, ...]``: a `CompletedProcess` with text.
 
     Raises:
         subprocess.TimeoutExpired: with what was printed; the process and its children are killed.
     """
     assert command[0] == sys.executable
+    env = dict(os.environ) if env is None else env
     with tempfile.TemporaryDirectory() as folder, _connected(env) as parent:
         out, err = Path(folder, "out"), Path(folder, "err")
         job = {"argv": command[1:], "env": env, "cwd": os.getcwd(), "out": str(out)}
@@ -147,16 +154,17 @@ def serve(place, owner):
 
 def _import():
     sys.path[0:1] = []  # this file's folder
-    # In a process of its own a model's class is asked what it can do: one more import of vLLM.
-    import importlib
-
     sys.argv = [""]
-    with contextlib.suppress(ImportError):
-        importlib.import_module("packages").modules()  # stand-ins, for scripts of tests/releases
-    for name in PRELOADED:
+    names = PRELOADED
+    try:
+        importlib.import_module("packages").modules()  # as the scripts of tests/releases do first
+    except ImportError:
+        names += ENGINE
+    for name in names:
         with contextlib.suppress(ImportError):  # other releases have other modules
             importlib.import_module(name)
     with contextlib.suppress(ImportError):
+        # In a process of its own a model's class is asked what it can do: one more import of vLLM.
         from vllm.model_executor.models import registry
 
         registry._run_in_subprocess = lambda function: function()
@@ -184,9 +192,7 @@ def _fork(made, listener, running):
         os.environ.clear()
         os.environ.update(job["env"])
         os.chdir(job["cwd"])
-        sys.argv = job["argv"]
-        sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        _run(job["argv"])
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -199,6 +205,20 @@ def _fork(made, listener, running):
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+
+
+def _run(argv):
+    """What ``python *argv`` does."""
+    if argv[0] == "-c":
+        sys.argv = ["-c", *argv[2:]]
+        exec(argv[1], vars(types.ModuleType("__main__")))
+    elif argv[0] == "-m":
+        sys.argv = argv[1:]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = argv
+        sys.path.insert(0, str(Path(argv[0]).resolve().parent))
+        runpy.run_path(argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":

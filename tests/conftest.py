@@ -1,9 +1,78 @@
-"""Fixtures shared by all tests."""
+"""For all tests: nothing is downloaded, what cannot run here is not collected, and workers."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
+from pathlib import Path
+
+import gpu
+import pytest
+import release
+import unpacked
+
+from vllm_moe_lora import supported
 
 # Engines and the oracle run on random weights; nothing is ever to be downloaded.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+LEFT_OUT: pytest.StashKey[Counter[str]] = pytest.StashKey()
+
+
+def _missing(item: pytest.Item) -> str:
+    """What a test wants that is not here, with the command that has it; "" if all is here."""
+    marks = {mark.name for mark in item.iter_markers()}
+    if "gpu" in marks and not gpu.usable():
+        return "want a GPU: ci/gpu.sh"
+    if "legacy" in marks and not release.installed().startswith("0.11."):
+        return "want vLLM 0.11.1: ci/legacy.sh"
+    if "cpu_engine" in marks and release.installed() == "none":
+        return "want vLLM: ci/install.sh"
+    return ""
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist looks at the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    missing = {item: _missing(item) for item in items}
+    left_out = [item for item, why in missing.items() if why]
+    config.stash[LEFT_OUT] = Counter(missing[item] for item in left_out)
+    items[:] = [item for item in items if not missing[item]]
+    config.hook.pytest_deselected(items=left_out)
+    for item in items:
+        if name := _together(item):
+            item.add_marker(pytest.mark.xdist_group(name))
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left_out"] = dict(config.stash[LEFT_OUT])
+
+
+def _together(item: pytest.Item) -> str:
+    """Tests of one name go to one worker: those that share what is made once for a module."""
+    params = getattr(item, "callspec", None)
+    found = params.params.get("release") if params is not None else None
+    if isinstance(found, str):
+        return f"{item.path.name} {found}"
+    fixtures = getattr(item, "_fixtureinfo").name2fixturedefs.values()  # noqa: B009
+    if any(one.scope in ("module", "class") for several in fixtures for one in several):
+        return item.path.name
+    return ""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object, error: object) -> None:
+    node.config.stash[LEFT_OUT] = Counter(node.workeroutput.get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    config = terminalreporter.config
+    known, here = supported.releases(), unpacked.available()
+    parts = [f"{n} tests {why}" for why, n in config.stash.get(LEFT_OUT, Counter()).items()]
+    if len(here) < len(known):
+        parts.append(f"{len(known) - len(here)} of {len(known)} releases: ci/test.sh --all")
+    if parts:
+        terminalreporter.line(f"Not collected: {'; '.join(parts)}")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Child processes' scripts are no tests."""
+    return True if collection_path.name in ("scripts", "stand_ins", "oot") else None

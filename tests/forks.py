@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import hashlib
+import importlib
 import json
 import os
 import runpy
@@ -24,10 +26,11 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 from pathlib import Path
 
 # What is read while modules are imported; anything else may differ from fork to fork.
-AT_IMPORT = ("PYTHON", "OMP_", "TRITON_", "MKL_", "HF_", "LD_", "VLLM_LOGGING", "VLLM_CONFIGURE")
+AT_IMPORT = ("PYTHON", "OMP_", "TORCH", "TRITON_", "HF_", "LD_", "VLLM_LOGGING")
 IDLE = 90  # seconds after which a parent ends; releases are tested one after the other
 PRELOADED = (
     "torch",
@@ -35,6 +38,11 @@ PRELOADED = (
     "vllm",
     "vllm.config",
     "vllm.engine.arg_utils",
+    "vllm.distributed",
+)
+# Not where a script is to put stand-ins for a GPU before them.
+ENGINE = (
+    "vllm.entrypoints.llm",
     "vllm.lora.layers",
     "vllm.lora.request",
     "vllm.v1.engine.llm_engine",
@@ -42,13 +50,14 @@ PRELOADED = (
 )
 
 
-def launch(command, env, timeout=None, **_):
-    """`subprocess.run` of ``[python, script, *arguments]``: a `CompletedProcess` with text.
+def launch(command, env=None, timeout=None, **_):
+    """`subprocess.run` of ``[python, script or -c or -m, ...]``: a `CompletedProcess` with text.
 
     Raises:
         subprocess.TimeoutExpired: with what was printed; the process and its children are killed.
     """
     assert command[0] == sys.executable
+    env = dict(os.environ) if env is None else env
     with tempfile.TemporaryDirectory() as folder, _connected(env) as parent:
         out, err = Path(folder, "out"), Path(folder, "err")
         job = {"argv": command[1:], "env": env, "cwd": os.getcwd(), "out": str(out)}
@@ -145,19 +154,22 @@ def serve(place, owner):
 
 def _import():
     sys.path[0:1] = []  # this file's folder
-    # In a process of its own a model's class is asked what it can do: one more import of vLLM.
-    import importlib
-
     sys.argv = [""]
-    with contextlib.suppress(ImportError):
-        importlib.import_module("packages").modules()  # stand-ins, for scripts of tests/releases
-    for name in PRELOADED:
+    names = PRELOADED
+    try:
+        importlib.import_module("packages").modules()  # as the scripts of tests/releases do first
+    except ImportError:
+        names += ENGINE
+    for name in names:
         with contextlib.suppress(ImportError):  # other releases have other modules
             importlib.import_module(name)
     with contextlib.suppress(ImportError):
+        # In a process of its own a model's class is asked what it can do: one more import of vLLM.
         from vllm.model_executor.models import registry
 
         registry._run_in_subprocess = lambda function: function()
+    gc.collect()
+    gc.freeze()  # vLLM collects several times while it starts; what is imported stays
 
 
 def _fork(made, listener, running):
@@ -180,9 +192,7 @@ def _fork(made, listener, running):
         os.environ.clear()
         os.environ.update(job["env"])
         os.chdir(job["cwd"])
-        sys.argv = job["argv"]
-        sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        _run(job["argv"])
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -195,6 +205,20 @@ def _fork(made, listener, running):
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+
+
+def _run(argv):
+    """What ``python *argv`` does."""
+    if argv[0] == "-c":
+        sys.argv = ["-c", *argv[2:]]
+        exec(argv[1], vars(types.ModuleType("__main__")))
+    elif argv[0] == "-m":
+        sys.argv = argv[1:]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = argv
+        sys.path.insert(0, str(Path(argv[0]).resolve().parent))
+        runpy.run_path(argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
 from unittest import mock
 
@@ -156,6 +157,11 @@ def make(
     x[base.repeat_interleave(rows // shape.tokens)] = NAN
     weights = torch.rand(shape.tokens, shape.top_k, generator=g) + 0.1 if weighted else None
     return Case(y, x, lora_a, lora_b, ranks, token_slots, topk_ids, weights)
+
+
+def examples(number: int) -> int:
+    """How many of ``number`` drawn cases a run takes: half, or all with ci/test.sh --all."""
+    return number if os.environ.get("MOE_LORA_ALL") == "1" else number // 2
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +13,6 @@ from engine_cases import Case
 from vllm_moe_lora.tiny import engine, models, quantise
 
 engine.launch = forks.launch  # test_routes.py has processes of its own
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    missing = importlib.util.find_spec("vllm") is None
-    for item in items:
-        if missing and item.get_closest_marker("cpu_engine"):
-            item.add_marker(pytest.mark.skip(reason="vLLM is not installed: run ci/install.sh"))
 
 
 @pytest.fixture(scope="session")

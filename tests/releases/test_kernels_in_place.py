@@ -10,10 +10,8 @@ import unpacked
 from kernel_cases import CASES, REFUSED, TAIL, TAILLESS
 from packaging.specifiers import SpecifierSet
 
-from vllm_moe_lora import supported
-
 pytest.importorskip("triton")
-RELEASES = [r for r in supported.releases() if r in SpecifierSet(">=0.28,<0.34")]
+RELEASES = [r for r in unpacked.available() if r in SpecifierSet(">=0.28,<0.34")]
 # How far answers are from loops in fp32, by what the layer computes in.
 LIMIT, LIMIT_FP16, LIMIT_BF16 = 1e-5, 0.004, 0.03
 OTHER = {

@@ -18,8 +18,6 @@ from packaging.version import Version
 from parallel_cases import cases
 from test_quantised_experts import ASSERTION, BASE_WRONG, FINE, IGNORED, WRONG
 
-from vllm_moe_lora import supported
-
 # fp32, and fp16 over up to 128 numbers; an adapter moves answers by more than 0.5.
 LIMIT, LIMIT_HALF = 1e-5, 0.004
 INDEX = "IndexError: list index out of range"
@@ -119,7 +117,7 @@ def results(release):
 
 
 @pytest.mark.parametrize(
-    ("release", "name"), [(r, case.name) for r in supported.releases() for case in cases(r)]
+    ("release", "name"), [(r, case.name) for r in unpacked.available() for case in cases(r)]
 )
 def test_every_rank(release, name):
     bare, ours = results(release)

@@ -13,9 +13,7 @@ import unpacked
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from vllm_moe_lora import supported
-
-RELEASES = [r for r in supported.releases() if Version(r) >= Version("0.12")]
+RELEASES = [r for r in unpacked.available() if Version(r) >= Version("0.12")]
 FINE, IGNORED, BASE_WRONG, WRONG = "fine", "ignored", "base wrong", "wrong"
 ASSERTION = r"AssertionError: "
 UNTAUGHT = r"NotImplementedError: \w+ must select appropriate gemm implementation.*"

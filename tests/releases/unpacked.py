@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import forks
-import pytest
 from release import installed
 
 from vllm_moe_lora import supported
@@ -29,16 +28,16 @@ CODE = [str(HERE / "scripts"), str(HERE / "stand_ins"), str(HERE.parent)]
 FOLDER = Path(os.environ.get("MOE_LORA_TREES", ROOT / ".trees"))
 
 
+@functools.cache
 def available() -> list[str]:
-    """The releases in supported.toml whose sources are here: unpacked, or installed."""
+    """The known releases whose sources are here."""
     return [release for release in supported.releases() if _tree(release) is not None]
 
 
 def tree(release: str) -> Path:
-    """The folder that holds ``vllm/`` of ``release``. Skips the test where there is none."""
+    """The folder that holds ``vllm/`` of ``release``, one of `available`."""
     found = _tree(release)
-    if found is None:
-        pytest.skip(f"no sources of vLLM {release} in {FOLDER}: run ci/trees.py {release}")
+    assert found is not None, f"no vLLM {release} in {FOLDER}: run ci/trees.py {release}"
     return found
 
 
@@ -46,9 +45,9 @@ def _tree(release: str) -> Path | None:
     found = FOLDER / f"v{release}"
     if (found / "vllm" / "__init__.py").is_file():
         return found
-    if installed().partition("+")[0] == release:
-        return Path(importlib.util.find_spec("vllm").origin).parents[1]
-    return None
+    spec = importlib.util.find_spec("vllm")
+    here = spec is not None and installed().partition("+")[0] == release
+    return Path(spec.origin).parents[1] if here else None
 
 
 def results(release: str, script: str, *arguments: str) -> dict[str, object]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import subprocess
+import types
 
+import forks
 import layouts
 import pytest
 from safetensors.torch import load_file, save_file
 
 from vllm_moe_lora import cli, probe
+from vllm_moe_lora.commands import doctor as doctor_command
 from vllm_moe_lora.tiny import adapters, models
 
 
@@ -21,8 +25,11 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def asked_once():
-    """Each question to vLLM takes eight seconds: one answer serves all tests."""
+    """Questions to vLLM go to forks of a process that has it, each of them once."""
+    forked = types.SimpleNamespace(run=forks.launch, TimeoutExpired=subprocess.TimeoutExpired)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "subprocess", forked)
+        patch.setattr(doctor_command, "subprocess", forked)
         patch.setattr(probe, "ask", functools.cache(probe.ask))
         yield
 

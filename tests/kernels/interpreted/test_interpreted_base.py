@@ -57,7 +57,7 @@ def check(base, y):
         assert delta[touched].norm() >= 20 * allowed[touched].norm()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=cases.examples(60), deadline=None, derandomize=True)
 @given(
     shape=small(),
     dtype=st.sampled_from(config.DTYPES),

@@ -66,7 +66,7 @@ def check(case, y, effect=20):
     assert delta[touched].norm() >= effect * off[touched].norm()
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=cases.examples(80), deadline=None, derandomize=True)
 @given(
     shape=cases.shapes(segments=12),
     dtype=DTYPES,

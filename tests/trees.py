@@ -35,7 +35,7 @@ MORE = ("__init__.py", "_version.py", "version.py", "lora/__init__.py", "lora/ut
 
 
 def original(number: str) -> Path:
-    """The folder that holds a release's ``vllm/``; skips the test where there is none."""
+    """The folder that holds a release's ``vllm/``, the installed one's or an unpacked one's."""
     spec = importlib.util.find_spec("vllm")
     if number == HERE and spec is not None and spec.origin is not None:
         return Path(spec.origin).parents[1]

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.cpu_engine
 @pytest.mark.parametrize(
     ("quant", "flag"),
     [(None, None), (("gptq", 32, True), None), (None, ("q_proj",))],
-    ids=["bf16", "int4", "lean"],
+    ids=["bf16", "int4", "left out"],
 )
 def test_backend_and_bytes(make_case, quant, flag):
     case = make_case("qwen2_moe", quant)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import forks
@@ -14,9 +13,7 @@ from vllm_moe_lora.tiny import adapters, engine, models, quantise
 
 pytestmark = [
     pytest.mark.cpu_engine,
-    pytest.mark.skipif(
-        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: run ci/install.sh"
-    ),
+    pytest.mark.xdist_group("trees.patched"),  # as test_both.py, which has the same tree
 ]
 PROMPTS = [[1, 2, 3], [5, 9, 11, 300, 17, 44, 2, 8], list(range(20, 60))]
 

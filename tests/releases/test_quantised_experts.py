@@ -110,7 +110,7 @@ def test_what_takes_no_lora_is_refused_with_where_and_cure(release, kind):
     if kind == "moe_wna16-strange":
         assert verdict(bare[kind]) == ASSERTION
     assert re.fullmatch(
-        r"NotImplementedError: model\.layers\.\d+\.mlp\.experts: this vLLM has no experts for "
-        r"OtherMoEMethod that take LoRA \(.+\)\. .* without --enable-lora\.",
+        r"NotImplementedError: model\.layers\.\d+\.mlp\.experts: this vLLM release has no experts "
+        r"for OtherMoEMethod that support LoRA \(.+\)\. .* without --enable-lora\.",
         verdict(ours[kind]),
     )

@@ -24,7 +24,7 @@ LAYERS = [f"model.layers.{i}.mlp.experts" for i in range(2)]
 # Refused at the start, but not if the flag leaves experts out.
 REFUSED = {
     "twins": r"NotImplementedError: model\.layers\.0\.mlp\.experts: vLLM chose the CPU MoE experts "
-    r"\w+, which cannot take LoRA\. .* Without LoRA vLLM runs these experts\. .*"
+    r"\w+, which do not support LoRA\. .* Without LoRA vLLM runs these experts\. .*"
     r"--lora-target-modules .*",
     "modular": r"NotImplementedError: model\.layers\.0\.mlp\.experts: Monolithic kernels are not "
     r"supported for Fused MoE LoRA\. .*--lora-target-modules .*",
@@ -34,7 +34,7 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A model, an adapter without experts and one with."""
-    folder = tmp_path_factory.mktemp("lean")
+    folder = tmp_path_factory.mktemp("untargeted")
     model = models.build("qwen2_moe", folder / "model")
     keep = {"queries": lambda name: name.endswith("q_proj"), "all": lambda name: True}
     found = {n: str(adapters.write(model, folder / n, keep=k)) for n, k in keep.items()}
@@ -52,15 +52,15 @@ def _jobs(made, release):
         "declared-all": {**both, "cli": paths},
     }
     if Version(release) >= WITH_FLAG:
-        lean = {"options": {"lora_target_modules": FLAG}}
-        jobs["flag"] = {**both, **lean}
+        without_experts = {"options": {"lora_target_modules": FLAG}}
+        jobs["flag"] = {**both, **without_experts}
     if Version(release) >= Version("0.20"):  # before, the flag takes no whole names
         jobs["one layer"] = {**both, "options": {"lora_target_modules": [*FLAG, LAYERS[1]]}}
     # What takes no LoRA: from 0.30 on the CPU's experts, made so; from 0.28 on monolithic kernels.
     for without, since in (("twins", "0.30"), ("modular", "0.28")):
         if Version(release) >= Version(since):
             jobs[without] = {"model": model, "adapters": {}, "without": without}
-            jobs[f"lean {without}"] = {**jobs[without], **lean}
+            jobs[f"{without}, left out"] = {**jobs[without], **without_experts}
     return jobs
 
 
@@ -90,7 +90,7 @@ def test_experts_that_no_adapter_may_target(release, made, tmp_path):
         assert LAYERS[0] in found["one layer"]["adapters"]["all"]
     for without in set(jobs) & set(REFUSED):
         assert re.fullmatch(REFUSED[without], found[without]["error"])
-        assert found[f"lean {without}"]["experts"] == plain
+        assert found[f"{without}, left out"]["experts"] == plain
 
 
 def _demand_queries(got, folder):

@@ -67,8 +67,8 @@ def select_with_lora(
     if subclass is None:
         name = getattr(experts_cls, "__name__", backend)
         raise NotImplementedError(
-            f"vLLM chose the CPU MoE experts {name}, which cannot take LoRA. Serve a bf16, fp16, "
-            "fp32, GPTQ or compressed-tensors INT4 version of the model, or leave out "
+            f"vLLM chose the CPU MoE experts {name}, which do not support LoRA. Serve a bf16, "
+            "fp16, fp32, GPTQ or compressed-tensors INT4 version of the model, or leave out "
             "--enable-lora."
         )
     return backend, subclass

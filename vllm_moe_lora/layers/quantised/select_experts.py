@@ -118,6 +118,6 @@ def explained(layer: Any) -> Iterator[None]:
         if isinstance(error, AssertionError) and says:
             raise NotImplementedError(f"{name}: {says.rstrip('. ')}. {cure}") from error
         raise NotImplementedError(
-            f"{name}: this vLLM has no experts for {method} that take LoRA "
+            f"{name}: this vLLM release has no experts for {method} that support LoRA "
             f"({says or 'an assertion on their class failed'}). {cure} {SUPPORTED}"
         ) from error

@@ -14,7 +14,7 @@ from server import Server
 from vllm_moe_lora.tiny import engine
 
 pytestmark = pytest.mark.cpu_engine
-SCRIPT = Path(__file__).with_name("lean.py")
+SCRIPT = Path(__file__).with_name("experts_in_use.py")
 BASE = [(prompt, None) for prompt in PROMPTS]
 
 
@@ -52,7 +52,7 @@ def engines(case, request):
     return {
         "dtype": dtype,
         "plain": Engine(case, [], [BASE], dtype=dtype),
-        "lean": Engine(
+        "left out": Engine(
             case,
             ["queries", "all"],
             [BASE, mixed],
@@ -65,8 +65,8 @@ def engines(case, request):
 
 
 def test_experts_left_out_are_those_of_an_engine_without_lora(engines):
-    plain, lean, whole = engines["plain"], engines["lean"], engines["whole"]
-    assert (lean.classes, lean.wrapped, lean.stacks) == (plain.classes, 0, 0)
+    plain, left_out, whole = engines["plain"], engines["left out"], engines["whole"]
+    assert (left_out.classes, left_out.wrapped, left_out.stacks) == (plain.classes, 0, 0)
     assert whole.wrapped == 2
     assert whole.stacks > 0
     assert whole.classes == [f"{plain.classes[0]}WithLoRA"]
@@ -75,7 +75,7 @@ def test_experts_left_out_are_those_of_an_engine_without_lora(engines):
 def test_base_requests_keep_their_bits(engines):
     """Before any adapter, and with one of all modules in a slot."""
     want = engines["plain"].answers[0]
-    for name in ("lean", "whole"):
+    for name in ("left out", "whole"):
         for batch in (engines[name].answers[0], engines[name].answers[-1]):
             for (tokens, logprobs), (own, ours) in zip(want, batch, strict=True):
                 assert (tokens, True) == (own, torch.equal(logprobs, ours)), name
@@ -91,10 +91,10 @@ def test_a_batch_without_adapters_enters_nothing(engines):
 
 
 def test_what_the_flag_leaves_is_served_and_the_rest_refused(engines, case):
-    lean = engines["lean"]
+    left_out = engines["left out"]
     if engines["dtype"] == "float32":
-        compare_fp32([lp[0] for _, lp in lean.answers[1][1::2]], case, "queries")
-    (outcome,) = lean.outcomes
+        compare_fp32([lp[0] for _, lp in left_out.answers[1][1::2]], case, "queries")
+    (outcome,) = left_out.outcomes
     assert re.search(
         r"it has LoRA on \S+experts\.0\.\S+lora_A\S+ \(routed experts of "
         r"model\.layers\.0\.mlp\.experts and 1 more\), .*mlp\.gate.*, which "

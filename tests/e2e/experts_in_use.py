@@ -19,8 +19,8 @@ from vllm_moe_lora.tiny import engine
 _home = "vllm.lora.moe_lora" if importlib.util.find_spec("vllm.lora.moe_lora") else "vllm_moe_lora"
 cpu = importlib.import_module(f"{_home}.kernels.cpu")
 cpu_experts, cpu_int4, cpu_unquantized = (
-    importlib.import_module(f"{_home}.layers.{name}")
-    for name in ("cpu_experts", "cpu_int4", "cpu_unquantized")
+    importlib.import_module(f"{_home}.layers.cpu.{name}")
+    for name in ("experts", "int4", "unquantized")
 )
 calls = 0
 

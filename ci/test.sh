@@ -15,7 +15,7 @@ python="${VIRTUAL_ENV:-$PWD/.venv}/bin/python"
 # start with one thread.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export VLLM_CPU_OMP_THREADS_BIND="${VLLM_CPU_OMP_THREADS_BIND:-nobind}"
-run=("$python" -m pytest --numprocesses "${WORKERS:-2}" --dist loadgroup)
+run=("$python" -m pytest --numprocesses "${WORKERS:-2}" --dist loadscope)
 
 if [ "$mode" = quick ]; then
   exec "${run[@]}" tests/{unit,adapters,fitting,loading,targets,layers,hooks} \

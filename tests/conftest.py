@@ -32,30 +32,21 @@ def _missing(item: pytest.Item) -> str:
     return ""
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     missing = {item: _missing(item) for item in items}
     left_out = [item for item, why in missing.items() if why]
     config.stash[LEFT_OUT] = Counter(missing[item] for item in left_out)
     items[:] = [item for item in items if not missing[item]]
     config.hook.pytest_deselected(items=left_out)
-    for item in items:
-        if name := _together(item):
-            item.add_marker(pytest.mark.xdist_group(name))
     if hasattr(config, "workeroutput"):
         config.workeroutput["left_out"] = dict(config.stash[LEFT_OUT])
 
 
-def _together(item: pytest.Item) -> str:
-    """Tests of one name go to one worker: those that share what is made once for a module."""
-    params = getattr(item, "callspec", None)
-    found = params.params.get("release") if params is not None else None
-    if isinstance(found, str):
-        return f"{item.path.name} {found}"
-    fixtures = getattr(item, "_fixtureinfo").name2fixturedefs.values()  # noqa: B009
-    if any(one.scope in ("module", "class") for several in fixtures for one in several):
-        return item.path.name
-    return ""
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    from together import Scheduling
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -59,6 +59,7 @@ class Config:
             AdapterError: rank or alpha is missing or is not a usable number, a pattern is not a
                 regex, or an entry on the layout has an unknown value.
         """
+        _check_fields(raw)
         rank = raw.get("r")
         alpha = raw.get("lora_alpha")
         _number("r", rank, whole=True)
@@ -194,6 +195,42 @@ class Config:
         return _compiled("alpha_pattern", self.alpha_pattern)
 
 
+# Initialisations that change the base model's weights when PEFT loads the adapter:
+# peft/tuners/lora/layer.py, `reset_lora_parameters`.
+_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+
+
+def _check_fields(raw: Mapping[str, Any]) -> None:
+    """Refuse entries with which PEFT would compute something else than plain LoRA.
+
+    Raises:
+        AdapterError: names the entry.
+    """
+    kind = raw.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise AdapterError(
+            f'adapter_config.json: "peft_type" is {kind!r}, but only "LORA" can be served. '
+            "Merge the adapter into the model with PEFT's merge_and_unload."
+        )
+    start = raw.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise AdapterError(
+            f'adapter_config.json: "init_lora_weights" is {start!r}: PEFT changes the base '
+            "model's weights for it, and vLLM does not. Convert the adapter with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...)."
+        )
+    for name, why in (
+        ("layer_replication", "PEFT repeats layers of the model for it"),
+        ("alora_invocation_tokens", "PEFT applies the adapter only after these tokens"),
+        ("use_qalora", "PEFT pools the input of lora_A"),
+    ):
+        if raw.get(name):
+            raise AdapterError(
+                f'adapter_config.json: "{name}" is set: {why}, and vLLM does not. Train without '
+                "it, or merge the adapter into the model."
+            )
+
+
 def nemo_config(folder: Path) -> dict[str, Any]:
     """NeMo AutoModel's own file beside adapter_config.json; {} if there is none.
 
@@ -213,7 +250,8 @@ def _read(file: Path, optional: bool = False) -> dict[str, Any]:
     except FileNotFoundError:
         raise AdapterError(f"{file} is missing: is this the folder of a PEFT adapter?") from None
     except (OSError, RecursionError, ValueError) as error:
-        raise AdapterError(f"{file} cannot be read: {error}") from error
+        bom = " Save the file without a byte order mark." if "BOM" in str(error) else ""
+        raise AdapterError(f"{file} cannot be read: {error}.{bom}") from error
     if not isinstance(raw, dict):
         raise AdapterError(f"{file} is not a JSON object")
     return raw

@@ -17,6 +17,7 @@ from .errors import AdapterError
 from .names import touches_experts
 
 WEIGHTS = "adapter_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
 
 # The dtypes that LoRA factors may have, by their names in a safetensors header.
@@ -42,7 +43,8 @@ def files_state(path: str) -> tuple[Any, ...] | None:
     if not folder.is_dir():
         return None
     found: list[Any] = [str(folder)]
-    for name in ("adapter_config.json", WEIGHTS, *_PICKLES):
+    shards = sorted(file.name for file in folder.glob("adapter_model-*.safetensors"))
+    for name in ("adapter_config.json", WEIGHTS, INDEX, *_PICKLES, *shards):
         try:
             with (folder / name).open("rb") as file:
                 now = os.fstat(file.fileno())
@@ -63,6 +65,9 @@ def tensors_if_experts(folder: Path) -> dict[str, torch.Tensor] | None:
         AdapterError: the adapter has routed experts and a dtype not in `DTYPES`; a pickle is
             damaged; the header is larger than `MAX_HEADER_BYTES`.
     """
+    if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+        found = _sharded(folder)
+        return found if touches_experts(found) else None
     if (folder / WEIGHTS).is_file():
         _check_header_size(folder / WEIGHTS)
         try:
@@ -98,6 +103,8 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     if file.is_file():
         _check_header_size(file)
         return _views(file, *_header(file))
+    if (folder / INDEX).is_file():
+        return _sharded(folder)
     for name in _PICKLES:
         if (folder / name).is_file():
             try:
@@ -106,8 +113,43 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
                 raise AdapterError(f"{folder / name} cannot be read: {error}") from error
             if not isinstance(found, dict):
                 raise AdapterError(f"{folder / name} does not hold a dictionary of tensors")
+            for key, tensor in found.items():
+                check_dtype(name, key, tensor)
             return found
     raise AdapterError(f"{folder} has no {WEIGHTS}: is this the folder of an adapter?")
+
+
+def check_dtype(file: str, name: str, tensor: object) -> None:
+    """Refuse what is no tensor, or has a dtype not in `DTYPES`. Raises AdapterError."""
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES.values():
+        kind = getattr(tensor, "dtype", type(tensor).__name__)
+        raise AdapterError(
+            f"{file}: {name} is {kind}, but LoRA factors must be float32, bfloat16 or float16. "
+            "Save the adapter in one of these."
+        )
+
+
+def _sharded(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of several safetensors files, which an index lists as transformers writes it."""
+    try:
+        files = json.loads((folder / INDEX).read_text())["weight_map"]
+        names = sorted(set(files.values()))
+    except (OSError, RecursionError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise AdapterError(f"{folder / INDEX} cannot be read as an index: {error!r}") from error
+    out: dict[str, torch.Tensor] = {}
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise AdapterError(f"{INDEX} names {name!r}, which is no file of the adapter's folder")
+        if not (folder / name).is_file():
+            raise AdapterError(f"{folder / name} is missing, but {INDEX} lists tensors in it")
+        _check_header_size(folder / name)
+        for key, tensor in _views(folder / name, *_header(folder / name)).items():
+            if files.get(key) != name:
+                raise AdapterError(f"{name} has {key}, which {INDEX} does not list there")
+            out[key] = tensor
+    if missing := set(files) - set(out):
+        raise AdapterError(f"{INDEX} lists {min(missing)}, which is in none of the files")
+    return out
 
 
 def _views(file: Path, header: dict[str, Any], start: int) -> dict[str, torch.Tensor]:

@@ -80,12 +80,27 @@ def parse(tensor: str) -> Name:
     """Parse a tensor's name.
 
     PEFT writes ``base_model.model.MODULE.lora_A.weight``. The prefix and ``.weight`` may be
-    missing, and PEFT's adapter name may follow ``lora_A``: ``MODULE.lora_A.default.weight``.
+    missing, and PEFT's adapter name may follow ``lora_A``: ``MODULE.lora_A.default.weight``. The
+    name may begin with ``_orig_mod.`` or ``module.``, from torch.compile and from
+    DistributedDataParallel.
     """
-    name = tensor.removeprefix(PREFIX)
+    name = _plain(tensor)
     module, _, tail = name.rpartition(".lora_")
     side, adapter, embedding = _tail(tail) if module else _FULL
     return Name(name if side == "full" else module, side, adapter, embedding)
+
+
+# What torch.compile and DistributedDataParallel put before the names of a model that they wrap.
+_WRAPPERS = ("_orig_mod.", "module.")
+
+
+def _plain(tensor: str) -> str:
+    """A tensor's name without PEFT's prefix and without those of `_WRAPPERS`."""
+    name = tensor
+    while name.startswith((PREFIX, *_WRAPPERS)):
+        for prefix in (PREFIX, *_WRAPPERS):
+            name = name.removeprefix(prefix)
+    return name
 
 
 _FULL = ("full", "", False)

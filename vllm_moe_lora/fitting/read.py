@@ -6,15 +6,39 @@ vLLM's own code makes the entries of dense modules. The tensors of routed expert
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict
 from typing import Any
 
 from ..adapters.config import Config
 from ..adapters.errors import AdapterError, prefixed
+from ..adapters.folder import check_dtype
 from ..adapters.group import group, refuse_what_is_not_lora
 from ..adapters.names import parse
 from .fit import PendingExperts
 from .memory import PausedGC
+
+_all_adapters: ContextVar[bool] = ContextVar("moe_lora_all_adapters", default=False)
+
+
+@contextmanager
+def all_adapters() -> Iterator[None]:
+    """Inside the block, adapters without LoRA on routed experts are read here, too.
+
+    vLLM's own reader does not know which model an adapter is for, and dense models keep it.
+    """
+    token = _all_adapters.set(True)
+    try:
+        yield
+    finally:
+        _all_adapters.reset(token)
+
+
+def reads_all() -> bool:
+    """Whether this is inside `all_adapters`."""
+    return _all_adapters.get()
 
 
 def read(
@@ -59,11 +83,16 @@ def _read(
         tensors = {k: t for k, t in tensors.items() if not cls._should_skip_module(k, skipped)}
     try:
         config = Config.from_dict(raw, getattr(peft_helper, "moe_lora_nemo", None))
+        for key, tensor in tensors.items():
+            check_dtype("the adapter", key, tensor)
         found = group(tensors)
         heads = tuple(f".{name}" for name in getattr(peft_helper, "modules_to_save", None) or ())
         saved = {k: t for k, t in found.full.items() if k.rpartition(".")[0].endswith(heads)}
         found.full = {k: t for k, t in found.full.items() if k not in saved}
         refuse_what_is_not_lora(found)
+        if not found.dense and not found.experts and not saved:
+            raise AdapterError("it has no tensors. Nothing was loaded.")
+        _check_ranks(found.dense, config)
     except AdapterError as error:
         if refused is None:
             raise
@@ -82,6 +111,24 @@ def _read(
     mapped = {p: mapper._map_name(p) if mapper is not None else p for p in found.experts}
     lora.moe_lora = PendingExperts(found.experts, mapped, config, PausedGC(), refused)
     return lora
+
+
+def _check_ranks(dense: dict[str, Any], config: Config) -> None:
+    """Refuse a module whose rank is not the one that adapter_config.json gives it.
+
+    PEFT does not load such an adapter, and vLLM would scale it by the config's rank. Routed experts
+    are scaled by their tensors' rank, see `Config.scale`.
+    """
+    for key, tensor in dense.items():
+        name = parse(key)
+        if name.side != "A" or tensor.ndim != 2 or not tensor.shape[0]:
+            continue
+        _, rank = config.scale(name.module, tensor.shape[0])
+        if rank != tensor.shape[0]:
+            raise AdapterError(
+                f"{key} has rank {tensor.shape[0]}, but adapter_config.json gives it rank {rank}. "
+                'Correct "r", or add the module to "rank_pattern".'
+            )
 
 
 def _apply_patterns(

@@ -22,12 +22,14 @@ def _from_local_checkpoint(original: MethodType) -> Any:
         from ..adapters import config, folder
         from ..adapters.errors import AdapterError
         from ..fitting.memory import PausedGC
+        from ..fitting.read import read, reads_all
 
         path, refused = Path(lora_dir), None
         with PausedGC() as paused:
-            tensors = (
-                None if more.get("tensorizer_config_dict") else folder.tensors_if_experts(path)
-            )
+            tensors = None
+            if not more.get("tensorizer_config_dict"):
+                get = folder.tensors if reads_all() else folder.tensors_if_experts
+                tensors = get(path)
             if tensors is None:
                 paused.release()
                 try:
@@ -40,8 +42,6 @@ def _from_local_checkpoint(original: MethodType) -> Any:
                     tensors = folder.tensors(path)
                 except AdapterError:
                     raise refused from None
-            from ..fitting.read import read
-
             peft_helper.moe_lora_nemo = config.nemo_config(path)
             if (number := more.get("lora_model_id")) is None:
                 number = original.__func__.__globals__["get_lora_id"]()

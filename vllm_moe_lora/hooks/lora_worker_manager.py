@@ -19,8 +19,14 @@ def _load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, lora_request)
         from ..loading import background
 
-        staged = background.loader_of(self).take(lora_request.lora_int_id, lora_request.lora_path)
-        return staged if staged is not None else _read(original, self, lora_request)
+        loader, key = background.loader_of(self), (lora_request.lora_int_id, lora_request.lora_path)
+        lora = loader.take(*key)
+        if lora is None:
+            lora = loader.take_removed(*key)
+        if lora is None:
+            lora = _read(original, self, lora_request)
+        lora.moe_lora_path = lora_request.lora_path  # read by _keep_removed
+        return lora
 
     return _load_adapter
 
@@ -29,10 +35,12 @@ def _read(original: Callable[..., Any], worker: Any, request: Any) -> Any:
     """Read the adapter and fit it to the model, before upstream removes its earlier version."""
     from ..fitting.explain import refusal
     from ..fitting.fit import fit
+    from ..fitting.read import all_adapters
 
     manager = worker._adapter_manager
     try:
-        lora = original(worker, request)
+        with all_adapters():
+            lora = original(worker, request)
         fit(manager, lora)
     except Exception as error:
         better = refusal(manager, request, error)
@@ -47,7 +55,7 @@ def _add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         from ..loading import background
 
         if not lora_request.lora_path.startswith(background.STAGE_PREFIX):
-            return bool(original(self, lora_request))
+            return _keeping_removed(original, self, lora_request)
         number, path = (
             lora_request.lora_int_id,
             lora_request.lora_path.removeprefix(background.STAGE_PREFIX),
@@ -61,11 +69,43 @@ def _add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     return add_adapter
 
 
+def _keeping_removed(original: Callable[..., Any], worker: Any, request: Any) -> bool:
+    """Add an adapter, and keep those that upstream removes for it.
+
+    The front end removes adapters that no request uses (loading/admit.py). Upstream removes another
+    one only if all are in use, so it is needed again, perhaps when its files are gone.
+    """
+    from ..fitting.moe_layers import serves_moe
+    from ..loading import background
+
+    manager = worker._adapter_manager
+    if not serves_moe(manager):
+        return bool(original(worker, request))
+    before = {number: manager.get_adapter(number) for number in worker.list_adapters()}
+    done = bool(original(worker, request))
+    loader = background.loader_of(worker)
+    for number in before.keys() - worker.list_adapters() - {request.lora_int_id}:
+        path = getattr(before[number], "moe_lora_path", None)
+        if path is not None:
+            loader.keep_removed(number, path, before[number], limit=manager.capacity)
+    return done
+
+
 def _stage(worker: Any, request: Any, path: str) -> Any:
     """Read and fit the adapter at ``path``, in the thread of loading/background.py."""
     from vllm.lora.request import LoRARequest
 
     return worker._load_adapter(LoRARequest(request.lora_name, request.lora_int_id, path))
+
+
+def _remove_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    def remove_adapter(self: Any, adapter_id: int) -> bool:
+        from ..loading import background
+
+        background.loader_of(self).forget(adapter_id)
+        return bool(original(self, adapter_id))
+
+    return remove_adapter
 
 
 _STAGING: dict[str, Any] = {
@@ -90,6 +130,16 @@ HOOKS = (
         upstream="",
         until="upstream checks a new adapter before it removes the earlier version, and names the "
         "tensor",
+    ),
+    Hook(
+        feature="safe-loading",
+        target=f"{_FILE}:WorkerLoRAManager.remove_adapter",
+        make=_remove_adapter,
+        releases=">=0.29,<0.34",
+        why="the hooks of add_adapter keep adapters that were removed while requests used them; "
+        "an adapter that the caller removes must not be kept",
+        upstream="",
+        until="the hooks of add_adapter go",
     ),
     Hook(target=f"{_FILE}:WorkerLoRAManager.add_adapter", **_STAGING),
     Hook(target=f"{_FILE}:LRUCacheWorkerLoRAManager.add_adapter", **_STAGING),

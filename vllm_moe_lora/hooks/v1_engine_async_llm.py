@@ -15,6 +15,7 @@ def _add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
         held = front_end.held_adapters(self)
         if held is None:
             return bool(await original(self, lora_request))
+        held.check(lora_request, self.vllm_config.lora_config.max_loras)
         async with held.locks[lora_request.lora_int_id]:
             if not lora_request.load_inplace and held.is_loaded(lora_request):
                 return True
@@ -30,6 +31,7 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
         request, held = front_end.lora_request_of(args, more), front_end.held_adapters(self)
         if request is None or held is None:
             return await original(self, *args, **more)
+        held.check(request, self.vllm_config.lora_config.max_loras)
         number = request.lora_int_id
         async with held.locks[number]:
             if not held.is_loaded(request):
@@ -56,6 +58,19 @@ def _remove_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     return remove_lora
 
 
+def _pin_lora(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def pin_lora(self: Any, lora_id: int) -> bool:
+        from ..loading import front_end
+
+        done = bool(await original(self, lora_id))
+        held = front_end.held_adapters(self)
+        if held is not None:
+            held.pinned.add(lora_id)
+        return done
+
+    return pin_lora
+
+
 _COMMON: dict[str, Any] = {
     "feature": "safe-loading",
     "releases": ">=0.29,<0.34",
@@ -79,6 +94,12 @@ HOOKS = (
         make=_add_request,
         why="an adapter is loaded when the first batch with it runs; if that fails, the engine "
         "stops",
+        **_COMMON,
+    ),
+    Hook(
+        target="vllm.v1.engine.async_llm:AsyncLLM.pin_lora",
+        make=_pin_lora,
+        why="if every slot has a pinned adapter, a request for another one stops the engine",
         **_COMMON,
     ),
     Hook(

@@ -15,6 +15,7 @@ def _add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
         held = front_end.held_adapters(self)
         if held is None:
             return bool(original(self, lora_request))
+        held.check(lora_request, self.vllm_config.lora_config.max_loras)
         if not lora_request.load_inplace and held.is_loaded(lora_request):
             return True
         return admit.load_sync(self, lora_request)
@@ -28,6 +29,7 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
 
         request, held = front_end.lora_request_of(args, more), front_end.held_adapters(self)
         if request is not None and held is not None:
+            held.check(request, self.vllm_config.lora_config.max_loras)
             if not held.is_loaded(request):
                 admit.load_sync(self, request)
             args, more = front_end.with_lora_request(held.for_scheduler(request), args, more)
@@ -48,6 +50,19 @@ def _remove_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     return remove_lora
 
 
+def _pin_lora(original: Callable[..., Any]) -> Callable[..., Any]:
+    def pin_lora(self: Any, lora_id: int) -> bool:
+        from ..loading import front_end
+
+        done = bool(original(self, lora_id))
+        held = front_end.held_adapters(self)
+        if held is not None:
+            held.pinned.add(lora_id)
+        return done
+
+    return pin_lora
+
+
 _COMMON: dict[str, Any] = {
     "feature": "safe-loading",
     "releases": ">=0.29,<0.34",
@@ -61,5 +76,6 @@ _CLASS = "vllm.v1.engine.llm_engine:LLMEngine"
 HOOKS = (
     Hook(target=f"{_CLASS}.add_lora", make=_add_lora, **_COMMON),
     Hook(target=f"{_CLASS}.add_request", make=_add_request, **_COMMON),
+    Hook(target=f"{_CLASS}.pin_lora", make=_pin_lora, **_COMMON),
     Hook(target=f"{_CLASS}.remove_lora", make=_remove_lora, **_COMMON),
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class BackgroundLoader:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="moe-lora-stage")
         self._staged: dict[tuple[int, str], _Staging] = {}  # by adapter id and path
         self._this_thread = threading.local()
+        self._removed: OrderedDict[int, tuple[str, Any]] = OrderedDict()  # id -> path, adapter
 
     def ready(self, lora_id: int, path: str, load: Callable[[], Any]) -> bool:
         """Whether an adapter is staged. The first call starts it.
@@ -90,6 +92,31 @@ class BackgroundLoader:
             return None  # `load` itself calls this: it must not wait for itself
         one = self._staged.pop((lora_id, path), None)
         return None if one is None or one.files != files_state(path) else one.future.result()
+
+    def keep_removed(self, lora_id: int, path: str, lora: Any, limit: int) -> None:
+        """Keep an adapter that the worker removed although requests use it.
+
+        Args:
+            lora_id: the adapter's id.
+            path: the path it was loaded with.
+            lora: the loaded adapter.
+            limit: how many are kept at most; the oldest is dropped for a new one.
+        """
+        self._removed[lora_id] = path, lora
+        while len(self._removed) > limit:
+            self._removed.popitem(last=False)
+
+    def take_removed(self, lora_id: int, path: str) -> Any:
+        """Return an adapter that was kept, and forget it; None if this one was not kept.
+
+        Its files may have changed meanwhile. The requests began with this version.
+        """
+        kept = self._removed.pop(lora_id, None)
+        return kept[1] if kept is not None and kept[0] == path else None
+
+    def forget(self, lora_id: int) -> None:
+        """Forget an adapter that was kept."""
+        self._removed.pop(lora_id, None)
 
     def _run(self, load: Callable[[], Any]) -> Any:
         self._this_thread.is_staging = True

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
 import re
 from collections import Counter, OrderedDict, defaultdict
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from typing import Any
 
 from ..adapters import folder
 from ..adapters.errors import AdapterError
+
+MAX_ID = 2**63 - 1  # vLLM keeps the ids of a batch as int64
 
 
 @dataclass
@@ -56,8 +59,42 @@ class HeldAdapters:
         # how many spellings of the path were used.
         self._last: dict[tuple[str, str], Version] = {}
         self._spellings: Counter[tuple[str, str]] = Counter()
+        self._names: dict[int, tuple[str, str]] = {}  # by id: name and path, while it is held
+        self.pinned: set[int] = set()
         self.locks: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.entering: Counter[int] = Counter()
+
+    def check(self, request: Any, max_loras: int) -> None:
+        """Refuse a LoRARequest with which no engine can do the right thing.
+
+        Args:
+            request: the LoRARequest.
+            max_loras: slots of the engine.
+
+        Raises:
+            AdapterError: the id is no id, it belongs to another adapter, or every slot has a pinned
+                adapter.
+        """
+        lora_id = request.lora_int_id
+        if type(lora_id) is not int or not 0 < lora_id <= MAX_ID:
+            raise AdapterError(
+                f"LoRA adapter {lora_id!r}: lora_int_id of {request.lora_name!r} must be a whole "
+                f"number from 1 to {MAX_ID}."
+            )
+        path, held = _plain(request), self._names.get(lora_id)
+        if held is not None and lora_id in self._held and not request.load_inplace:
+            name, other = held
+            if os.path.realpath(other) != os.path.realpath(path):
+                raise AdapterError(
+                    f"LoRA adapter {lora_id}: this id belongs to {name!r} from {other}, so "
+                    f"{request.lora_name!r} from {path} would be answered with its weights. Give "
+                    "each adapter an id of its own, remove the first, or load with load_inplace."
+                )
+        if lora_id not in self.pinned and len(self.pinned) >= max_loras:
+            raise AdapterError(
+                f"LoRA adapter {lora_id}: all {max_loras} slots hold pinned adapters. Raise "
+                "--max-loras, or remove one of them."
+            )
 
     def is_loaded(self, request: Any) -> bool:
         """Whether the adapter of a LoRARequest can be used without a load.
@@ -130,6 +167,7 @@ class HeldAdapters:
         """End a load that succeeded."""
         version.ready = True
         lora_id = request.lora_int_id
+        self._names[lora_id] = request.lora_name, _plain(request)
         self._held[lora_id] = self._last[request.lora_name, _plain(request)] = version
         self._held.move_to_end(lora_id)
         # More than fit are held if no adapter was idle. The workers drop the least recently used.
@@ -144,6 +182,8 @@ class HeldAdapters:
     def forget(self, lora_id: int) -> None:
         """Forget an adapter that was removed from the workers."""
         self._held.pop(lora_id, None)
+        self._names.pop(lora_id, None)
+        self.pinned.discard(lora_id)
 
     def for_scheduler(self, request: Any) -> Any:
         """A copy of ``request`` for the scheduler, with the path of the version that is held.

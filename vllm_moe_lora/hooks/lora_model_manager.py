@@ -21,6 +21,8 @@ def _create_lora_modules(original: Callable[..., Any]) -> Callable[..., Any]:
         # Up to 0.13 this gate is a torch.nn.Linear, for which vLLM has no LoRA layer.
         if gates.as_vllm_linear(self.model, {GATE}) and GATE not in self.supported_lora_modules:
             self.supported_lora_modules.append(GATE)
+        if serves_moe(self):
+            _not_fully_sharded(self.lora_config)
         original(self)
         if not serves_moe(self):
             return
@@ -39,6 +41,18 @@ def _punica_wrappers(manager: Any) -> list[Any]:
     """Return the manager's punica wrappers: from 0.14 on one per part of a multimodal model."""
     several = getattr(manager, "punica_wrapper_mapping", None)
     return list(several.values()) if several is not None else [manager.punica_wrapper]
+
+
+def _not_fully_sharded(lora_config: Any) -> None:
+    """Turn --fully-sharded-loras off on a CPU, where routed experts do not take sharded factors.
+
+    The answers are the same; each rank holds lora_a and lora_b that it would hold a part of.
+    """
+    from vllm.platforms import current_platform
+
+    if lora_config.fully_sharded_loras and current_platform.is_cpu():
+        lora_config.fully_sharded_loras = False
+        logger.info("--fully-sharded-loras has no effect on MoE models on a CPU")
 
 
 def _add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:

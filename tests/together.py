@@ -14,6 +14,7 @@ from pathlib import Path
 from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).parents[1]
+PATCHED_TREE = ("tests/patches/test_both.py", "tests/patches/test_engine.py")  # made once
 
 
 class Scheduling(LoadScopeScheduling):
@@ -22,6 +23,8 @@ class Scheduling(LoadScopeScheduling):
         release = re.search(r"\[.*?(\d+\.\d+\.\d+)", test)
         if "releases" in Path(file).parts and release:
             return f"{file} {release[1]}"
+        if file in PATCHED_TREE:
+            return "the patched tree"
         return file if _shares(file) else nodeid
 
 

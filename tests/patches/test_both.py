@@ -21,7 +21,6 @@ pytestmark = [
         importlib.util.find_spec("vllm") is None or HERE not in supported.releases(),
         reason=f"wants a vLLM of supported.toml, here is {HERE}: run ci/install.sh",
     ),
-    pytest.mark.xdist_group("trees.patched"),  # as test_engine.py, which has the same tree
 ]
 # Those that a CPU has a use for; two hooks have one target where their platforms differ.
 NEEDED = [h for h in trees.seamed(HERE) if not h.platforms or "cpu" in h.platforms]

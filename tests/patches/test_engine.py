@@ -13,7 +13,6 @@ from vllm_moe_lora.tiny import adapters, engine, models, quantise
 
 pytestmark = [
     pytest.mark.cpu_engine,
-    pytest.mark.xdist_group("trees.patched"),  # as test_both.py, which has the same tree
 ]
 PROMPTS = [[1, 2, 3], [5, 9, 11, 300, 17, 44, 2, 8], list(range(20, 60))]
 

@@ -223,6 +223,9 @@ def _check_fields(raw: Mapping[str, Any]) -> None:
         ("layer_replication", "PEFT repeats layers of the model for it"),
         ("alora_invocation_tokens", "PEFT applies the adapter only after these tokens"),
         ("use_qalora", "PEFT pools the input of lora_A"),
+        ("use_bdlora", "PEFT makes a factor block-diagonal"),
+        ("kasa_config", "PEFT truncates the base model's weights"),
+        ("monteclora_config", "PEFT samples the factors"),
     ):
         if raw.get(name):
             raise AdapterError(

@@ -118,6 +118,9 @@ def test_every_layout_lands(release, cases, tmp_path):
     truths = cases[1]
     answer = ask(unpacked.tree(release), cases, tmp_path, plugin=True)
     assert answer["status"].get("adapters") == answer["status"].get("shared-experts") == "on"
+    assert answer["status"]["compile-cache"] == "on"
+    assert len(answer["keys"]) == len(MODELS)
+    assert not set(answer["keys"]) & set(answer["bare keys"])
     for family in ("qwen3_moe", "gpt_oss"):
         got = answer[family]["adapters"]
         wrong = {name: _wrong(got[name], truth, family) for name, truth in truths[family].items()}

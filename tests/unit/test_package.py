@@ -32,6 +32,7 @@ ROOMS = [
     "targets",
     "adapters",
     "kernels",
+    "fingerprint",
     "sources",
     "supported",
     "report",
@@ -42,7 +43,7 @@ ROOMS = [
 
 PAYLOAD = (
     *("seams", "hooks", "layers", "loading", "fitting", "targets", "adapters", "kernels"),
-    *("patching", "envs", "log"),
+    *("fingerprint", "patching", "envs", "log"),
 )
 
 

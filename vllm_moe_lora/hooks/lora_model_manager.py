@@ -21,8 +21,6 @@ def _create_lora_modules(original: Callable[..., Any]) -> Callable[..., Any]:
         # Up to 0.13 this gate is a torch.nn.Linear, for which vLLM has no LoRA layer.
         if gates.as_vllm_linear(self.model, {GATE}) and GATE not in self.supported_lora_modules:
             self.supported_lora_modules.append(GATE)
-        if serves_moe(self):
-            _not_fully_sharded(self.lora_config)
         original(self)
         if not serves_moe(self):
             return
@@ -43,16 +41,15 @@ def _punica_wrappers(manager: Any) -> list[Any]:
     return list(several.values()) if several is not None else [manager.punica_wrapper]
 
 
-def _not_fully_sharded(lora_config: Any) -> None:
-    """Turn --fully-sharded-loras off on a CPU, where routed experts do not take sharded factors.
+def _create_lora_manager(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_lora_manager(model: Any, *args: Any, **more: Any) -> Any:
+        lora_config, moe = more["lora_config"], more["vllm_config"].model_config.is_moe
+        if moe and lora_config.fully_sharded_loras:
+            lora_config.fully_sharded_loras = False
+            logger.info("--fully-sharded-loras has no effect on MoE models on a CPU")
+        return original(model, *args, **more)
 
-    The answers are the same; each rank holds lora_a and lora_b that it would hold a part of.
-    """
-    from vllm.platforms import current_platform
-
-    if lora_config.fully_sharded_loras and current_platform.is_cpu():
-        lora_config.fully_sharded_loras = False
-        logger.info("--fully-sharded-loras has no effect on MoE models on a CPU")
+    return create_lora_manager
 
 
 def _add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,6 +85,18 @@ def _activate_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 HOOKS = (
+    Hook(
+        feature="cpu-experts",
+        target="vllm.lora.model_manager:create_lora_manager",
+        also=("vllm.lora.worker_manager:create_lora_manager",),
+        make=_create_lora_manager,
+        releases=">=0.30,<0.34",
+        platforms=("cpu",),
+        why="with --fully-sharded-loras the first request with an adapter stops the engine: the "
+        "CPU experts need whole factors on each rank. The answers are the same without the flag",
+        upstream="",
+        until="the CPU experts take factors that are sharded over ranks",
+    ),
     Hook(
         feature="shared-experts",
         target="vllm.lora.model_manager:LoRAModelManager._create_lora_modules",

@@ -17,4 +17,5 @@ def _earlier(hook: Hook) -> Hook:
     return replace(hook, target=f"vllm.lora.models:{name}", releases=">=0.11.1,<0.13")
 
 
-HOOKS = tuple(map(_earlier, lora_lora_model.HOOKS + lora_model_manager.HOOKS))
+_LATER = lora_lora_model.HOOKS + lora_model_manager.HOOKS
+HOOKS = tuple(_earlier(hook) for hook in _LATER if hook.releases.startswith(">=0.13,"))

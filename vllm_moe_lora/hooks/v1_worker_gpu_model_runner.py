@@ -47,10 +47,10 @@ HOOKS = (
         until="upstream sets the LoRA mapping of lm_head for the rows of each prompt",
     ),
     Hook(
-        feature="isolation",
+        feature="cpu-experts",
         target=f"{_CLASS}.reload_weights",
         make=_reload_weights,
-        releases=">=0.29,<0.34",
+        releases=">=0.30,<0.34",
         platforms=("cpu",),
         why="after reload_weights, MoE models give wrong answers on a CPU, also without LoRA, and "
         "adapters are lost",

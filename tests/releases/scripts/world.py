@@ -3,7 +3,8 @@
 The job: {"models": {name: {"model": folder of a checkpoint, "adapters": {name: folder}, "options":
 of EngineArgs, "cli": {name: folder} of --lora-modules, if it is a server's, "without": see `ask`}},
 "plugin": bool, "out": file}. Each adapter is loaded by the release's real worker manager into slot
-0 and activated. The answer, by torch.save: "status" of the plugin and, for each model, "raw", the
+0 and activated. The answer, by torch.save: "status" of the plugin, "keys" of
+compiled artefacts by model, and "bare keys" without the plugin, and, for each model, "raw", the
 references that still lead around a LoRA wrapper, "experts", for each layer of routed experts
 whether it was built with LoRA, whether it is wrapped and what runs it, and "adapters", what each
 one's modules hold in the slot, or its error.
@@ -26,6 +27,9 @@ import packages
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
+CONFIGS = []  # of the models, in the order they were built
+
+
 def build(checkpoint, options=None, cli=None, monolithic=False):
     import torch
     from vllm.config import set_current_vllm_config
@@ -43,6 +47,7 @@ def build(checkpoint, options=None, cli=None, monolithic=False):
         modules = [types.SimpleNamespace(name=name, path=path) for name, path in cli.items()]
         made = EngineArgs.from_cli_args(argparse.Namespace(**args, lora_modules=modules))
     config = made.create_engine_config()
+    CONFIGS.append(config)
     with set_current_vllm_config(config):
         if not torch.distributed.is_initialized():
             place = tempfile.mktemp()
@@ -223,6 +228,11 @@ def main(job):
 
     answer = {name: ask(**part) for name, part in job["models"].items()}
     answer["status"] = vllm_moe_lora.status() if job["plugin"] else {}
+    # Keys of compiled artefacts, and the same without the plugin.
+    answer["keys"] = [config.compute_hash() for config in CONFIGS]
+    if job["plugin"]:
+        vllm_moe_lora.revert()
+        answer["bare keys"] = [config.compute_hash() for config in CONFIGS]
     torch.save(answer, job["out"])
 
 

@@ -1,0 +1,36 @@
+"""vllm/config/vllm.py: the key under which vLLM keeps compiled artefacts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..patching import Hook
+
+
+def _compute_hash(original: Callable[..., Any]) -> Callable[..., Any]:
+    def compute_hash(self: Any, *args: Any, **more: Any) -> str:
+        key = str(original(self, *args, **more))
+        # Up to 0.13 a model's config does not say whether it has experts.
+        if self.lora_config is None or not getattr(self.model_config, "is_moe", True):
+            return key
+        from .. import fingerprint
+
+        return fingerprint.combined(key)
+
+    return compute_hash
+
+
+HOOKS = (
+    Hook(
+        feature="compile-cache",
+        target="vllm.config.vllm:VllmConfig.compute_hash",
+        make=_compute_hash,
+        releases=">=0.11.1,<0.34",
+        why="an artefact that torch.compile made without these changes, or with another version of "
+        "them, has the same key: LoRA on a module that only these changes wrap, such as a gate, "
+        "would be silently ignored",
+        upstream="",
+        until="upstream's key changes with the modules of the compiled model",
+    ),
+)

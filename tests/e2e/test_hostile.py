@@ -45,7 +45,10 @@ def test_there_are_two_hundred_kinds():
 @pytest.fixture(scope="module")
 def server(case, tmp_path_factory):
     good = {"good": str(case.adapters["good"])}
+    resolved = case.folder / "resolved"
+    resolved.mkdir()
     env = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+    env["VLLM_LORA_RESOLVER_CACHE_DIR"] = str(resolved)
     with Server(case.model, tmp_path_factory.mktemp("server"), good, **env) as server:
         server.want = {name: server.log_probs(name, PROMPTS[1]) for name in (None, "good")}
         yield server
@@ -97,6 +100,34 @@ def test_odd_adapters_load(case, server):
         for name, difference in same.items():
             assert (difference < 1e-3) == (name == whose), (kind, same)
         assert _unhurt(server), kind
+
+
+def _resolvable(case, name, folder):
+    """A copy of the good adapter that vLLM's resolver for folders takes for this model."""
+    shutil.copytree(case.adapters["good"], folder / name)
+    file = folder / name / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "base_model_name_or_path": str(case.model)}))
+    return folder / name
+
+
+def test_resolved_adapters(case, server):
+    """By vLLM's resolver: served, refused with the reason, and not from another folder."""
+    resolved = case.folder / "resolved"
+    _resolvable(case, "fine", resolved)
+    _on_nan = dict(kinds())["expert up, lora_A: NaN"]
+    _on_nan(_resolvable(case, "damaged", resolved))
+    _resolvable(case, "secret", case.folder)
+    assert server.log_probs("fine", PROMPTS[1]) == server.want["good"]
+    body = {"prompt": PROMPTS[1], "max_tokens": 1}
+    status, text = server.post("/v1/completions", {"model": "damaged", **body})
+    assert status == 400
+    assert "layers.1.mlp.experts" in text, "which layer"
+    assert "(expert 3, " in text, "which expert"
+    for name in ("../secret", str(case.folder / "secret")):
+        status, text = server.post("/v1/completions", {"model": name, **body})
+        assert status == 404, text
+    assert _unhurt(server)
 
 
 FILE = "adapter_model.safetensors"

@@ -62,74 +62,78 @@ def test_off_switch_is_upstream(case):
         engine.run(_job(case), {"VLLM_MOE_LORA": "0"})
 
 
-def test_openai_server(case, tmp_path):
-    """The API server in its own processes on loopback; the adapter's answer is the oracle's."""
-    with Server(case.model, tmp_path, {"all": case.adapters["all"]}) as server:
-        _ask_and_compare(server, case, "all")
+@pytest.fixture(scope="module")
+def server(case, tmp_path_factory):
+    """The API server in its own processes on loopback."""
+    folder, adapters = tmp_path_factory.mktemp("server"), {"all": case.adapters["all"]}
+    with Server(case.model, folder, adapters, VLLM_ALLOW_RUNTIME_LORA_UPDATING="True") as server:
+        yield server
 
 
-def test_loads_while_the_server_runs(case, tmp_path):
+def test_openai_server(case, server):
+    """The answer of an adapter of --lora-modules is the oracle's."""
+    _ask_and_compare(server, case, "all")
+
+
+def test_loads_while_the_server_runs(case, server, tmp_path):
     """POST /v1/load_lora_adapter, staged beside the steps; new weights under an old name."""
     case.add("later", seed=9)
     moving = tmp_path / "moving"
     shutil.copytree(case.adapters["later"], moving)
-    with Server(case.model, tmp_path, VLLM_ALLOW_RUNTIME_LORA_UPDATING="True") as server:
-        for name in ("later", "all"):
-            assert server.load(name, case.adapters[name])[0] == 200
-            _ask_and_compare(server, case, name)
-        assert server.load("moving", moving)[0] == 200
-        _ask_and_compare(server, case, "later", asked="moving")
-        shutil.rmtree(moving)
-        shutil.copytree(case.adapters["all"], moving)
-        # The prompts' blocks are cached with the old weights, under this name and path.
-        assert server.load("moving", moving, load_inplace=True)[0] == 200
-        _ask_and_compare(server, case, "all", asked="moving")
-        # A version that is refused leaves the one it was to replace as it was.
-        (moving / "adapter_model.safetensors").write_bytes(b"damaged")
-        assert server.load("moving", moving, load_inplace=True)[0] == 400
-        _ask_and_compare(server, case, "all", asked="moving")
-        shutil.rmtree(moving)  # nothing is read again
-        _ask_and_compare(server, case, "all", asked="moving")
-        _ask_and_compare(server, case, "later")
+    for name in ("later", "all"):
+        assert server.load(f"{name} now", case.adapters[name])[0] == 200
+        _ask_and_compare(server, case, name, asked=f"{name} now")
+    assert server.load("moving", moving)[0] == 200
+    _ask_and_compare(server, case, "later", asked="moving")
+    shutil.rmtree(moving)
+    shutil.copytree(case.adapters["all"], moving)
+    # The prompts' blocks are cached with the old weights, under this name and path.
+    assert server.load("moving", moving, load_inplace=True)[0] == 200
+    _ask_and_compare(server, case, "all", asked="moving")
+    # A version that is refused leaves the one it was to replace as it was.
+    (moving / "adapter_model.safetensors").write_bytes(b"damaged")
+    assert server.load("moving", moving, load_inplace=True)[0] == 400
+    _ask_and_compare(server, case, "all", asked="moving")
+    shutil.rmtree(moving)  # nothing is read again
+    _ask_and_compare(server, case, "all", asked="moving")
+    _ask_and_compare(server, case, "later", asked="later now")
 
 
-def test_requests_in_flight_end_on_the_version_they_began_on(case, tmp_path):
+def test_requests_in_flight_end_on_the_version_they_began_on(case, server, tmp_path):
     """load_inplace waits for them, requests that come later wait for it, nobody else waits."""
     case.add("later", seed=9)
     moving, prompt = tmp_path / "moving", PROMPTS[1]
     shutil.copytree(case.adapters["later"], moving)
-    with Server(case.model, tmp_path, VLLM_ALLOW_RUNTIME_LORA_UPDATING="True") as server:
-        assert server.load("moving", moving)[0] == 200
-        assert server.load("all", case.adapters["all"])[0] == 200
-        room = 250 - len(prompt)
-        want = {name: list(server.tokens(name, prompt, room)) for name in ("moving", "all")}
-        assert want["moving"] != want["all"]
-        shutil.rmtree(moving)
-        shutil.copytree(case.adapters["all"], moving)
-        times, flight = {}, server.tokens("moving", prompt, room)
-        got = [next(flight)]
+    assert server.load("flying", moving)[0] == 200
+    room = 250 - len(prompt)
+    want = {name: list(server.tokens(name, prompt, room)) for name in ("flying", "all")}
+    assert want["flying"] != want["all"]
+    shutil.rmtree(moving)
+    shutil.copytree(case.adapters["all"], moving)
+    times, flight = {}, server.tokens("flying", prompt, room)
+    got = [next(flight)]
 
-        def timed(name, call):
-            times[name] = (call(), time.monotonic())
+    def timed(name, call):
+        times[name] = (call(), time.monotonic())
 
-        load = ("load", lambda: server.load("moving", moving, load_inplace=True))
-        asks = [
-            ("new", lambda: list(server.tokens("moving", prompt, room))),
-            ("other", lambda: next(server.tokens(None, prompt, room))),
-        ]
-        threads = [threading.Thread(target=timed, args=what) for what in (load, *asks)]
-        threads[0].start()
-        time.sleep(0.1)
-        for thread in threads[1:]:
-            thread.start()
-        got += flight
-        ended = time.monotonic()
-        for thread in threads:
-            thread.join()
-        assert got == want["moving"]
-        assert times["load"][0][0] == 200
-        assert times["new"][0] == want["all"]
-        assert times["other"][1] < ended < times["load"][1] < times["new"][1]
+    load = ("load", lambda: server.load("flying", moving, load_inplace=True))
+    asks = [
+        ("new", lambda: list(server.tokens("flying", prompt, room))),
+        ("other", lambda: next(server.tokens(None, prompt, room))),
+    ]
+    threads = [threading.Thread(target=timed, args=what) for what in (load, *asks)]
+    threads[0].start()
+    time.sleep(0.1)
+    for thread in threads[1:]:
+        thread.start()
+    got += flight
+    ended = time.monotonic()
+    for thread in threads:
+        thread.join()
+    assert got == want["flying"]
+    assert times["load"][0][0] == 200
+    assert times["new"][0] == want["all"]
+    assert times["other"][1] < ended < times["load"][1] < times["new"][1]
 
 
 def _ask_and_compare(server, case, name, asked=None):

@@ -159,7 +159,7 @@ class Core:
 
 class Engine:
     def __init__(self, hooks, is_moe=True, lora=True, refuse=False, capacity=2):
-        config = types.SimpleNamespace(max_cpu_loras=capacity) if lora else None
+        config = types.SimpleNamespace(max_cpu_loras=capacity, max_loras=capacity) if lora else None
         self.vllm_config = types.SimpleNamespace(lora_config=config)
         self.model_config = types.SimpleNamespace(is_moe=is_moe)
         self.output_processor = types.SimpleNamespace(request_states={})

@@ -38,6 +38,20 @@ def _answer_400_and_reset(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_lora_adapter
 
 
+def _resolve_lora(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def resolve_lora(self: Any, lora_name: str) -> Any:
+        from ..loading import admit
+
+        with admit.refusals() as refused:
+            answer = await original(self, lora_name)
+        error = getattr(answer, "error", None)
+        if error is not None and refused:
+            error.message = f"{error.message} {refused[-1]}"
+        return answer
+
+    return resolve_lora
+
+
 _COMMON: dict[str, Any] = {
     "feature": "safe-loading",
     "target": "vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter",
@@ -46,6 +60,15 @@ _COMMON: dict[str, Any] = {
 _WHY = "an adapter that does not fit the model is answered with HTTP 500, as a server error"
 
 HOOKS = (
+    Hook(
+        feature="safe-loading",
+        target="vllm.entrypoints.openai.models.serving:OpenAIServingModels.resolve_lora",
+        make=_resolve_lora,
+        releases=">=0.29,<0.34",
+        why="an adapter that a resolver found and that does not fit is answered without the reason",
+        upstream="",
+        until="upstream gives the reason why a resolved adapter could not be loaded",
+    ),
     Hook(
         make=_answer_400,
         releases=">=0.33,<0.34",

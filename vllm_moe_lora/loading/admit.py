@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from ..adapters.errors import AdapterError
@@ -22,6 +23,23 @@ from .background import STAGE_PREFIX
 POLL_SECONDS = 0.02  # between two questions to the worker
 LOG_SECONDS = 5.0  # a wait is logged each time it has gone on for so long
 ROOM_SECONDS = 10.0  # how long a load waits for room
+
+
+_refusals: ContextVar[list[str] | None] = ContextVar("moe_lora_refusals", default=None)
+
+
+@contextmanager
+def refusals() -> Iterator[list[str]]:
+    """Collect the messages of adapters that are refused inside the block, by this task.
+
+    vLLM's server only logs them if a resolver found the adapter.
+    """
+    found: list[str] = []
+    token = _refusals.set(found)
+    try:
+        yield found
+    finally:
+        _refusals.reset(token)
 
 
 async def load(engine: Any, request: Any) -> bool:
@@ -118,6 +136,9 @@ def _loading(held: front_end.HeldAdapters, request: Any) -> Iterator[Any]:
     except BaseException as error:
         held.failed(request, version)
         better = front_end.unwrapped_error(error, versioned, request)
+        found = _refusals.get()
+        if found is not None and isinstance(better, AdapterError):
+            found.append(str(better))
         if better is error:
             raise
         raise better from error

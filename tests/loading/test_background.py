@@ -98,3 +98,15 @@ def test_collection_is_off_while_any_lives():
         assert not gc.isenabled(), "whoever switched it off wants it off"
     finally:
         gc.enable()
+
+
+def test_adapters_that_were_removed_in_use_are_kept():
+    loader = BackgroundLoader()
+    for number in (1, 2, 3):
+        loader.keep_removed(number, f"path {number}", f"adapter {number}", limit=2)
+    assert loader.take_removed(1, "path 1") is None, "the oldest went"
+    assert loader.take_removed(2, "another version") is None
+    assert loader.take_removed(2, "path 2") == "adapter 2", "a question for another took nothing"
+    assert loader.take_removed(2, "path 2") is None
+    loader.forget(3)
+    assert loader.take_removed(3, "path 3") is None

@@ -79,12 +79,13 @@ def _keeping_removed(original: Callable[..., Any], worker: Any, request: Any) ->
     from ..loading import background
 
     manager = worker._adapter_manager
-    if not serves_moe(manager):
+    before = manager.list_adapters()
+    # Upstream calls this in each step, for each adapter of the batch.
+    if request.lora_int_id in before or not serves_moe(manager):
         return bool(original(worker, request))
-    before = {number: manager.get_adapter(number) for number in worker.list_adapters()}
     done = bool(original(worker, request))
     loader = background.loader_of(worker)
-    for number in before.keys() - worker.list_adapters() - {request.lora_int_id}:
+    for number in before.keys() - manager.list_adapters().keys():
         path = getattr(before[number], "moe_lora_path", None)
         if path is not None:
             loader.keep_removed(number, path, before[number], limit=manager.capacity)
@@ -100,9 +101,9 @@ def _stage(worker: Any, request: Any, path: str) -> Any:
 
 def _remove_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     def remove_adapter(self: Any, adapter_id: int) -> bool:
-        from ..loading import background
-
-        background.loader_of(self).forget(adapter_id)
+        loader = getattr(self, "moe_lora_background_loader", None)
+        if loader is not None:  # of a MoE model
+            loader.forget(adapter_id)
         return bool(original(self, adapter_id))
 
     return remove_adapter

@@ -107,12 +107,15 @@ class BackgroundLoader:
             self._removed.popitem(last=False)
 
     def take_removed(self, lora_id: int, path: str) -> Any:
-        """Return an adapter that was kept, and forget it; None if this one was not kept.
+        """Return an adapter that was kept, and forget it; None if this version was not kept.
 
         Its files may have changed meanwhile. The requests began with this version.
         """
-        kept = self._removed.pop(lora_id, None)
-        return kept[1] if kept is not None and kept[0] == path else None
+        kept = self._removed.get(lora_id)
+        if kept is None or kept[0] != path:
+            return None
+        del self._removed[lora_id]
+        return kept[1]
 
     def forget(self, lora_id: int) -> None:
         """Forget an adapter that was kept."""

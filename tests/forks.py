@@ -31,8 +31,10 @@ from pathlib import Path
 
 # What is read while modules are imported; anything else may differ from fork to fork.
 AT_IMPORT = ("PYTHON", "OMP_", "TORCH", "TRITON_", "HF_", "LD_", "VLLM_LOGGING")
-# Seconds after which a parent ends. Each takes 450 MB: those of eight releases may stay.
-IDLE = 60 if os.environ.get("MOE_LORA_ALL") == "1" else 900
+# Seconds without a job after which a parent ends. Each takes 500 MB: those of eight releases may
+# stay, which are asked again in each file of tests/releases.
+IDLE = 60
+IDLE_RELEASE = 60 if os.environ.get("MOE_LORA_ALL") == "1" else 900
 PRELOADED = (
     "torch",
     "transformers",
@@ -121,12 +123,12 @@ def _try(place):
 
 def serve(place, owner):
     """Fork for each connection to ``place``, until ``owner`` is gone or nobody asks."""
-    _import()
+    idle = IDLE_RELEASE if _import() else IDLE
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(place)
     listener.listen(16)
     running, last = {}, time.monotonic()  # connection -> (its child, the child's pidfd)
-    while os.path.exists(f"/proc/{owner}") and (running or time.monotonic() - last < IDLE):
+    while os.path.exists(f"/proc/{owner}") and (running or time.monotonic() - last < idle):
         ends = {pidfd: made for made, (_, pidfd) in running.items()}
         ready, _, _ = select.select([listener, *running, *ends], [], [], 2)
         for one in ready:
@@ -154,14 +156,15 @@ def serve(place, owner):
 
 
 def _import():
+    """Import vLLM. Returns whether with the stand-ins of tests/releases."""
     sys.path[0:1] = []  # this file's folder
     sys.argv = [""]
-    names = PRELOADED
+    release = True
     try:
         importlib.import_module("packages").modules()  # as the scripts of tests/releases do first
     except ImportError:
-        names += ENGINE
-    for name in names:
+        release = False
+    for name in PRELOADED if release else PRELOADED + ENGINE:
         with contextlib.suppress(ImportError):  # other releases have other modules
             importlib.import_module(name)
     with contextlib.suppress(ImportError):
@@ -171,6 +174,7 @@ def _import():
         registry._run_in_subprocess = lambda function: function()
     gc.collect()
     gc.freeze()  # vLLM collects several times while it starts; what is imported stays
+    return release
 
 
 def _fork(made, listener, running):

@@ -58,9 +58,10 @@ def __getattr__(name):
 """
 
 
-@pytest.fixture
-def no_torchvision(tmp_path: Path) -> dict[str, str]:
+@pytest.fixture(scope="session")
+def no_torchvision(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Environment in which torchvision can be imported and does nothing."""
+    tmp_path = tmp_path_factory.mktemp("no-torchvision")
     names = ["", "io", "transforms", "transforms/functional", "transforms/v2"]
     for name in [*names, "transforms/v2/functional"]:
         folder = tmp_path / "torchvision" / name

@@ -54,8 +54,10 @@ def fetch(release: str, folder: Path) -> None:
 
 
 def unpack(wheel: Path, folder: Path) -> None:
+    # By its metadata a build for CUDA would say that this is no CPU.
+    kept = KEPT[:2] if wheel.name.startswith("vllm-") else KEPT
     with zipfile.ZipFile(wheel) as data:
-        data.extractall(folder, [one for one in data.namelist() if one.endswith(KEPT)])
+        data.extractall(folder, [one for one in data.namelist() if one.endswith(kept)])
 
 
 if __name__ == "__main__":

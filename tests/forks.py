@@ -53,7 +53,7 @@ ENGINE = (
 )
 
 
-def launch(command, env=None, timeout=None, **_):
+def launch(command, env=None, timeout=None, **more):
     """`subprocess.run` of ``[python, script or -c or -m, ...]``: a `CompletedProcess` with text.
 
     Raises:
@@ -64,7 +64,7 @@ def launch(command, env=None, timeout=None, **_):
     with tempfile.TemporaryDirectory() as folder, _connected(env) as parent:
         out, err = Path(folder, "out"), Path(folder, "err")
         job = {"argv": command[1:], "env": env, "cwd": os.getcwd(), "out": str(out)}
-        job["err"] = str(out if _.get("stderr") == subprocess.STDOUT else err)
+        job["err"] = str(out if more.get("stderr") == subprocess.STDOUT else err)
         parent.sendall(json.dumps(job).encode() + b"\n")
         parent.settimeout(timeout)
         try:

@@ -23,11 +23,9 @@ FILE = "adapter_model.safetensors"
 def tell(story, case, *names, **more):
     """The answer of one of the stories of ordinary.py."""
     job = {"model": str(case.model), "adapters": {n: str(case.adapters[n]) for n in names}, **more}
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    settings |= {"VLLM_NO_USAGE_STATS": "1", "TORCHDYNAMO_DISABLE": "1"}
     done = engine.launch(
         [sys.executable, str(SCRIPT), story, json.dumps(job)],
-        env={**os.environ, **settings},
+        env={**os.environ, **engine.SETTINGS},
         capture_output=True,
         text=True,
         timeout=300,

@@ -6,12 +6,11 @@ import os
 
 import layouts
 import pytest
-import release
 import torch
 
 from vllm_moe_lora.tiny import adapters, engine, models, oracle
 
-pytestmark = release.LEGACY
+pytestmark = pytest.mark.legacy
 
 PROMPTS = [list(range(3, 8)), list(range(40, 52)), list(range(100, 140))]
 LIMIT = 1e-3  # fp32 against fp32, as in tests/e2e

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import pytest
 import quantised
-import release
 import torch
 from quantised import EXPERTS, HIDDEN, INNER, KINDS
 
-pytestmark = release.LEGACY
+pytestmark = pytest.mark.legacy
 
 # Of the answer's largest number. Weights, factors and each stage are fp16 (2**-11, half an ulp);
 # 1e-3 is what is found.

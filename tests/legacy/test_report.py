@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import pytest
 import quantised
-import release
 import torch
 
-pytestmark = release.LEGACY
+pytestmark = pytest.mark.legacy
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -29,7 +29,7 @@ def load(held, asked):
 
 
 def test_as_many_as_the_workers_keep():
-    held = front_end.HeldAdapters(2)
+    held = front_end.HeldAdapters(2, 2)
     for number in (1, 2):
         assert not held.is_loaded(request(number))
         load(held, request(number))
@@ -41,7 +41,7 @@ def test_as_many_as_the_workers_keep():
 
 
 def test_an_adapter_in_use_is_not_the_one_that_goes():
-    held = front_end.HeldAdapters(2)
+    held = front_end.HeldAdapters(2, 2)
     load(held, request(1))
     load(held, request(2))
     assert held.needs_room(3)
@@ -61,7 +61,7 @@ def weights(folder, text):
 
 
 def test_each_state_of_the_files_has_a_path_of_its_own(tmp_path):
-    held, path = front_end.HeldAdapters(4), str(tmp_path)
+    held, path = front_end.HeldAdapters(4, 4), str(tmp_path)
     weights(tmp_path, "0")
     spellings = {load(held, request(1, path))}
     again = request(1, path, load_inplace=True)
@@ -82,7 +82,7 @@ def test_each_state_of_the_files_has_a_path_of_its_own(tmp_path):
 
 
 def test_an_old_name_with_a_new_id_does_not_find_old_prefixes(tmp_path):
-    held = front_end.HeldAdapters(1)
+    held = front_end.HeldAdapters(1, 1)
     weights(tmp_path, "0")
     one, two = (LoRARequest("name", number, str(tmp_path)) for number in (1, 2))
     first = load(held, one)
@@ -93,7 +93,7 @@ def test_an_old_name_with_a_new_id_does_not_find_old_prefixes(tmp_path):
 
 def test_where_files_cannot_be_seen_every_load_inplace_is_a_load():
     held, asked = (
-        front_end.HeldAdapters(4),
+        front_end.HeldAdapters(4, 4),
         request(1, "owner/repository-that-is-nowhere", load_inplace=True),
     )
     _, version = held.begin(asked)

@@ -122,11 +122,14 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def check_dtype(file: str, name: str, tensor: object) -> None:
     """Refuse what is no tensor, or has a dtype not in `DTYPES`. Raises AdapterError."""
     if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES.values():
-        kind = getattr(tensor, "dtype", type(tensor).__name__)
-        raise AdapterError(
-            f"{file}: {name} is {kind}, but LoRA factors must be float32, bfloat16 or float16. "
-            "Save the adapter in one of these."
-        )
+        raise _wrong_dtype(file, name, getattr(tensor, "dtype", type(tensor).__name__))
+
+
+def _wrong_dtype(file: str, name: str, kind: object) -> AdapterError:
+    return AdapterError(
+        f"{file}: {name} is {kind}, but LoRA factors must be float32, bfloat16 or float16. Save "
+        "the adapter in one of these."
+    )
 
 
 def _sharded(folder: Path) -> dict[str, torch.Tensor]:
@@ -184,10 +187,7 @@ def _views(file: Path, header: dict[str, Any], start: int) -> dict[str, torch.Te
 def _as_dtype(file: Path, name: str, code: str, storage: torch.UntypedStorage) -> torch.Tensor:
     dtype = DTYPES.get(code)
     if dtype is None:
-        raise AdapterError(
-            f"{file.name}: {name} is {code}, but LoRA factors must be float32, bfloat16 or "
-            "float16. Save the adapter in one of these."
-        )
+        raise _wrong_dtype(file.name, name, code)
     length = storage.nbytes() // dtype.itemsize
     return torch.empty(0, dtype=dtype).set_(storage, 0, (length,))
 

@@ -35,6 +35,12 @@ def serves_moe(manager: Any) -> bool:
     return any(map(is_experts, manager.modules.values())) or bool(unwrapped(manager))
 
 
+def punica_wrappers(manager: Any) -> list[Any]:
+    """The punica wrappers of vLLM's `LoRAModelManager`: one, or since 0.14 one for each tower."""
+    several = getattr(manager, "punica_wrapper_mapping", None)
+    return list(several.values()) if several is not None else [manager.punica_wrapper]
+
+
 def unwrapped(manager: Any) -> dict[str, Any]:
     """The model's MoE layers that have no LoRA layer around them: name -> vLLM's layer.
 

@@ -14,7 +14,7 @@ GATE = "shared_expert_gate"
 
 def _create_lora_modules(original: Callable[..., Any]) -> Callable[..., Any]:
     def _create_lora_modules(self: Any) -> None:
-        from ..fitting.moe_layers import serves_moe
+        from ..fitting.moe_layers import punica_wrappers, serves_moe
         from ..layers.shared_experts import aliases, gates
 
         flush_deferred()
@@ -24,7 +24,7 @@ def _create_lora_modules(original: Callable[..., Any]) -> Callable[..., Any]:
         original(self)
         if not serves_moe(self):
             return
-        for wrapper in _punica_wrappers(self):
+        for wrapper in punica_wrappers(self):
             wrapper.moe_lora = True  # read by hooks/lora_punica_cpu.py
         aliases.drop_duplicates(self.modules)
         moved = aliases.rewire(self.model, self.modules)
@@ -33,12 +33,6 @@ def _create_lora_modules(original: Callable[..., Any]) -> Callable[..., Any]:
         self.moe_lora_unreachable = aliases.unwrapped_references(self.model, self.modules)
 
     return _create_lora_modules
-
-
-def _punica_wrappers(manager: Any) -> list[Any]:
-    """Return the manager's punica wrappers: from 0.14 on one per part of a multimodal model."""
-    several = getattr(manager, "punica_wrapper_mapping", None)
-    return list(several.values()) if several is not None else [manager.punica_wrapper]
 
 
 def _create_lora_manager(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ def _add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
         held = front_end.held_adapters(self)
         if held is None:
             return bool(await original(self, lora_request))
-        held.check(lora_request, self.vllm_config.lora_config.max_loras)
+        held.check(lora_request)
         async with held.locks[lora_request.lora_int_id]:
             if not lora_request.load_inplace and held.is_loaded(lora_request):
                 return True
@@ -31,7 +31,7 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
         request, held = front_end.lora_request_of(args, more), front_end.held_adapters(self)
         if request is None or held is None:
             return await original(self, *args, **more)
-        held.check(request, self.vllm_config.lora_config.max_loras)
+        held.check(request)
         number = request.lora_int_id
         async with held.locks[number]:
             if not held.is_loaded(request):

@@ -15,7 +15,7 @@ def _add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
         held = front_end.held_adapters(self)
         if held is None:
             return bool(original(self, lora_request))
-        held.check(lora_request, self.vllm_config.lora_config.max_loras)
+        held.check(lora_request)
         if not lora_request.load_inplace and held.is_loaded(lora_request):
             return True
         return admit.load_sync(self, lora_request)
@@ -29,7 +29,7 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
 
         request, held = front_end.lora_request_of(args, more), front_end.held_adapters(self)
         if request is not None and held is not None:
-            held.check(request, self.vllm_config.lora_config.max_loras)
+            held.check(request)
             if not held.is_loaded(request):
                 admit.load_sync(self, request)
             args, more = front_end.with_lora_request(held.for_scheduler(request), args, more)

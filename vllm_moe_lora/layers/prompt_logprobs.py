@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..fitting.moe_layers import punica_wrappers
 from ..kernels.cpu_dense import row_segments
 
 
@@ -46,12 +47,9 @@ def rows_of_prompts(runner: Any, hidden_states: torch.Tensor) -> Iterator[None]:
 
 
 def _wrappers(runner: Any) -> list[Any]:
-    """The punica wrappers of a MoE model with LoRA: one, or one for each tower since 0.14."""
+    """The punica wrappers of a MoE model with LoRA; none of any other model."""
     manager = getattr(getattr(runner, "lora_manager", None), "_adapter_manager", None)
-    if manager is None:
-        return []
-    several = getattr(manager, "punica_wrapper_mapping", None)
-    found = list(several.values()) if several is not None else [manager.punica_wrapper]
+    found = [] if manager is None else punica_wrappers(manager)
     return [wrapper for wrapper in found if getattr(wrapper, "moe_lora", False)]
 
 

@@ -45,6 +45,7 @@ class HeldAdapters:
 
     Args:
         capacity: how many the workers can hold (max_cpu_loras).
+        slots: how many can be in one batch (max_loras).
 
     Attributes:
         locks: one per adapter id. A caller holds it while it checks and loads the adapter.
@@ -52,8 +53,8 @@ class HeldAdapters:
             have in its own list yet.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
+    def __init__(self, capacity: int, slots: int) -> None:
+        self._capacity, self._slots = capacity, slots
         self._held: OrderedDict[int, Version] = OrderedDict()  # by id, least recently used first
         # By name and path: the version that was loaded last, even if it is not held any more, and
         # how many spellings of the path were used.
@@ -64,12 +65,8 @@ class HeldAdapters:
         self.locks: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.entering: Counter[int] = Counter()
 
-    def check(self, request: Any, max_loras: int) -> None:
+    def check(self, request: Any) -> None:
         """Refuse a LoRARequest with which no engine can do the right thing.
-
-        Args:
-            request: the LoRARequest.
-            max_loras: slots of the engine.
 
         Raises:
             AdapterError: the id is no id, it belongs to another adapter, or every slot has a pinned
@@ -90,9 +87,9 @@ class HeldAdapters:
                     f"{request.lora_name!r} from {path} would be answered with its weights. Give "
                     "each adapter an id of its own, remove the first, or load with load_inplace."
                 )
-        if lora_id not in self.pinned and len(self.pinned) >= max_loras:
+        if lora_id not in self.pinned and len(self.pinned) >= self._slots:
             raise AdapterError(
-                f"LoRA adapter {lora_id}: all {max_loras} slots hold pinned adapters. Raise "
+                f"LoRA adapter {lora_id}: all {self._slots} slots hold pinned adapters. Raise "
                 "--max-loras, or remove one of them."
             )
 
@@ -212,7 +209,8 @@ def held_adapters(engine: Any) -> HeldAdapters | None:
     if engine.vllm_config.lora_config is None or not engine.model_config.is_moe:
         return None
     if not hasattr(engine, "moe_lora_held"):
-        engine.moe_lora_held = HeldAdapters(engine.vllm_config.lora_config.max_cpu_loras)
+        config = engine.vllm_config.lora_config
+        engine.moe_lora_held = HeldAdapters(config.max_cpu_loras, config.max_loras)
     found: HeldAdapters = engine.moe_lora_held
     return found
 

@@ -25,6 +25,17 @@ if TYPE_CHECKING:
 launch: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run
 
 # The prompt's token ids, and the name of the adapter; None for the base model.
+# The environment of an engine of `run`, on top of this process's.
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "INFO",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    # Engines here are eager; the sampler's one compiled function would take 3 s.
+    "TORCHDYNAMO_DISABLE": "1",
+}
+
 Request = tuple[list[int], str | None]
 
 
@@ -102,15 +113,6 @@ def run(
     """
     import torch
 
-    settings = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "INFO",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        # Engines here are eager; the sampler's one compiled function would take 3 s.
-        "TORCHDYNAMO_DISABLE": "1",
-    }
     with tempfile.TemporaryDirectory() as folder:
         spec, result = Path(folder, "job.json"), Path(folder, "result.pt")
         spec.write_text(json.dumps(asdict(job)))
@@ -119,7 +121,7 @@ def run(
         try:
             done = launch(
                 command,
-                env={**os.environ, **settings, **(env or {})},
+                env={**os.environ, **SETTINGS, **(env or {})},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

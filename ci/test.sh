@@ -1,23 +1,24 @@
 #!/usr/bin/env bash
 # Install what is missing, then style, types and tests. Other arguments go to pytest.
 #     ci/test.sh            what CI runs: about 16 minutes on 2 cores
-#     ci/test.sh --quick    for a change in progress; one release, one engine, no compiler
+#     ci/test.sh --quick    for a change in progress: 2 minutes, one release, one engine, no compiler
 #     ci/test.sh --all      every release of supported.toml, every variant of the kernels
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mode=default
 case "${1:-}" in --quick | --all) mode="${1#--}" && shift ;; esac
 ci/install.sh
-ci/lint.sh
 python="${VIRTUAL_ENV:-$PWD/.venv}/bin/python"
 
 # Nearly all of a test is what one core does: two at a time, each of them and of the engines they
 # start with one thread.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export VLLM_CPU_OMP_THREADS_BIND="${VLLM_CPU_OMP_THREADS_BIND:-nobind}"
-run=("$python" -m pytest --numprocesses "${WORKERS:-2}" --dist loadscope)
+# In the order of the files: the short tests come last, and no worker waits for a long one.
+run=("$python" -m pytest --numprocesses "${WORKERS:-2}" --dist loadscope --no-loadscope-reorder)
 
 if [ "$mode" = quick ]; then
+  ci/lint.sh
   exec "${run[@]}" tests/{unit,adapters,fitting,loading,targets,layers,hooks} \
     tests/kernels/test_{reference,cpu}.py "tests/e2e/test_families.py::test_fp32[qwen2_moe]" "$@"
 fi
@@ -30,12 +31,15 @@ if [ "$mode" = all ]; then
 from vllm_moe_lora import supported
 print(*supported.releases(), sep='\n')")
 fi
-if [ -z "${MOE_LORA_TREES:-}" ]; then
+fetch() {
   "$python" ci/trees.py "${releases[@]}" || echo "not all releases could be fetched"
   [ -d .trees/triton-3.6.0 ] ||
     { rm -rf .trees/part &&
       "$python" -m pip install --quiet --no-deps --target .trees/part triton==3.6.0 &&
       mv .trees/part .trees/triton-3.6.0; } ||  # there when it is whole
     echo "Triton 3.6.0 could not be fetched"
-fi
+}
+if [ -z "${MOE_LORA_TREES:-}" ]; then fetch & fi
+ci/lint.sh
+wait
 exec "${run[@]}" "$@"

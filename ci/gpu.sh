@@ -45,6 +45,12 @@ else
 fi
 
 if [[ " $* " == *" --vllm"* ]] || "$python" -c 'import vllm, sys; sys.exit("cpu" in vllm.__version__)' 2>/dev/null; then
+  "$python" - <<'PY'
+from pathlib import Path
+from vllm_moe_lora.tiny import models
+Path("/tmp/moe_lora_tune").exists() or models.build("qwen3_moe", Path("/tmp/moe_lora_tune"))
+PY
+  "$python" -m vllm_moe_lora.cli tune /tmp/moe_lora_tune --minutes 3 --out /tmp/moe_lora_tuned
   "$python" benchmarks/moe_lora_kernels.py "$@"
   "$python" benchmarks/moe_lora_tail.py "${vllm[@]}"
 else

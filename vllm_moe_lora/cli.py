@@ -18,6 +18,7 @@ COMMANDS = {
     "inspect": "show what an adapter holds: layout, layers, experts, ranks, scales, bytes",
     "patches": "put LoRA on MoE models into a tree of vLLM itself, or take it out",
     "plan": "say which backend serves a model with adapters, and in how much memory",
+    "tune": "measure on this GPU which kernels compute LoRA on experts fastest",
 }
 
 

@@ -46,13 +46,17 @@ VARIABLES: dict[str, Callable[[], str | bool]] = {
         os.environ.get("VLLM_MOE_LORA_ALLOW_UNVERIFIED", "0") == "1"
     ),
     # Which Triton kernels compute LoRA on routed experts, on a GPU.
-    #   auto (default)  ours on the GPU types they were measured on (none yet), else vLLM's
+    #   auto (default)  the fastest that `vllm-moe-lora tune` measured on this GPU; vLLM's without
+    #                   a record of it
     #   upstream        vLLM's, on every GPU
     #   ours            ours, on every GPU
     #   tail            like ours; and for unquantised experts in Triton, LoRA is fused into the
     #                   end (the "tail") of the base experts' grouped GEMM. The kernel computes
     #                   y = W x + B z in one accumulator, where z = A x.
     "VLLM_MOE_LORA_KERNELS": _kernels,
+    # The folder with the records of `vllm-moe-lora tune`; "" for moe_lora_tuned in vLLM's
+    # configuration folder.
+    "VLLM_MOE_LORA_TUNED": lambda: os.environ.get("VLLM_MOE_LORA_TUNED", ""),
 }
 
 

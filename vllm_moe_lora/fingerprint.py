@@ -12,7 +12,7 @@ import functools
 import hashlib
 from pathlib import Path
 
-from . import envs, patching
+from . import envs, patching, records
 
 
 def fingerprint() -> str:
@@ -24,7 +24,9 @@ def fingerprint() -> str:
         f"{getattr(one.owner, '__module__', '')}.{getattr(one.owner, '__name__', '')}.{one.name}"
         for one in patching._applied
     )
-    found = "\n".join([_code(), str(envs.get("VLLM_MOE_LORA_KERNELS")), *applied])
+    kernels = str(envs.get("VLLM_MOE_LORA_KERNELS"))
+    tuned = records.digest() if kernels != "upstream" else ""
+    found = "\n".join([_code(), kernels, tuned, *applied])
     return hashlib.sha256(found.encode()).hexdigest()
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vllm_moe_lora.targets import target_modules
@@ -51,6 +51,8 @@ class Answer:
         memory: the device's total memory.
         error: why vLLM refuses the model, or "". If it is set, the other fields mean nothing.
         wrapped: the number of MoE layers whose routed experts get LoRA.
+        layers: their distinct shapes: the fields of `records.LayerShape`, and "base", whether the
+            experts are unquantised and have no bias.
     """
 
     backends: dict[str, int]
@@ -61,6 +63,7 @@ class Answer:
     memory: int
     error: str = ""
     wrapped: int = 0
+    layers: list[dict[str, Any]] = field(default_factory=list)
 
 
 def ask(question: Question, timeout: float = 600) -> Answer:
@@ -108,15 +111,18 @@ def answer(question: Question) -> Answer:
                 model = initialize_model(vllm_config=config)
             weights = sum(_tensor_bytes(model))
             experts = [_backend_of(m) for m in model.modules() if _is_experts(m)]
-            dense_slots, experts_slots, wrapped = _slot_bytes(model, config)
+            dense_slots, experts_slots, moe_layers = _slot_bytes(model, config)
         finally:
             torch.set_default_dtype(default)
     names = Counter(name for name, _ in experts)
+    wrapped = len(moe_layers)
     takes = wrapped == 0 or all(takes for _, takes in experts)
     memory = current_platform.get_device_total_memory()
     slot = (dense_slots + experts_slots) // question.max_loras
     slot_experts = experts_slots // question.max_loras
-    return Answer(dict(names), takes, weights, slot, slot_experts, memory, wrapped=wrapped)
+    sizes = (weights, slot, slot_experts, memory)
+    shapes = _layer_shapes(moe_layers, config)
+    return Answer(dict(names), takes, *sizes, wrapped=wrapped, layers=shapes)
 
 
 def _config(question: Question) -> Any:
@@ -214,12 +220,12 @@ def _tensor_bytes(model: Any) -> Iterator[int]:
             yield tensor.nbytes
 
 
-def _slot_bytes(model: Any, config: Any) -> tuple[int, int, int]:
-    """Return the bytes of all LoRA slots, and how many MoE layers have some.
+def _slot_bytes(model: Any, config: Any) -> tuple[int, int, list[tuple[Any, int]]]:
+    """Return the bytes of all LoRA slots, and which MoE layers have some.
 
     Returns:
-        Bytes for all modules but routed experts, bytes for routed experts, and the number of
-        layers whose routed experts get LoRA.
+        Bytes for all modules but routed experts, bytes for routed experts, and each layer whose
+        routed experts get LoRA, with the number of its packed modules.
     """
     import torch
     from vllm.lora import model_manager
@@ -260,7 +266,36 @@ def _slot_bytes(model: Any, config: Any) -> tuple[int, int, int]:
         # w13 has one lora_a if the checkpoint fuses gate and up, else one for each of them.
         rows = min(packed, slices) * moe.hidden_dim + slices * inner + inner + moe.hidden_dim
         experts += config.lora_config.max_loras * moe.num_local_experts * rank * rows * width
-    return dense, experts, len(found)
+    return dense, experts, found
+
+
+def _layer_shapes(layers: list[tuple[Any, int]], config: Any) -> list[dict[str, Any]]:
+    """Return the distinct shapes of MoE layers, see `Answer.layers`.
+
+    Args:
+        layers: from `_slot_bytes`.
+        config: vLLM's.
+    """
+    lora, found = config.lora_config, []
+    for layer, packed in layers:
+        moe = layer.moe_config
+        fused = 2 if moe.is_act_and_mul else 1
+        shape = {
+            "experts": moe.num_local_experts,
+            "top_k": moe.experts_per_token,
+            "hidden": moe.hidden_dim,
+            "inner": moe.intermediate_size_per_partition,
+            "slices": min(packed, fused),
+            "fused": fused,
+            "slots": lora.max_loras,
+            "rank": lora.max_lora_rank,
+            "dtype": str(lora.lora_dtype).removeprefix("torch."),
+            "base": type(layer.quant_method).__name__.startswith("Unquantized")
+            and not getattr(moe, "has_bias", False),
+        }
+        if shape not in found:
+            found.append(shape)
+    return found
 
 
 def main() -> None:

@@ -201,6 +201,40 @@ def test_base(arch):
         check("base", arch, dtype, tiles, built)
 
 
+def searched(arch, part):
+    """What `vllm-moe-lora tune` may choose: (dtype, tiles)."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for rank in (16, 32, 64):
+            for entry in config.search_space(arch, dtype, rank)[part]:
+                yield from ((dtype, tiles) for tiles in entry)
+
+
+@pytest.mark.skipif(not ALL, reason="five minutes: ci/test.sh --all")
+@pytest.mark.parametrize("arch", ARCHES)
+def test_search_space(arch):
+    """Registers and spills leave room, so that the search meets no tiles that cannot win."""
+    bad = []
+    for dtype, tiles in dict.fromkeys(searched(arch, 0)):
+        constants = {"SLICES": 2, "BY_PAIR": False, "TILE_ROWS": tiles.tile_rows}
+        constants |= {"BLOCK_R": tiles.block_r, "BLOCK_K": tiles.block_k}
+        pointers = dict.fromkeys(("x", "a0", "a1"), ELEMENT[dtype]) | PLAN | {"z": "*fp32"}
+        options = tiles.shrink_warps, tiles.shrink_stages
+        built = ahead.build(shrink.shrink_kernel, arch, pointers, constants, *options)
+        if built.spilled > SPILLED_BYTES or built.shared > SHARED_LIMIT[arch]:
+            bad.append(("shrink", dtype, tiles, built.spilled, built.shared))
+    for dtype, tiles in dict.fromkeys(searched(arch, 1)):
+        constants = {"SLICES": 2, "PARTS": config.PARTS, "WEIGHTED": True, "ADDED": True}
+        constants |= {"TILE_ROWS": tiles.tile_rows, "BLOCK_R": tiles.block_r}
+        constants["BLOCK_N"] = tiles.block_n
+        pointers = dict.fromkeys(("y", "b0", "b1"), ELEMENT[dtype]) | PLAN
+        pointers |= {"z": "*fp32", "topk_weights": "*fp32"}
+        warps = tiles.expand_warps
+        built = ahead.build(expand.expand_kernel, arch, pointers, constants, warps, 1)
+        if built.spilled > SPILLED_BYTES or built.shared > SHARED_LIMIT[arch]:
+            bad.append(("expand", dtype, tiles, built.spilled, built.shared))
+    assert not bad
+
+
 ROUTING = {
     "rank_kernel": (
         {"BLOCK": config.RANK_BLOCK, "AGAINST": config.RANK_AGAINST},

@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).parents[2] / "vllm_moe_lora"
 ROOMS = [
     "cli",
     "commands",
+    "tuning",
     "patchset",
     "probe",
     "tiny",
@@ -33,6 +34,7 @@ ROOMS = [
     "adapters",
     "kernels",
     "fingerprint",
+    "records",
     "sources",
     "supported",
     "report",
@@ -43,7 +45,7 @@ ROOMS = [
 
 PAYLOAD = (
     *("seams", "hooks", "layers", "loading", "fitting", "targets", "adapters", "kernels"),
-    *("fingerprint", "patching", "envs", "log"),
+    *("fingerprint", "records", "patching", "envs", "log"),
 )
 
 

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vllm_moe_lora import records
 from vllm_moe_lora.commands import plan
 from vllm_moe_lora.report import Finding, show
 
@@ -46,6 +47,7 @@ def version(name):
     except importlib.metadata.PackageNotFoundError:
         return None
 plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
+from vllm_moe_lora import envs, records
 print("@" + json.dumps({
     "python": sys.version.split()[0],
     "vllm": vllm.__version__,
@@ -55,6 +57,8 @@ print("@" + json.dumps({
     "entry_points": [e.name for e in plugins],
     "status": vllm_moe_lora.status(),
     "replaced_by_others": patching.replaced_by_others(),
+    "kernels": envs.get("VLLM_MOE_LORA_KERNELS"),
+    "records": [str(path) for path in records.files()],
 }))
 """
 
@@ -90,4 +94,30 @@ def _environment() -> list[Finding]:
     for target, owner in facts["replaced_by_others"].items():
         what = f"{owner} replaced {target} after the plugin did, so LoRA may not be applied there"
         findings.append(Finding(False, what, f"start without {owner}"))
+    if facts["platform"] == "cuda":
+        findings.append(_kernels(facts["kernels"], facts["records"]))
     return findings
+
+
+def _kernels(choice: str, files: list[str]) -> Finding:
+    """Say which Triton kernels compute LoRA on experts.
+
+    Args:
+        choice: VLLM_MOE_LORA_KERNELS.
+        files: of all records of `vllm-moe-lora tune`.
+    """
+    if choice != "auto":
+        return Finding(True, f"kernels for LoRA on experts: {choice} (VLLM_MOE_LORA_KERNELS)")
+    if not files:
+        what = "kernels for LoRA on experts: vLLM's; `vllm-moe-lora tune MODEL` measures ours here"
+        return Finding(True, what)
+    said = []
+    for path in files:
+        try:
+            found = records.read(Path(path))
+        except records.RecordError as error:
+            return Finding(False, str(error), "delete the file, or tune again")
+        here = found.conditions
+        said.append(f"{found.shape} on {here.device}, vLLM {here.vllm}, triton {here.triton}")
+    what = "kernels for LoRA on experts: as these records say, where they match: " + "; ".join(said)
+    return Finding(True, what)

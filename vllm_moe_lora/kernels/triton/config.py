@@ -6,7 +6,8 @@ in a batch. Tiles of the LoRA kernels have fewer than 64 rows: there tensor core
 `mma.sync` instructions on every GPU.
 
 No size was measured on a GPU yet. They were chosen by the registers, spills and shared memory of
-the compiled kernels, and tests/kernels/test_compiled.py checks these.
+the compiled kernels, and tests/kernels/test_compiled.py checks these. `vllm-moe-lora tune` measures
+other sizes on the user's GPU (`search_space`), and its records replace them (`use`).
 """
 
 from __future__ import annotations
@@ -108,22 +109,35 @@ _DEFAULT = {
         Tiles(16, 32, 32, 4, 3, 64, 4),
     ),
 }
-# Architecture -> its own table, for those the kernels were measured on. Others use _DEFAULT.
-_MEASURED: dict[str, dict[int, tuple[Tiles, ...]]] = {}
+# (architecture, dtype, rank of the buffers) -> tiles from a record of `vllm-moe-lora tune`.
+_tuned: dict[tuple[str, torch.dtype, int], tuple[Tiles, ...]] = {}
 
 
-def measured(arch: str) -> bool:
-    """Return whether the kernels were measured on ``arch`` and found to be faster than vLLM's.
+def use(arch: str, dtype: torch.dtype, max_rank: int, tiles: tuple[Tiles, ...]) -> None:
+    """Use ``tiles`` in this process for factors of ``dtype`` and ``max_rank``; () for the default.
 
-    VLLM_MOE_LORA_KERNELS=auto uses them on these architectures only.
+    Args:
+        arch: the architecture.
+        dtype: of the factors.
+        max_rank: of the buffers.
+        tiles: one for each number of rows per tile that `table` has.
+
+    Raises:
+        ValueError: the rows per tile are others than those of `table`.
     """
-    return arch in _MEASURED
+    key = (arch, dtype, max_rank)
+    rows = sorted(one.tile_rows for one in tiles)
+    if tiles and rows != sorted({one.tile_rows for one in table(arch, dtype)}):
+        raise ValueError(f"MoE LoRA kernels: tuned tiles have {rows} rows, unlike config.py's")
+    _tuned.pop(key, None)
+    if tiles:
+        _tuned[key] = tiles
 
 
 def table(arch: str, dtype: torch.dtype) -> tuple[Tiles, ...]:
     """Return all tiles for an architecture and a dtype."""
-    found = _MEASURED.get(arch, _DEFAULT)[dtype.itemsize]
-    if arch in _MEASURED or not arch.startswith("gfx"):
+    found = _DEFAULT[dtype.itemsize]
+    if not arch.startswith("gfx"):
         return found
     return tuple(replace(one, shrink_stages=min(one.shrink_stages, AMD_STAGES)) for one in found)
 
@@ -135,7 +149,13 @@ def tile_rows(arch: str, dtype: torch.dtype, num_pairs: int) -> int:
 
 
 def tiles_for(arch: str, dtype: torch.dtype, rows: int, max_rank: int) -> Tiles:
-    """Return the tiles with the smallest ``block_r`` that holds ``max_rank``, else the largest."""
+    """Return the tiles with the smallest ``block_r`` that holds ``max_rank``, else the largest.
+
+    Tiles that `use` has set for this rank come first.
+    """
+    for tiles in _tuned.get((arch, dtype, max_rank), ()):
+        if tiles.tile_rows == rows:
+            return tiles
     fitting = [tiles for tiles in table(arch, dtype) if tiles.tile_rows == rows]
     fitting.sort(key=lambda tiles: tiles.block_r)
     return next((tiles for tiles in fitting if tiles.block_r >= max_rank), fitting[-1])
@@ -169,6 +189,36 @@ def max_tiles(num_pairs: int, num_segments: int, rows: int) -> int:
     """Return the most tiles of ``rows`` rows that ``num_pairs`` pairs can need, however routed."""
     segments = min(num_pairs, num_segments)
     return min(num_pairs, (num_pairs + segments * (rows - 1)) // rows)
+
+
+def search_space(
+    arch: str, dtype: torch.dtype, max_rank: int
+) -> tuple[tuple[tuple[Tiles, ...], ...], tuple[tuple[Tiles, ...], ...]]:
+    """Return the tiles that `vllm-moe-lora tune` tries in place of the default ones.
+
+    The steps along x (``block_k``) are the same for all rows per tile in one entry, so that a
+    request keeps its bits in any batch.
+
+    Returns:
+        Entries that differ from the default in the shrink, and entries that differ in the expand.
+        Each entry is what `use` takes. Both have the default first.
+    """
+    rows = sorted({one.tile_rows for one in table(arch, dtype)})
+    default = tuple(tiles_for(arch, dtype, one, max_rank) for one in rows)
+    stages = AMD_STAGES if arch.startswith("gfx") else 4
+    wide = default[0].block_r == 64 or dtype.itemsize == 4
+    widest = 64 if wide else 128  # wider steps spill registers
+    shrinks, expands = [default], [default]
+    for block_k in (32, 64, 128):
+        for warps in (4, 8):
+            for depth in (2, 3, 4):
+                if depth <= stages and block_k <= widest:
+                    new = {"block_k": block_k, "shrink_warps": warps, "shrink_stages": depth}
+                    shrinks.append(tuple(replace(one, **new) for one in default))
+    for block_n in (64, 128):
+        for warps in (4, 8):
+            expands.append(tuple(replace(o, block_n=block_n, expand_warps=warps) for o in default))
+    return tuple(dict.fromkeys(shrinks)), tuple(dict.fromkeys(expands))
 
 
 def _variants(arch: str) -> Iterator[tuple[torch.dtype, Tiles, int]]:

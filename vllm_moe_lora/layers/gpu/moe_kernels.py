@@ -8,8 +8,9 @@ computes the routing of the batch once, for both.
 The factors stay in vLLM's slot buffers. `LayerFactors` adds the rank that each slot and expert
 uses. It is computed on the device when a slot changes (hooks/lora_layers_fused_moe_slots.py).
 
-Whether a layer uses our kernels or upstream's is decided once, when its first slot is written. That
-is before any request has an adapter, and before a CUDA graph is captured.
+Which kernels a layer uses is decided once, when its first slot is written (choose.py). That is
+before any request has an adapter, and before a CUDA graph is captured. A record of `vllm-moe-lora
+tune` may choose others for other batch sizes.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ import torch
 
 from ... import envs
 from ...log import get_logger, warning_once
-from . import base_product
+from . import base_product, choose
 
 if TYPE_CHECKING:
     from ...kernels.triton.route import Routing
+    from ...records import Record
 
 logger = get_logger(__name__)
 _FALLBACK = (
@@ -45,22 +47,24 @@ class LayerFactors:
         w2: down.
         enabled: vLLM's `adapter_enabled`, [slots + 1] int32, 0 for an empty slot.
         active: [slots, experts] bool, whether the adapter in the slot has LoRA on that expert.
-        tail: whether base GEMM and LoRA run in one kernel (base_product.py), for Triton experts.
+        record: chooses the kernels by batch size; None for the same kernels always.
     """
 
-    def __init__(self, layer: Any, tail: bool = False) -> None:
+    def __init__(self, layer: Any, kind: str = "ours", record: Record | None = None) -> None:
         """Take over vLLM's slot buffers, with what they hold now.
 
         Args:
             layer: vLLM's `FusedMoEWithLoRA`.
-            tail: see the attribute.
+            kind: the kernels without a record: "ours", or "tail" if base GEMM and LoRA shall run in
+                one kernel (base_product.py; Triton experts only).
+            record: see the attribute.
 
         Raises:
             TypeError, ValueError: the kernels do not support the buffers; the text says why.
         """
         from ...kernels.triton.factors import Factors
 
-        self.tail, experts = tail, layer.local_num_experts
+        self._kind, self.record, experts = kind, record, layer.local_num_experts
         a, b = tuple(layer.w13_lora_a_stacked), tuple(layer.w13_lora_b_stacked)
         self.w13 = Factors(a, b, experts)
         self.swapped = Factors(a[::-1], b[::-1], experts) if len(a) == 2 else self.w13
@@ -70,6 +74,15 @@ class LayerFactors:
         self.active = torch.zeros(size, dtype=torch.bool, device=self.w13.device)
         for slot in range(self.w13.num_slots):
             self.slot_written(slot)
+
+    def kernels(self, tokens: int) -> str:
+        """Return which kernels serve a batch of ``tokens`` tokens: a kind of records.py."""
+        return self._kind if self.record is None else self.record.winner(tokens)
+
+    @property
+    def tail(self) -> bool:
+        """Whether some batch may run base GEMM and LoRA in one kernel."""
+        return self._kind == "tail" if self.record is None else "tail" in self.record.kinds
 
     def belongs_to(self, layer: Any) -> bool:
         """Return whether these are still the buffers of ``layer``; vLLM may create new ones."""
@@ -102,11 +115,13 @@ class RoutedBatch:
         layer: the factors of the layer.
         routing: of the token-expert pairs with LoRA; None if no token has an adapter.
         token_slots: [tokens] int32, the adapter slot of each token; -1 for none.
+        kind: the kernels of this batch, "ours" or "tail".
     """
 
     layer: LayerFactors
     routing: Routing | None
     token_slots: torch.Tensor
+    kind: str
 
 
 # (address of the first lora_a, address of the first lora_b) of w13 or w2 -> the layer's factors.
@@ -166,12 +181,15 @@ def _make_factors(layer: Any) -> LayerFactors | None:
 
     try:
         arch = checks.arch_of(layer.w13_lora_a_stacked[0].device)
-        if choice == "auto" and not config.measured(arch):
-            logger.debug("MoE LoRA: upstream's kernels, because ours were not measured on %s", arch)
+        record = choose.record_for(layer, arch) if choice == "auto" else None
+        if choice == "auto" and (record is None or record.kinds == {"upstream"}):
             return None
         if layer.fully_sharded:
             raise ValueError("the factors are split along their rank (--fully-sharded-loras)")
-        made = LayerFactors(layer, choice == "tail")
+        made = LayerFactors(layer, str(choice), record)
+        if record is not None:
+            tiles = tuple(config.Tiles(*sizes) for sizes in record.tiles)
+            config.use(arch, made.w13.dtype, made.w13.max_rank, tiles)
     except (TypeError, ValueError, ImportError) as error:
         warning_once(f"MoE LoRA kernels cannot serve this model: {error}. {_FALLBACK}")
         return None
@@ -231,7 +249,8 @@ def add_w13(
         support the tensors (then with a warning). ``y`` is then unchanged.
     """
     layer = _by_address.get(_address(lora_a, lora_b))
-    if layer is None:
+    kind = "upstream" if layer is None else layer.kernels(topk_ids.shape[0])
+    if layer is None or kind == "upstream":
         return None
     # The flag no_lora is on the CPU. It is about the batch's own tokens only.
     base_only = False
@@ -243,6 +262,8 @@ def add_w13(
     from ...kernels.triton import checks, launch, route
     from ...kernels.triton.grouped import Lora
 
+    if kind != "tail":
+        base_product.flush()
     product = base_product.deferred_for(y, x)
     factors = layer.w13
     if factors.lora_a[0].data_ptr() != lora_a[0].data_ptr():
@@ -254,7 +275,7 @@ def add_w13(
                 # adapters and in one without.
                 product.run(topk_ids.shape[1], None, factors.slices)
                 base_product.mark_done()
-            return RoutedBatch(layer, None, token_slots), None, None, token_slots
+            return RoutedBatch(layer, None, token_slots, kind), None, None, token_slots
         # add_w2 needs topk_weights. There it is too late to call upstream's function.
         floats = (torch.float32, torch.bfloat16, torch.float16)
         shape = tuple(topk_ids.shape)
@@ -277,7 +298,7 @@ def add_w13(
     except (TypeError, ValueError) as error:  # raised by checks, before y is changed
         warning_once(f"{error}. {_FALLBACK}")
         return None
-    return RoutedBatch(layer, routing, token_slots), None, None, token_slots
+    return RoutedBatch(layer, routing, token_slots, kind), None, None, token_slots
 
 
 def add_w2(
@@ -303,6 +324,8 @@ def add_w2(
             instead, because they need their own routing.
     """
     routing, factors = batch.routing, batch.layer.w2
+    if batch.kind != "tail":
+        base_product.flush()
     product = base_product.deferred_for(y, x)
     if product is not None and product.topk_weights is not None:
         from ...kernels.triton.grouped import Lora

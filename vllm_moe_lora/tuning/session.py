@@ -1,0 +1,263 @@
+"""One session of `vllm-moe-lora tune` on one layer shape: first right, then fast, then a record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from vllm_moe_lora.kernels.triton import config
+from vllm_moe_lora.records import Choice, Conditions, LayerShape, Record
+from vllm_moe_lora.tuning import cases, sides
+from vllm_moe_lora.tuning.clock import Clock, Times
+from vllm_moe_lora.tuning.numbers import Expected, wrong
+
+CHECKED = (1, 3, 33, 257, 1025, 8192)  # tokens: below, at and above the limits of config.py
+SEARCHED = (1, 32, 512)  # tokens of the batches by which tiles are chosen
+CLOSE = 0.97  # another kind than upstream's must need less than this share of upstream's time
+
+Say = Callable[[str, float], None]  # (what is done, share of the session that is done)
+
+
+@dataclass
+class Session:
+    """What is known of one layer shape so far.
+
+    Attributes:
+        shape, conditions: of the record.
+        clock: times the kernels.
+        say: is called after each step.
+        on_gpu: False in Triton's interpreter: then upstream's kernels are left out.
+        base: whether the layer is unquantised, so that `tail` and the base GEMMs can run.
+        checked: tokens of the batches that are checked.
+        sizes: tokens of the batches that are timed, the most important first.
+        refused: kind -> why it must not serve this shape.
+        remarks: what else the user should know.
+        times: tokens -> kind -> times.
+        tiles: the best tiles; () for those of config.py.
+    """
+
+    shape: LayerShape
+    conditions: Conditions
+    clock: Clock
+    say: Say
+    on_gpu: bool = True
+    base: bool = False
+    checked: Sequence[int] = CHECKED
+    sizes: Sequence[int] = ()
+    refused: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    times: dict[int, Times] = field(default_factory=dict)
+    tiles: tuple[config.Tiles, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.device = "cuda" if self.on_gpu else "cpu"
+        if not self.sizes:
+            powers = [one for one in cases.CAPTURED if one & (one - 1) == 0]
+            rest = [one for one in cases.CAPTURED if one not in powers]
+            self.sizes = (*powers, *cases.LARGER, *rest)
+        self.layer = cases.layer(self.shape, self.device, self.base)
+        try:
+            self.factors: Any = sides.factors_of(self.layer)
+        except (TypeError, ValueError) as error:
+            self.factors = None
+            self.refused |= {"ours": str(error), "tail": str(error)}
+        if not self.base:
+            self.refused["tail"] = "the experts are quantised, or there is no memory for them"
+
+    def check(self) -> None:
+        """Compare all kinds with fp32 on all kinds of batches. One wrong number refuses a kind."""
+        total = len(self.checked) * len(cases.KINDS)
+        for number, tokens in enumerate(self.checked):
+            for index, kind in enumerate(cases.KINDS):
+                self._check_batch(tokens, kind)
+                done = (number * len(cases.KINDS) + index + 1) / total
+                self.say(f"numbers of {tokens} tokens, adapters: {kind}", 0.3 * done)
+
+    def _check_batch(self, tokens: int, kind: str, only: str = "") -> None:
+        """Check one batch; with ``only`` one kind of kernels."""
+        batch = cases.batch(self.shape, tokens, kind, self.device, seed=tokens)
+        expected = Expected(self.layer, batch)
+        case = f"{tokens} tokens, adapters: {kind}"
+        if "ours" not in self.refused and only in ("", "ours"):
+            for how in ("store", "add"):
+                out = sides.Outputs.of(self.layer, batch)
+                start = self._start(out, torch.nan if how == "store" else 1.0)
+                call = sides.ours(self.layer, self.factors, batch, out, how == "add")
+                self._judge("ours", call, out, expected, start, how, case)
+        if "tail" not in self.refused and only in ("", "tail"):
+            self._check_tail(batch, expected, case)
+        if self.on_gpu and not only:
+            out = sides.Outputs.of(self.layer, batch)
+            start = self._start(out, 1.0)
+            call = sides.upstream(self.layer, batch, out)
+            self._judge("upstream", call, out, expected, start, "add", case)
+
+    def _check_tail(self, batch: cases.Batch, expected: Expected, case: str) -> None:
+        out = sides.Outputs.of(self.layer, batch)
+        if self.on_gpu:
+            _, order = sides.vllm_base(self.layer, batch, out)
+        else:
+            order = sides.plain_order(self.layer, batch)
+        if config.base_tiles("", batch.x.dtype, order.block_m) is None:
+            return  # vLLM's blocks have a size that ours have not: such a batch goes upstream
+        start = self._start(out, torch.nan)
+        call = sides.tail(self.layer, self.factors, batch, out, order)
+        self._judge("tail", call, out, expected, start, "base", case)
+
+    def _start(self, out: sides.Outputs, value: float) -> list[torch.Tensor]:
+        """Fill the outputs and return a copy of them."""
+        for y in out.flat():
+            y.fill_(value)
+        return [y.clone() for y in out.flat()]
+
+    def _judge(
+        self,
+        kind: str,
+        call: sides.Call,
+        out: sides.Outputs,
+        expected: Expected,
+        start: list[torch.Tensor],
+        how: str,
+        case: str,
+    ) -> None:
+        """Run a kind once; refuse it if a number is wrong or it fails."""
+        try:
+            call()
+            found = wrong(out.flat(), expected, start, how)
+        except Exception as error:  # of any kind: Triton's and the driver's are many
+            found = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        if not found:
+            return
+        if kind == "upstream":  # it serves all the same, because nothing else may be left
+            self.remarks.append(f"vLLM's own kernels, {case}: {found}")
+        else:
+            self.refused.setdefault(kind, f"{case}: {found}")
+
+    def search(self, deadline: float) -> None:
+        """Find the fastest tiles for shrink and expand.
+
+        Tiles that fail to compile or give a wrong number are left out.
+
+        Args:
+            deadline: `time.monotonic()` at which to stop. What was found until then counts.
+        """
+        if "ours" in self.refused:
+            return
+        dtype = getattr(torch, self.shape.dtype)
+        arch = self.conditions.arch
+        best: tuple[config.Tiles, ...] = ()
+        best_us = self._score(best)
+        for part in range(2):
+            space = config.search_space(arch, dtype, self.shape.rank)[part]
+            for number, tiles in enumerate(space[1:]):
+                if time.monotonic() > deadline:
+                    break
+                if part and best:  # the best shrink with another expand
+                    tiles = _joined(best, tiles)
+                us = self._score(tiles)
+                done = (part + (number + 1) / len(space)) / 2
+                self.say(f"tiles: best {best_us:.1f} us, tried {us:.1f} us", 0.3 + 0.2 * done)
+                if us < CLOSE * best_us:
+                    best, best_us = tiles, us
+        self.tiles = best
+        self._use(best)
+
+    def _use(self, tiles: tuple[config.Tiles, ...]) -> None:
+        dtype = getattr(torch, self.shape.dtype)
+        config.use(self.conditions.arch, dtype, self.shape.rank, tiles)
+
+    def _score(self, tiles: tuple[config.Tiles, ...]) -> float:
+        """Return the microseconds that `SEARCHED` batches need with ``tiles``; inf if they fail."""
+        self._use(tiles)
+        refused = dict(self.refused)
+        try:
+            for tokens in (3, 257):
+                self._check_batch(tokens, "all", only="ours")
+            if self.refused != refused:
+                return float("inf")
+            total = 0.0
+            for tokens in SEARCHED if self.on_gpu else (1,):
+                batch = cases.batch(self.shape, tokens, "all", self.device)
+                out = sides.Outputs.of(self.layer, batch)
+                call = sides.ours(self.layer, self.factors, batch, out)
+                what = f"{tokens} {[tuple(asdict(one).values()) for one in tiles]}"
+                total += self.clock.time({"ours": call}, what)["ours"][0]
+            return total
+        except Exception:  # too much shared memory, for example
+            return float("inf")
+        finally:
+            self.refused = refused
+
+    def measure(self, deadline: float) -> None:
+        """Time all kinds at each size.
+
+        Args:
+            deadline: `time.monotonic()` at which to stop. At least one size is timed.
+        """
+        for number, tokens in enumerate(self.sizes):
+            if self.times and time.monotonic() > deadline:
+                self.remarks.append(f"time was up after {number} of {len(self.sizes)} sizes")
+                break
+            self.times[tokens] = self.clock.time(self._calls(tokens), str(tokens))
+            kinds = ", ".join(f"{kind} {us[0]:.1f} us" for kind, us in self.times[tokens].items())
+            self.say(f"{tokens} tokens: {kinds}", 0.5 + 0.5 * (number + 1) / len(self.sizes))
+
+    def _calls(self, tokens: int) -> dict[str, sides.Call]:
+        """Return the kinds that may serve a batch of ``tokens`` tokens, all of them with LoRA."""
+        batch = cases.batch(self.shape, tokens, "all", self.device)
+        out = sides.Outputs.of(self.layer, batch)
+        calls: dict[str, sides.Call] = {}
+        first: sides.Call | None = None
+        order = None
+        if self.base:
+            if self.on_gpu:
+                first, order = sides.vllm_base(self.layer, batch, out)
+            else:
+                order = sides.plain_order(self.layer, batch)
+        if self.on_gpu:
+            calls["upstream"] = sides.upstream(self.layer, batch, out)
+        else:
+            calls["upstream"] = lambda: None  # upstream's kernels do not run in the interpreter
+        if "ours" not in self.refused:
+            calls["ours"] = sides.ours(self.layer, self.factors, batch, out)
+        if first is not None:
+            calls = {kind: sides.after(first, call) for kind, call in calls.items()}
+        if order is not None and "tail" not in self.refused:
+            tiles = config.base_tiles("", batch.x.dtype, order.block_m)
+            if tiles is not None:
+                calls["tail"] = sides.tail(self.layer, self.factors, batch, out, order)
+        return calls
+
+    def record(self) -> Record | None:
+        """Return what was measured so far; None if nothing was."""
+        if not self.times:
+            return None
+        choices = tuple(
+            Choice(tokens, _winner(self.times[tokens]), self.times[tokens])
+            for tokens in sorted(self.times)
+        )
+        tiles = tuple(tuple(asdict(one).values()) for one in self.tiles)
+        base = self.base and self.on_gpu
+        return Record(self.conditions, self.shape, choices, tiles, dict(self.refused), base)
+
+
+def _winner(times: Times) -> str:
+    """Return the fastest kind; upstream's unless another one is clearly faster."""
+    upstream = times["upstream"]
+    best = min(times, key=lambda kind: times[kind][0])
+    clear = times[best][0] < CLOSE * upstream[0] and times[best][0] < upstream[1]
+    return best if clear else "upstream"
+
+
+def _joined(
+    shrink: tuple[config.Tiles, ...], expand: tuple[config.Tiles, ...]
+) -> tuple[config.Tiles, ...]:
+    """Return the tiles of ``shrink`` with the options that ``expand`` has for the expand kernel."""
+    return tuple(
+        replace(one, block_n=other.block_n, expand_warps=other.expand_warps)
+        for one, other in zip(shrink, expand, strict=True)
+    )

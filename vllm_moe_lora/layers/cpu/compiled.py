@@ -12,7 +12,10 @@ import os
 import shutil
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from ...log import get_logger
@@ -37,13 +40,9 @@ def keep_mode(config: Any, before: Any) -> None:
         before: what `requested` returned before vLLM's ``__post_init__``.
     """
     from vllm.config import CompilationMode
-    from vllm.platforms import current_platform
 
     compilation = config.compilation_config
-    off = compilation.mode == CompilationMode.NONE and config.lora_config is not None
-    if not off or not current_platform.is_cpu():
-        return
-    if config.model_config is None or not config.model_config.is_moe:
+    if compilation.mode != CompilationMode.NONE or not _ours(config):
         return
     mode, had_option = before
     eager = config.model_config.enforce_eager or os.environ.get("TORCH_COMPILE_DISABLE") == "1"
@@ -82,10 +81,8 @@ def prepare(config: Any, model: Any, manager: Any) -> None:
         manager: the `LoRAModelManager`.
     """
     from vllm.config import CompilationMode
-    from vllm.platforms import current_platform
 
-    mode = config.compilation_config.mode
-    if not current_platform.is_cpu() or mode in (None, CompilationMode.NONE):
+    if config.compilation_config.mode == CompilationMode.NONE or not _ours(config):
         return
     found: dict[str, tuple[Any, Any]] = {}
     unknown = [name for name, layer in manager.modules.items() if not _take(name, layer, found)]
@@ -102,6 +99,46 @@ def prepare(config: Any, model: Any, manager: Any) -> None:
     for module in model.modules():
         if hasattr(module, "do_not_compile"):
             module.do_not_compile = True
+
+
+@contextmanager
+def loadable(config: Any) -> Iterator[None]:
+    """Let vLLM load a compiled MoE model with LoRA from its cache, inside the block.
+
+    vLLM calls ``finalize_loading`` of what it loads. Its own backend, for GPUs, has that method.
+    Inductor's functions do not have it, and there is nothing to finalize.
+
+    Args:
+        config: the engine's `VllmConfig`.
+    """
+    import torch
+
+    if not _ours(config):
+        yield
+        return
+    load = torch.compiler.load_compiled_function
+
+    def load_compiled_function(*args: Any, **more: Any) -> Any:
+        loaded = load(*args, **more)
+        function = loaded._artifacts.compiled_fn
+        if isinstance(function, FunctionType) and not hasattr(function, "finalize_loading"):
+            function.finalize_loading = lambda config: None  # type: ignore[attr-defined]
+        return loaded
+
+    torch.compiler.load_compiled_function = load_compiled_function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compiler.load_compiled_function = load
+
+
+def _ours(config: Any) -> bool:
+    """Return whether an engine runs a MoE model with LoRA on a CPU."""
+    from vllm.platforms import current_platform
+
+    if config.lora_config is None or config.model_config is None:
+        return False
+    return bool(current_platform.is_cpu() and config.model_config.is_moe)
 
 
 def _take(name: str, layer: Any, found: dict[str, tuple[Any, Any]]) -> bool:

@@ -4,17 +4,23 @@
     python benchmarks/cpu_engine.py [--quant bf16 int4] [--layers 4] [--repeats 5] [--rows a b c1]
 
 Layers of Qwen1.5-MoE-A2.7B's shape (hidden 2048, 60 experts, top 4, intermediate 1408, shared
-5632), random weights, small vocabulary so that the layers are what is measured, eager mode
-everywhere (with LoRA vLLM compiles nothing on a CPU). Each row is an engine of its own:
+5632), random weights, small vocabulary so that the layers are what is measured. Each row is an
+engine of its own:
 
-  a   vLLM without LoRA, plugin off
-  b   plugin, LoRA enabled (4 slots, rank 16), no adapter loaded
-  b'  the same with four adapters loaded and none in the batch
-  c1  every request with one and the same adapter
-  c4  requests spread over four adapters
+  default  vLLM as it starts by default: compiled, without LoRA, plugin off
+  a        the same with --enforce-eager
+  b        plugin, LoRA enabled (4 slots, rank 16), no adapter loaded
+  b'       the same with four adapters loaded and none in the batch
+  c1       every request with one and the same adapter
+  c4       requests spread over four adapters
+  c1e      c1 with --enforce-eager
 
-INT4 (GPTQ, group 128): upstream offers its CPU INT4 experts only with AMX. On a CPU without AMX row
-a is vLLM's own class with that one check lifted by this script; the operators are the same.
+The engine of row "default" is there all the time. Each other row is measured in turns with it, so
+that the machine is the same for both, and its speed is a share of "default" in those turns.
+
+INT4 (GPTQ, group 128): upstream offers its CPU INT4 experts only with AMX. On a CPU without AMX the
+rows without LoRA are vLLM's own class with that one check lifted by this script; the operators are
+the same.
 """
 
 from __future__ import annotations
@@ -101,7 +107,7 @@ def write_adapter(folder: Path, layers: int, seed: int) -> None:
 
 
 def child(spec: dict[str, Any]) -> None:
-    """One engine: time every case, print one JSON line."""
+    """One engine: for each name of a case on stdin, print how long its steps take."""
     import torch
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
@@ -116,7 +122,7 @@ def child(spec: dict[str, Any]) -> None:
         load_format="dummy",
         skip_tokenizer_init=True,
         dtype="bfloat16",
-        enforce_eager=True,
+        enforce_eager=spec["eager"],
         max_model_len=1024,
         max_num_seqs=8,
         max_num_batched_tokens=2048,
@@ -149,61 +155,107 @@ def child(spec: dict[str, Any]) -> None:
     if spec["warm"]:
         steps(4, 4, 2, requests)
     active = requests[: spec["active"]]
-    result: dict[str, Any] = {}
-    for name, (batch, length) in CASES.items():
-        decode = length <= 16
-        tokens = 1 + STEPS if decode else 1
+    for batch, length in CASES.values():
         steps(batch, length, 3, active)
-        taken = [steps(batch, length, tokens, active) for _ in range(spec["repeats"])]
-        result[name] = 1e3 * median([t for run in taken for t in run[1 if decode else 0 :][:STEPS]])
-    result["weights"] = sum(
+    weights = sum(
         llm.apply_model(lambda m: sum(p.numel() * p.element_size() for p in m.parameters()))
     )
-    print("RESULT " + json.dumps(result), flush=True)
+    print("RESULT " + json.dumps(weights), flush=True)
+    for line in sys.stdin:
+        batch, length = CASES[line.strip()]
+        decode = length <= 16
+        taken = steps(batch, length, 1 + STEPS if decode else 1, active)
+        print("RESULT " + json.dumps(taken[1:][:STEPS] if decode else taken[:1]), flush=True)
 
 
-def measure(folder: Path, quant: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    import torch
+class Engine:
+    """One row's engine, in a process of its own. ``weights`` are the bytes of its parameters."""
 
-    model = folder / quant
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(config(args.layers, quant)))
-    adapters = [str(folder / f"adapter{i}") for i in range(4)]
-    lift = quant == "int4" and not torch.cpu._is_amx_tile_supported()
-    rows: dict[str, dict[str, Any]] = {
-        "a": {"adapters": [], "active": 0, "warm": False},
-        "b": {"adapters": adapters, "active": 0, "warm": False},
-        "b'": {"adapters": adapters, "active": 0, "warm": True},
-        "c1": {"adapters": adapters, "active": 1, "warm": False},
-        "c4": {"adapters": adapters, "active": 4, "warm": False},
-    }
-    found = {}
-    for row, how in rows.items():
-        if row not in args.rows:
-            continue
-        spec = {"model": str(model), "repeats": args.repeats, **how}
-        spec["lift_amx"] = lift and row == "a"
+    def __init__(self, row: str, spec: dict[str, Any]) -> None:
         env = {
             **os.environ,
-            "VLLM_MOE_LORA": "0" if row == "a" else "1",
+            "VLLM_MOE_LORA": "1" if spec["adapters"] else "0",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
             "VLLM_LOGGING_LEVEL": "WARNING",
             "HF_HUB_OFFLINE": "1",
         }
-        done = subprocess.run(
+        self.row, self.errors = row, tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
             [sys.executable, __file__, "--child", json.dumps(spec)],
             env=env,
-            capture_output=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
             text=True,
-            check=False,
         )
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if not lines:
-            sys.exit(f"row {row} failed:\n{(done.stdout + done.stderr)[-3000:]}")
-        found[row] = json.loads(lines[0].removeprefix("RESULT "))
+        self.weights = self._result()
+
+    def _result(self) -> Any:
+        assert self.process.stdout is not None
+        printed = []
+        for line in self.process.stdout:
+            if line.startswith("RESULT "):
+                return json.loads(line.removeprefix("RESULT "))
+            printed.append(line)
+        self.errors.seek(0)
+        sys.exit(f"row {self.row} failed:\n{(''.join(printed) + self.errors.read())[-3000:]}")
+
+    def seconds(self, case: str) -> list[float]:
+        """Run a batch; return how long each step took."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{case}\n")
+        self.process.stdin.flush()
+        taken: list[float] = self._result()
+        return taken
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(folder: Path, quant: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Return row -> case -> milliseconds a step; with " share" its speed as a share of default."""
+    import torch
+
+    model = folder / quant
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(config(args.layers, quant)))
+    adapters = [str(folder / f"adapter{i}") for i in range(4)]
+    bare: dict[str, Any] = {"adapters": [], "active": 0, "warm": False, "eager": False}
+    lora = {**bare, "adapters": adapters}
+    rows: dict[str, dict[str, Any]] = {
+        "a": {**bare, "eager": True},
+        "b": lora,
+        "b'": {**lora, "warm": True},
+        "c1": {**lora, "active": 1},
+        "c4": {**lora, "active": 4},
+        "c1e": {**lora, "active": 1, "eager": True},
+    }
+    lift = quant == "int4" and not torch.cpu._is_amx_tile_supported()
+
+    def start(row: str, how: dict[str, Any]) -> Engine:
+        lifted = lift and not how["adapters"]
+        return Engine(row, {"model": str(model), "lift_amx": lifted, **how})
+
+    default = start("default", bare)
+    found: dict[str, dict[str, float]] = {"default": {"weights": default.weights}}
+    references: dict[str, list[float]] = {case: [] for case in CASES}
+    for row in [row for row in rows if row in args.rows]:
+        engine = start(row, rows[row])
+        found[row] = {"weights": engine.weights}
+        for case in CASES:
+            turns = [(default.seconds(case), engine.seconds(case)) for _ in range(args.repeats)]
+            reference = [t for one, _ in turns for t in one]
+            own = median([t for _, one in turns for t in one])
+            references[case] += reference
+            found[row] |= {case: 1e3 * own, f"{case} share": median(reference) / own}
+        engine.end()
         print(f"  {quant} {row}: {found[row]}", file=sys.stderr, flush=True)
+    default.end()
+    found["default"] |= {case: 1e3 * median(taken) for case, taken in references.items() if taken}
     return found
 
 
@@ -212,7 +264,7 @@ def main() -> None:
     parser.add_argument("--quant", nargs="+", default=["bf16", "int4"], choices=["bf16", "int4"])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rows", nargs="+", default=["a", "b", "b'", "c1", "c4"])
+    parser.add_argument("--rows", nargs="+", default=["a", "b", "b'", "c1", "c4", "c1e"])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -231,13 +283,13 @@ def main() -> None:
     import torch
 
     print(f"{torch.get_num_threads()} threads, {torch.__version__}, {args.layers} layers; "
-          f"ms a step, median, and speed as a share of a")  # fmt: skip
+          f"ms a step, median, and speed as a share of default")  # fmt: skip
     for quant, rows in results.items():
         print(f"\n| {quant} | {' | '.join(CASES)} | weights |")
         print("|---" * (len(CASES) + 2) + "|")
         for row, found in rows.items():
-            cells = [f"{found[c]:.2f} ({rows['a'][c] / found[c]:.2f})" for c in CASES]
-            size = found["weights"] / rows["a"]["weights"]
+            cells = [f"{found[c]:.2f} ({found.get(f'{c} share', 1):.2f})" for c in CASES]
+            size = found["weights"] / rows["default"]["weights"]
             print(f"| {row} | {' | '.join(cells)} | {size:.3f} |")
 
 

@@ -1,4 +1,4 @@
-"""vllm/config/vllm.py: the key under which vLLM keeps compiled artefacts."""
+"""vllm/config/vllm.py: the key of compiled artefacts, and whether a CPU compiles with LoRA."""
 
 from __future__ import annotations
 
@@ -21,7 +21,34 @@ def _compute_hash(original: Callable[..., Any]) -> Callable[..., Any]:
     return compute_hash
 
 
+def _post_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __post_init__(self: Any) -> None:
+        if self.lora_config is None:
+            return original(self)
+        from ..layers.cpu import compiled
+
+        before = compiled.requested(self)
+        original(self)
+        compiled.keep_mode(self, before)
+        return None
+
+    return __post_init__
+
+
 HOOKS = (
+    # Upstream's rule is in vllm/platforms/cpu.py, which cannot have a hook: a patched tree would
+    # ask for the platform while that file is imported. Asking while this file is imported is too
+    # early, too: so the hook has no `platforms`, and asks when it is called.
+    Hook(
+        feature="cpu-compile",
+        target="vllm.config.vllm:VllmConfig.__post_init__",
+        make=_post_init,
+        releases=">=0.30,<0.34",
+        why="with LoRA the CPU platform switches torch.compile off, because it would trace the "
+        "adapters of one batch as constants; here LoRA consists of operators, which are not traced",
+        upstream="",
+        until="upstream's punica wrapper and experts are operators on the CPU, too",
+    ),
     Hook(
         feature="compile-cache",
         target="vllm.config.vllm:VllmConfig.compute_hash",

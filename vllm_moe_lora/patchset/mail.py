@@ -19,6 +19,7 @@ SUBJECTS = {
     FIRST: "[Misc][LoRA] Add the decorator that applies LoRA fixes for MoE models",
     "adapters": "[Bugfix][LoRA] Read every layout of routed experts, account for every tensor",
     "compile-cache": "[Bugfix][LoRA] Key compiled artefacts of MoE models by these patches, too",
+    "cpu-compile": "[Feature][LoRA][CPU] Compile MoE models with LoRA, too",
     "cpu-dense-lora": "[Bugfix][LoRA][CPU] Add no adapter to base tokens of MoE models",
     "cpu-experts": "[Feature][LoRA][CPU] Apply LoRA to unquantized MoE experts",
     "cpu-int4-experts": "[Feature][LoRA][CPU] Apply LoRA to INT4 MoE experts",

@@ -77,6 +77,7 @@ class CPULoRAExperts:
 
     moe_config: Any  # the layer's FusedMoEConfig, set by upstream
     _lora_context: MoELoRAContext | None = None
+    operator_name: str = ""  # of these experts in compiled code; layers/cpu/compiled.py sets it
     # [slots] int64, the rank of the adapter in each slot; 0 if these experts have no LoRA there.
     _ranks: torch.Tensor = torch.zeros(0, dtype=torch.int64)
 
@@ -182,9 +183,24 @@ class CPULoRAExperts:
         expert_tokens_meta: Any,
         apply_router_weight_on_input: bool,
     ) -> None:
-        """Compute the experts' output of a batch; see upstream's `FusedMoEExpertsModular.apply`."""
-        plan = self.plan_batch(hidden_states.shape[0], topk_ids)
-        rest = (
+        """Compute the experts' output of a batch; see upstream's `FusedMoEExpertsModular.apply`.
+
+        While it is traced, an operator is called that calls `compute`.
+        """
+        if torch.compiler.is_compiling():
+            from .operators import OPERATORS
+
+            # w1 and w2 must not be traced: slot_written gives them other shapes.
+            name = self.operator_name
+            OPERATORS.routed_experts(output, hidden_states, topk_weights, topk_ids, name)
+            return
+        self.compute(
+            output,
+            hidden_states,
+            w1,
+            w2,
+            topk_weights,
+            topk_ids,
             activation,
             global_num_experts,
             expert_map,
@@ -195,6 +211,20 @@ class CPULoRAExperts:
             expert_tokens_meta,
             apply_router_weight_on_input,
         )
+
+    def compute(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        *rest: Any,
+    ) -> None:
+        """Do what `apply` does. ``rest`` are its further arguments, in its order."""
+        activation, apply_router_weight_on_input = rest[0], rest[-1]
+        plan = self.plan_batch(hidden_states.shape[0], topk_ids)
         if plan is None:
             self.apply_base(output, hidden_states, w1, w2, topk_weights, topk_ids, *rest)
             return

@@ -1,0 +1,73 @@
+"""A child whose engine is compiled, and whose adapters change between two rounds of requests.
+
+The environment variable ACTIONS is JSON, {"2": [["unload", "a"]]}: adapter a is removed before the
+third round. After each round the child prints "MODE", the compilation mode, and whether the model's
+forward pass has been compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+
+import torch
+import torch._dynamo.config
+
+# The parent of forks imported torch with TORCHDYNAMO_DISABLE=1.
+torch._dynamo.config.disable = False
+
+from vllm import LLM  # noqa: E402
+from vllm.lora.request import LoRARequest  # noqa: E402
+
+from vllm_moe_lora.tiny import engine  # noqa: E402
+
+actions = json.loads(os.environ.get("ACTIONS", "{}"))
+spec = json.load(open(sys.argv[1]))  # noqa: SIM115
+numbers = {name: number for number, name in enumerate(spec["adapters"], start=1)}
+_generate, rounds = LLM.generate, 0
+
+
+def _is_compiled(model):
+    ways = ("compiled", "aot_compiled_fn")
+    modules = [m for m in model.modules() if getattr(m, "do_not_compile", True) is False]
+    return any(getattr(m, way, None) for m in modules for way in ways)
+
+
+def _generating(self, *args, **more):
+    global rounds
+    for action, *rest in actions.get(str(rounds), []):
+        getattr(sys.modules[__name__], action)(self.llm_engine, *rest)
+    rounds += 1
+    answer = _generate(self, *args, **more)
+    mode = self.llm_engine.vllm_config.compilation_config.mode.name
+    print("MODE", mode, *self.apply_model(_is_compiled), flush=True)
+    return answer
+
+
+def unload(llm, name):
+    assert llm.remove_lora(numbers[name])
+
+
+def replace(llm, name, by):
+    """``name`` gets the factors of another adapter, in its place."""
+    shutil.copytree(spec["adapters"][by], spec["adapters"][name], dirs_exist_ok=True)
+    request = LoRARequest(name, numbers[name], spec["adapters"][name], load_inplace=True)
+    assert llm.add_lora(request)
+
+
+def load(llm, name):
+    assert llm.add_lora(LoRARequest(name, numbers[name], spec["adapters"][name]))
+
+
+if os.environ.get("WITHOUT_OPERATOR"):
+    from vllm_moe_lora.layers.cpu import compiled
+
+    _take = compiled._take
+    compiled._take = lambda name, *args: "o_proj" not in name and _take(name, *args)
+
+LLM.generate = _generating
+
+if __name__ == "__main__":
+    engine.main(*sys.argv[1:])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from vllm_moe_lora import cli, probe
 from vllm_moe_lora.commands import doctor as doctor_command
-from vllm_moe_lora.commands import plan
+from vllm_moe_lora.commands import plan as plan_command
 from vllm_moe_lora.tiny import adapters, models
 
 
@@ -203,4 +203,4 @@ def test_the_command_that_serves(installed, command, monkeypatch):
         return "1"
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert plan._server("M") == command
+    assert plan_command._server("M") == command

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import importlib
 import inspect
 import json
 import os
@@ -32,12 +33,13 @@ class Captured(Exception):
 
 def main(*checkpoints):
     import torch
-
-    import vllm_moe_lora
-
-    os.environ["VLLM_MOE_LORA"] = "1"
     import vllm
 
+    import vllm_moe_lora
+    from vllm_moe_lora.layers.cpu import torch_experts
+
+    os.environ["VLLM_MOE_LORA"] = "1"
+    torch_experts.is_monolithic = lambda runner: False  # 0.24 to 0.27 on a CPU
     with as_cuda():
         vllm_moe_lora.register()
     results = {"release": vllm.__version__.partition("+")[0], "models": {}}
@@ -61,7 +63,6 @@ def as_cuda():
 def traced(torch, checkpoint):
     model, worker = world.build(checkpoint, {"compilation_config": {"custom_ops": ["none"]}})
     modules = worker._adapter_manager.modules
-    as_on_a_gpu(torch, model, modules)
     graphs, ours = [], set()
 
     def backend(graph, inputs):
@@ -71,7 +72,8 @@ def traced(torch, checkpoint):
     inner = model.model
     ids = torch.arange(5, dtype=torch.int64)
     torch._dynamo.reset()
-    with watching(ours), contextlib.suppress(torch._dynamo.exc.BackendCompilerFailed):
+    stopped = contextlib.suppress(torch._dynamo.exc.BackendCompilerFailed)
+    with as_on_a_gpu(torch, model, modules), watching(ours), stopped:
         torch.compile(type(inner).forward, fullgraph=True, backend=backend)(inner, ids, ids.clone())
     (graph,) = graphs
     operators = collections.Counter(
@@ -81,15 +83,16 @@ def traced(torch, checkpoint):
     return {"operators": operators, "ours": sorted(ours), "layers": layers}
 
 
+@contextlib.contextmanager
 def as_on_a_gpu(torch, model, modules):
-    import vllm.triton_utils
-
-    vllm.triton_utils.HAS_TRITON = True  # before punica's file for GPUs is imported
     from vllm.lora.layers import FusedMoEWithLoRA, LoRAMapping
-    from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
+    from vllm.lora.punica_wrapper import punica_gpu
 
+    triton_ops = importlib.import_module("vllm.lora.ops.triton_ops")
+    for name in triton_ops.__all__:  # they are there where Triton finds a GPU
+        setattr(punica_gpu, name, getattr(triton_ops, name))
     config = world.CONFIGS[-1].lora_config
-    punica = PunicaWrapperGPU(32, 32, "cpu", lora_config=config, max_loras=1)
+    punica = punica_gpu.PunicaWrapperGPU(32, 32, "cpu", lora_config=config, max_loras=1)
     ids = (1, 0, 1, 1, 0)
     wanted = {"vocab_size": 512, "extra_vocab_size": 0}
     known = inspect.signature(punica.update_metadata).parameters
@@ -99,16 +102,23 @@ def as_on_a_gpu(torch, model, modules):
         if not isinstance(module, FusedMoEWithLoRA):  # all that it calls is opaque
             module.set_mapping(punica)
 
-    def product(layer, x, weight, bias=None):
-        return torch.nn.functional.linear(x, weight, bias)
-
-    stage.everywhere("dispatch_unquantized_gemm", lambda: product)
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.platforms import current_platform
 
-    type(current_platform).is_cpu = lambda self: False
-    for module in model.modules():
-        if hasattr(module, "_select_forward"):  # of the MoE layer; it asks when it is made
-            module._forward_entry = module._select_forward()
+    def apply(self, layer, x, bias=None):
+        return torch.nn.functional.linear(x, layer.weight, bias)
+
+    def no_cpu(self):
+        return False
+
+    with (
+        mock.patch.object(UnquantizedLinearMethod, "apply", apply),
+        mock.patch.object(type(current_platform), "is_cpu", no_cpu),
+    ):
+        for module in model.modules():
+            if hasattr(module, "_select_forward"):  # of the MoE layer; it asks when it is made
+                module._forward_entry = module._select_forward()
+        yield
 
 
 @contextlib.contextmanager
@@ -120,13 +130,12 @@ def watching(ours):
 
     home, real = str(Path(vllm_moe_lora.__file__).parent), Translator.inline_call_
 
-    def inline_call_(parent, function, args, kwargs):
-        code = function.get_code()
-        if code.co_filename.startswith(home):
-            ours.add(f"{Path(code.co_filename).stem}.{code.co_name}")
-        return real(parent, function, args, kwargs)
+    def inline_call_(self):
+        if self.f_code.co_filename.startswith(home):
+            ours.add(f"{Path(self.f_code.co_filename).stem}.{self.f_code.co_name}")
+        return real(self)
 
-    with mock.patch.object(Translator, "inline_call_", staticmethod(inline_call_)):
+    with mock.patch.object(Translator, "inline_call_", inline_call_):
         yield
 
 

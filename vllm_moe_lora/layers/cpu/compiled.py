@@ -15,7 +15,6 @@ import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 from ...log import get_logger
@@ -106,7 +105,7 @@ def loadable(config: Any) -> Iterator[None]:
     """Let vLLM load a compiled MoE model with LoRA from its cache, inside the block.
 
     vLLM calls ``finalize_loading`` of what it loads. Its own backend, for GPUs, has that method.
-    Inductor's functions do not have it, and there is nothing to finalize.
+    What torch makes of Inductor's code does not, and there is nothing to finalize.
 
     Args:
         config: the engine's `VllmConfig`.
@@ -120,9 +119,9 @@ def loadable(config: Any) -> Iterator[None]:
 
     def load_compiled_function(*args: Any, **more: Any) -> Any:
         loaded = load(*args, **more)
-        function = loaded._artifacts.compiled_fn
-        if isinstance(function, FunctionType) and not hasattr(function, "finalize_loading"):
-            function.finalize_loading = lambda config: None  # type: ignore[attr-defined]
+        compiled = loaded._artifacts.compiled_fn  # type: ignore[attr-defined]
+        if not hasattr(compiled, "finalize_loading"):
+            compiled.finalize_loading = lambda config: None
         return loaded
 
     torch.compiler.load_compiled_function = load_compiled_function  # type: ignore[assignment]

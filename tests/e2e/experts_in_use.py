@@ -17,7 +17,6 @@ from vllm_moe_lora.tiny import engine
 
 # What is patched in is what runs.
 _home = "vllm.lora.moe_lora" if importlib.util.find_spec("vllm.lora.moe_lora") else "vllm_moe_lora"
-cpu = importlib.import_module(f"{_home}.kernels.cpu")
 cpu_experts, cpu_int4, cpu_unquantized = (
     importlib.import_module(f"{_home}.layers.cpu.{name}")
     for name in ("experts", "int4", "unquantized")
@@ -26,7 +25,7 @@ calls = 0
 
 
 def _counted(name, *users):
-    real = getattr(cpu if hasattr(cpu, name) else cpu_experts, name)
+    real = getattr(users[0], name)
 
     def call(*args, **more):
         global calls
@@ -37,6 +36,7 @@ def _counted(name, *users):
         setattr(module, name, call)
 
 
+_counted("make_pairs", cpu_experts)
 _counted("make_plan", cpu_experts)
 _counted("token_slots", cpu_experts)
 _counted("shrink", cpu_unquantized, cpu_int4)

@@ -1,16 +1,19 @@
 """LoRA on the dense linear layers of a MoE model, on the CPU.
 
 These layers are attention, shared experts, gates and embeddings. hooks/lora_punica_cpu.py calls the
-functions here in place of vLLM's. For each adapter in the batch they take the rows of its tokens
-and compute two matrix products. A token without an adapter is not touched.
+functions here in place of vLLM's. A token without an adapter is not touched.
+
+`add_lora` is one call of a native kernel (native/), where there is one. Its plain form,
+`add_lora_torch`, takes the rows of each adapter and computes two matrix products. The kernel sums
+in fp32 and rounds once; the plain form rounds each product to y's dtype.
 """
 
 from __future__ import annotations
 
 import torch
 
-# (adapter slot, [n] int64 rows of the batch that use it). None stands for all rows.
-Segments = list[tuple[int, torch.Tensor | None]]
+from .native import calls
+from .native.calls import Segments
 
 
 def row_segments(token_slots: torch.Tensor) -> Segments:
@@ -26,8 +29,8 @@ def row_segments(token_slots: torch.Tensor) -> Segments:
     """
     slots = token_slots.unique().tolist()
     if len(slots) == 1:
-        return [(slots[0], None)] if slots[0] >= 0 else []
-    return [(s, (token_slots == s).nonzero().flatten()) for s in slots if s >= 0]
+        return Segments([(slots[0], None)] if slots[0] >= 0 else [])
+    return Segments((s, (token_slots == s).nonzero().flatten()) for s in slots if s >= 0)
 
 
 def add_lora(
@@ -41,7 +44,7 @@ def add_lora(
 ) -> None:
     """Compute y[:, slice i] += scale * lora_b[i] (lora_a[i] x) in place, for rows with an adapter.
 
-    A merged layer has several slices, for example q, k and v. All products are in y's dtype.
+    A merged layer has several slices, for example q, k and v.
 
     Args:
         y: [tokens, out], any float dtype; its last axis is contiguous.
@@ -53,6 +56,20 @@ def add_lora(
         output_slices: the width of each slice in y. It may be smaller than out_i, if the base
             layer is padded.
     """
+    if not calls.add_lora(y, x, lora_a, lora_b, segments, scale, output_slices):
+        add_lora_torch(y, x, lora_a, lora_b, segments, scale, output_slices)
+
+
+def add_lora_torch(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: tuple[torch.Tensor, ...],
+    lora_b: tuple[torch.Tensor, ...],
+    segments: Segments,
+    scale: float,
+    output_slices: tuple[int, ...],
+) -> None:
+    """Do what `add_lora` does with torch's operators. All products are in y's dtype."""
     for slot, rows in segments:
         picked = (x if rows is None else x.index_select(0, rows)).to(y.dtype)
         start = 0

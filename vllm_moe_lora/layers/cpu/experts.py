@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...kernels.cpu import PairPlan, make_plan
+from ...kernels.native.pairs import Pairs, make_pairs
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.experts.lora_context import MoELoRAContext
@@ -80,6 +81,7 @@ class CPULoRAExperts:
     operator_name: str = ""  # of these experts in compiled code; layers/cpu/compiled.py sets it
     # [slots] int64, the rank of the adapter in each slot; 0 if these experts have no LoRA there.
     _ranks: torch.Tensor = torch.zeros(0, dtype=torch.int64)
+    highest_rank: int = 0  # of all slots
 
     @staticmethod
     def supports_lora() -> bool:
@@ -108,21 +110,35 @@ class CPULoRAExperts:
         if slot >= ranks.numel():
             ranks = torch.nn.functional.pad(ranks, (0, slot + 1 - ranks.numel()))
         self._ranks = ranks.index_fill(0, torch.tensor([slot]), rank)
+        self.highest_rank = int(self._ranks.max())
 
-    def plan_batch(self, num_tokens: int, topk_ids: torch.Tensor) -> PairPlan | None:
-        """Collect the token-expert pairs with LoRA; None if the batch has none.
+    def batch_slots(self, num_tokens: int) -> torch.Tensor | None:
+        """Return the adapter slot of each token; None if the batch has no LoRA on these experts.
 
         Args:
             num_tokens: tokens of the batch, padding included.
-            topk_ids: [tokens, top_k] int, local expert ids.
         """
         context = self._lora_context
         # hooks/lora_punica_cpu.py sets token_segments for each batch. [] means: no adapters.
         if context is None or getattr(context.punica_wrapper, "token_segments", None) == []:
             return None
-        if not self._ranks.any():
-            return None
-        slots = token_slots(context, num_tokens)
+        return token_slots(context, num_tokens) if self.highest_rank else None
+
+    def native_pairs(self, slots: torch.Tensor, topk_ids: torch.Tensor) -> Pairs | None:
+        """Collect the token-expert pairs with LoRA for the native kernels; see `make_pairs`."""
+        context = self._lora_context
+        assert context is not None
+        return make_pairs(slots, self._ranks, topk_ids, context.local_num_experts)
+
+    def plan_batch(self, slots: torch.Tensor, topk_ids: torch.Tensor) -> PairPlan | None:
+        """Collect the token-expert pairs with LoRA; None if the batch has none.
+
+        Args:
+            slots: from `batch_slots`.
+            topk_ids: [tokens, top_k] int, local expert ids.
+        """
+        context = self._lora_context
+        assert context is not None
         # A token whose adapter has no LoRA on these experts counts as one without an adapter. A
         # token with slot -1 reads the last entry of ranks, and keeps -1 whatever that is.
         ranks = torch.nn.functional.pad(self._ranks, (0, context.max_loras + 1))
@@ -164,6 +180,27 @@ class CPULoRAExperts:
             ``hidden_states``.
         """
         raise NotImplementedError
+
+    def apply_native(
+        self,
+        pairs: Pairs,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: Any,
+        router_weight_on_input: bool,
+    ) -> bool:
+        """Do what `apply_lora` does with the native kernels, and write the result to ``output``.
+
+        Only the rows of tokens with an adapter are written.
+
+        Returns:
+            Whether it was possible. If not, `apply_lora` has to run.
+        """
+        return False
 
     def apply(
         self,
@@ -224,29 +261,50 @@ class CPULoRAExperts:
     ) -> None:
         """Do what `apply` does. ``rest`` are its further arguments, in its order."""
         activation, apply_router_weight_on_input = rest[0], rest[-1]
-        plan = self.plan_batch(hidden_states.shape[0], topk_ids)
-        if plan is None:
-            self.apply_base(output, hidden_states, w1, w2, topk_weights, topk_ids, *rest)
+        given = hidden_states, w1, w2, topk_weights, topk_ids
+        slots = self.batch_slots(hidden_states.shape[0])
+        if slots is None:
+            self.apply_base(output, *given, *rest)
             return
-        with_lora = self.apply_lora(
-            plan,
-            hidden_states,
-            w1,
-            w2,
-            topk_weights,
-            topk_ids,
-            activation,
-            apply_router_weight_on_input,
-        )
+        pairs = self.native_pairs(slots, topk_ids)
+        if pairs is not None:
+            if not len(pairs):
+                self.apply_base(output, *given, *rest)
+                return
+            lora = *given, activation, apply_router_weight_on_input
+            if self.apply_native(pairs, output, *lora):
+                self._apply_base_rows(pairs.rows, output, *given, *rest)
+                return
+        plan = self.plan_batch(slots, topk_ids)
+        if plan is None:
+            self.apply_base(output, *given, *rest)
+            return
+        with_lora = self.apply_lora(plan, *given, activation, apply_router_weight_on_input)
         if plan.rows.numel() == hidden_states.shape[0]:
             output.copy_(with_lora)
             return
+        self._apply_base_rows(plan.rows, output, *given, *rest)
+        output[plan.rows] = with_lora.to(output.dtype)
+
+    def _apply_base_rows(
+        self,
+        rows_with_lora: torch.Tensor,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        *rest: Any,
+    ) -> None:
+        """Run `apply_base` for all rows but ``rows_with_lora``, and write only to those."""
+        if rows_with_lora.numel() == hidden_states.shape[0]:
+            return
         base = torch.ones(hidden_states.shape[0], dtype=torch.bool)
-        base[plan.rows] = False
+        base[rows_with_lora] = False
         rows = base.nonzero().flatten()
         part = output.new_empty(rows.numel(), output.shape[1])
         self.apply_base(
             part, hidden_states[rows], w1, w2, topk_weights[rows], topk_ids[rows], *rest
         )
         output[rows] = part
-        output[plan.rows] = with_lora.to(output.dtype)

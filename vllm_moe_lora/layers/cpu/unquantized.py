@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ...kernels.cpu import PairPlan, expand_add, shrink
+from ...kernels.native.pairs import Pairs
 from .columns import ColumnAllocator
 from .experts import CPULoRAExperts, combine
 
@@ -290,6 +291,35 @@ class WidenedCPUExperts(CPULoRAExperts):
         z2 = self._read_shrunk(out, rank, ranks, plan)
         expand_add(y, z2, context.w2_lora_b_stacked[0][:, :, :, :rank], plan)
         return combine(y, None if router_weight_on_input else topk_weights, plan)
+
+    def apply_native(
+        self,
+        pairs: Pairs,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: Any,
+        router_weight_on_input: bool,
+    ) -> bool:
+        """See `CPULoRAExperts.apply_native`."""
+        context = self._lora_context
+        assert context is not None
+        slots = range(self._ranks.numel())
+        x = hidden_states.new_empty(len(pairs), self._hidden + self._w13_columns.capacity)
+        columns = [self._w13_columns.regions.get(slot, (0, 0))[0] for slot in slots]
+        if not pairs.before(hidden_states, x, columns, context.w13_lora_a_stacked):
+            return False
+        out = x.new_empty(len(pairs), self._hidden + self._w2_rows.capacity)
+        ones = topk_weights.new_ones(len(pairs), 1)
+        # Each pair is a token of its own with one expert, so nothing is summed here.
+        self._run_operator(out, x, ones, pairs.ids, activation, True)
+        columns = [self._w2_rows.regions.get(slot, (0, 0))[0] for slot in slots]
+        weights = None if router_weight_on_input else topk_weights
+        lora_b = context.w2_lora_b_stacked[0]
+        return pairs.after(out, output, columns, lora_b, self.highest_rank, weights)
 
     def _write_shrunk(
         self, x: torch.Tensor, z: list[torch.Tensor], ranks: dict[int, int], plan: PairPlan

@@ -1,0 +1,171 @@
+"""The token-expert pairs of a batch, and LoRA on them before and after the base experts."""
+
+from __future__ import annotations
+
+import functools
+from array import array
+from collections.abc import Sequence
+
+import torch
+
+from . import build, pool
+from .calls import DTYPES, SMALL, address, fit
+
+_HALF, _SEGMENT = 40, 4  # of the table, and int64 a segment: see routed.py
+
+
+class Pairs:
+    """All pairs of the tokens with an adapter, in token order: pair i * top_k + k of row i.
+
+    Attributes:
+        rows: [n] int64, the rows of the batch whose tokens have an adapter, ascending.
+        ids: [pairs, 1] int32, the local expert of each pair; 0 if it is on another device.
+    """
+
+    def __init__(self, kernels: build.Kernels, table: array[int], keep: Sequence[object]) -> None:
+        self._kernels, self._table, self._keep = kernels, table, keep
+        scratch, ids = keep[0], keep[1]
+        assert isinstance(scratch, torch.Tensor)
+        assert isinstance(ids, torch.Tensor)
+        self.rows: torch.Tensor = scratch[: table[35]]
+        self.ids: torch.Tensor = ids[: table[35] * table[29]]
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def _fit(self, wide: torch.Tensor, x: torch.Tensor, factors: Sequence[torch.Tensor]) -> bool:
+        """Return whether the kernels take these tensors."""
+        tokens, slots = self._table[24], self._table[32]
+        rows = wide.shape[0] == len(self) and x.shape[0] == tokens and wide.shape[1] >= x.shape[1]
+        return rows and fit(wide, x, *factors) and all(f.shape[0] >= slots for f in factors)
+
+    def _run(
+        self,
+        kernel: int,
+        x: torch.Tensor,
+        wide: torch.Tensor,
+        columns: Sequence[int],
+        factors: Sequence[torch.Tensor],
+        hidden: int,
+        z: torch.Tensor | None,
+        weights: torch.Tensor | None,
+    ) -> None:
+        first = factors[0]
+        table, parts = self._table, array("q")
+        for factor in factors:
+            parts.extend((factor.data_ptr(), factor.stride(0), factor.stride(1)))
+        places = array("q", columns)
+        del table[_HALF:]
+        table[0] = table[8] = table[16] = 0
+        table.extend((DTYPES[wide.dtype], x.data_ptr(), x.stride(0), hidden))
+        table.extend((wide.data_ptr(), wide.stride(0), address(places)))
+        table.extend((len(factors), address(parts), first.stride(2)))
+        table.extend((0, 0) if z is None else (z.data_ptr(), z.shape[1]))
+        table.append(int(first.shape[1] == 1))
+        table.extend((0, 0) if weights is None else (weights.data_ptr(), weights.stride(0)))
+        table.extend((x.data_ptr(), x.stride(0), wide.shape[1]))
+        work = len(self) * hidden * first.shape[-2 if z is None else -1]
+        pool.run(kernel, address(table), work < SMALL)
+
+    def before(
+        self,
+        hidden_states: torch.Tensor,
+        wide: torch.Tensor,
+        columns: Sequence[int],
+        lora_a: Sequence[torch.Tensor],
+    ) -> bool:
+        """Fill the rows that the base experts get; return whether it was possible.
+
+        Args:
+            hidden_states: [tokens, hidden] of the whole batch.
+            wide: [pairs, hidden and more], is overwritten: hidden states, then lora_a x of each
+                slice in the columns of the pair's slot, then zeros.
+            columns: the first column of each slot, counted from ``hidden``.
+            lora_a: one tensor a slice, [slots, experts or 1, rank, hidden].
+        """
+        if not self._fit(wide, hidden_states, lora_a):
+            return False
+        if any(a.stride(2) != lora_a[0].stride(2) for a in lora_a):
+            return False
+        hidden = hidden_states.shape[1]
+        if any(a.shape[-1] != hidden or a.shape[1] != lora_a[0].shape[1] for a in lora_a):
+            return False
+        x, before = hidden_states, self._kernels.before
+        self._run(before, x, wide, columns, lora_a, hidden, None, None)
+        return True
+
+    def after(
+        self,
+        wide: torch.Tensor,
+        output: torch.Tensor,
+        columns: Sequence[int],
+        lora_b: torch.Tensor,
+        rank: int,
+        topk_weights: torch.Tensor | None,
+    ) -> bool:
+        """Write the output of the tokens with an adapter; return whether it was possible.
+
+        Args:
+            wide: [pairs, hidden and more], what the base experts gave: w2 h, then lora_a h of each
+                slot in its columns.
+            output: [tokens, hidden] of the whole batch. Rows of other tokens stay as they are.
+            columns: the first column of each slot, counted from ``hidden``.
+            lora_b: [slots, experts or 1, hidden, rank].
+            rank: the highest rank of the batch's adapters.
+            topk_weights: [tokens, top_k] of the whole batch; None if all weights are 1.
+        """
+        if not self._fit(wide, output, (lora_b,)):
+            return False
+        hidden = output.shape[1]
+        if lora_b.shape[2] != hidden:
+            return False
+        weights = topk_weights
+        if weights is not None and (weights.dtype != torch.float32 or weights.stride(-1) != 1):
+            weights = weights.to(torch.float32).contiguous()
+        z = torch.empty(len(self), rank, dtype=torch.float32)
+        after = self._kernels.after
+        self._run(after, output, wide, columns, (lora_b,), hidden, z, weights)
+        return True
+
+
+@functools.cache
+def _scratch_size(tokens: int, top_k: int, experts: int, slots: int) -> int:
+    return tokens * (1 + (2 + _SEGMENT) * top_k) + max(experts, slots) + 1
+
+
+def make_pairs(
+    token_slots: torch.Tensor, ranks: torch.Tensor, topk_ids: torch.Tensor, num_experts: int
+) -> Pairs | None:
+    """Collect the token-expert pairs that have an adapter.
+
+    Args:
+        token_slots: [tokens] int64, the adapter slot of each token; -1 for a token without one.
+        ranks: [slots] int64, the rank of the adapter in each slot. A token whose slot has rank 0,
+            or is not among them, counts as one without an adapter.
+        topk_ids: [tokens, top_k] int32 or int64, local expert ids. Ids outside [0, num_experts)
+            belong to experts on other devices.
+        num_experts: the number of experts on this device.
+
+    Returns:
+        The pairs; there may be none. None if native kernels cannot be used.
+    """
+    kernels = build.kernels()
+    if kernels is None or topk_ids.dtype not in (torch.int32, torch.int64):
+        return None
+    for tensor in (token_slots, ranks, topk_ids):
+        if tensor.device.type != "cpu" or tensor.stride(-1) != 1:
+            return None
+    if token_slots.dtype != torch.int64 or ranks.dtype != torch.int64:
+        return None
+    tokens, top_k = topk_ids.shape
+    if token_slots.numel() < tokens:
+        return None
+    slots = ranks.numel()
+    scratch = torch.empty(_scratch_size(tokens, top_k, num_experts, slots), dtype=torch.int64)
+    ids = torch.empty(tokens * top_k, 1, dtype=torch.int32)
+    table = array("q", bytes(24 * 8))
+    table.extend((tokens, token_slots.data_ptr(), topk_ids.data_ptr(), topk_ids.element_size()))
+    table.extend((topk_ids.stride(0), top_k, num_experts, ranks.data_ptr(), slots))
+    table.extend((scratch.data_ptr(), ids.data_ptr(), 0, 0, 0, 0, 0))
+    pool.run(kernels.plan, address(table), True)
+    return Pairs(kernels, table, (scratch, ids, token_slots, ranks, topk_ids))

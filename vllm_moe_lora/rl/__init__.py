@@ -1,7 +1,7 @@
 """What a reinforcement-learning loop needs: adapters and base weights from memory, routes, noise.
 
-`push.py`, `memory.py` and `worker.py` bring an adapter from a trainer's memory into a running
-engine. `base_weights.py` keeps loaded adapters when the base model's weights are loaded again.
+`pushing.py` and `worker.py` bring an adapter from a trainer's memory into a running engine;
+`base_weights.py` keeps loaded adapters when the base model's weights are loaded again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_EXPORTS = {"push": "push", "Worker": "worker"}
+_EXPORTS = {"push": "pushing", "Worker": "worker"}  # name -> module
 
 
 def __getattr__(name: str) -> Any:

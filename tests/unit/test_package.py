@@ -27,6 +27,7 @@ ROOMS = [
     "plugin",
     "seams",
     "hooks",
+    "rl",
     "layers",
     "loading",
     "fitting",
@@ -44,7 +45,7 @@ ROOMS = [
 ]
 
 PAYLOAD = (
-    *("seams", "hooks", "layers", "loading", "fitting", "targets", "adapters", "kernels"),
+    *("seams", "hooks", "rl", "layers", "loading", "fitting", "targets", "adapters", "kernels"),
     *("fingerprint", "records", "patching", "envs", "log"),
 )
 

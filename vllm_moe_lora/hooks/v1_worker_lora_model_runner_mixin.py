@@ -1,4 +1,4 @@
-"""vllm/v1/worker/lora_model_runner_mixin.py: gives LoRA layers operators for compiled code."""
+"""vllm/v1/worker/lora_model_runner_mixin.py: operators for compiled code, adapters after reloads."""
 
 from __future__ import annotations
 
@@ -19,6 +19,27 @@ def _load_lora_model(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_lora_model
 
 
+def _reset_lora_state(original: Callable[..., Any]) -> Callable[..., Any]:
+    def reset_lora_state(self: Any) -> None:
+        worker_manager = getattr(self, "lora_manager", None)
+        if not self.lora_config or worker_manager is None:
+            return original(self)
+        from ..fitting.moe_layers import serves_moe
+        from ..rl.base_weights import fill_slots_again
+
+        manager = worker_manager._adapter_manager
+        if not serves_moe(manager):
+            return original(self)
+        # Upstream removes all adapters here, and resets what it derived from the vocabulary.
+        worker_manager.remove_all_adapters = lambda: fill_slots_again(manager)
+        try:
+            return original(self)
+        finally:
+            del worker_manager.remove_all_adapters
+
+    return reset_lora_state
+
+
 HOOKS = (
     Hook(
         feature="cpu-compile",
@@ -28,5 +49,15 @@ HOOKS = (
         why="the operators have to be there before the model is traced",
         upstream="",
         until="upstream's punica wrapper and experts are operators on the CPU, too",
+    ),
+    Hook(
+        feature="base-weights",
+        target="vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.reset_lora_state",
+        make=_reset_lora_state,
+        releases=">=0.30,<0.34",
+        why="after base weights are loaded again, all adapters are removed: those that came from a "
+        "trainer's memory cannot be read again, and requests with them run the base model",
+        upstream="",
+        until="upstream keeps adapters when it loads base weights",
     ),
 )

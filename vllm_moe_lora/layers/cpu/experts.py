@@ -145,6 +145,17 @@ class CPULoRAExperts:
         slots = slots.masked_fill(ranks[slots] == 0, -1)
         return make_plan(slots, topk_ids, context.local_num_experts)
 
+    def suspend(self) -> None:
+        """Prepare for new base weights: bring the weights into the form that upstream gave them.
+
+        The slots' factors stay in the LoRA layer. The experts take them over again before they
+        compute, or earlier, when `slot_written` is called.
+        """
+
+    def current(self, w1: torch.Tensor, w2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weights to compute with: the arguments, unless weights were loaded since."""
+        return w1, w2
+
     def rank_of(self, slot: int) -> int:
         """Return the rank of the adapter in ``slot``; 0 if these experts have no LoRA there."""
         return int(self._ranks[slot])
@@ -261,6 +272,7 @@ class CPULoRAExperts:
     ) -> None:
         """Do what `apply` does. ``rest`` are its further arguments, in its order."""
         activation, apply_router_weight_on_input = rest[0], rest[-1]
+        w1, w2 = self.current(w1, w2)
         given = hidden_states, w1, w2, topk_weights, topk_ids
         slots = self.batch_slots(hidden_states.shape[0])
         if slots is None:

@@ -26,6 +26,7 @@ ROOMS = [
     "plugin",
     "seams",
     "hooks",
+    "rl",
     "layers",
     "loading",
     "fitting",
@@ -42,7 +43,7 @@ ROOMS = [
 ]
 
 PAYLOAD = (
-    *("seams", "hooks", "layers", "loading", "fitting", "targets", "adapters", "kernels"),
+    *("seams", "hooks", "rl", "layers", "loading", "fitting", "targets", "adapters", "kernels"),
     *("fingerprint", "patching", "envs", "log"),
 )
 

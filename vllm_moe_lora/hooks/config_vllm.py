@@ -1,4 +1,4 @@
-"""vllm/config/vllm.py: the key under which vLLM keeps compiled artefacts."""
+"""vllm/config/vllm.py: the key of compiled artefacts, the check of routed experts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,29 @@ def _compute_hash(original: Callable[..., Any]) -> Callable[..., Any]:
     return compute_hash
 
 
+def _verify_aux_output_compatibility(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _verify_aux_output_compatibility(self: Any) -> None:
+        if not self.aux_output_config.enabled or self.use_v2_model_runner:
+            original(self)
+            return
+        from ..rl import routes
+
+        original(routes.RunnerV2Config(self))
+
+    return _verify_aux_output_compatibility
+
+
 HOOKS = (
+    Hook(
+        feature="routes",
+        target="vllm.config.vllm:VllmConfig._verify_aux_output_compatibility",
+        make=_verify_aux_output_compatibility,
+        releases=">=0.31,<0.34",
+        why="--enable-return-routed-experts is refused where vLLM uses model runner V1, as on a "
+        "CPU",
+        upstream="",
+        until="upstream has no model runner V1 any more",
+    ),
     Hook(
         feature="compile-cache",
         target="vllm.config.vllm:VllmConfig.compute_hash",

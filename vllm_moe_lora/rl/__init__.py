@@ -1,0 +1,1 @@
+"""What reinforcement learning needs of a running engine."""

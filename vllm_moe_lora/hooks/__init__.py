@@ -2,7 +2,7 @@
 
 There is one file for each file of vLLM that is changed. It has the file's name, prefixed by its
 folder, and defines `HOOKS`. Each function `_name(original)` returns the replacement. It is short:
-the work is done by the packages `layers`, `fitting`, `loading` and `targets`.
+the work is done by the packages `layers`, `fitting`, `loading`, `rl` and `targets`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""vllm/config/vllm.py: the key of compiled artefacts, and whether a CPU compiles with LoRA."""
+"""vllm/config/vllm.py: the key of compiled artefacts, compilation on a CPU, routed experts."""
 
 from __future__ import annotations
 
@@ -35,6 +35,18 @@ def _post_init(original: Callable[..., Any]) -> Callable[..., Any]:
     return __post_init__
 
 
+def _verify_aux_output_compatibility(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _verify_aux_output_compatibility(self: Any) -> None:
+        if not self.aux_output_config.enabled or self.use_v2_model_runner:
+            original(self)
+            return
+        from ..rl import routes
+
+        original(routes.RunnerV2Config(self))
+
+    return _verify_aux_output_compatibility
+
+
 HOOKS = (
     # Upstream's rule is in vllm/platforms/cpu.py, which cannot have a hook: a patched tree would
     # ask for the platform while that file is imported. Asking while this file is imported is too
@@ -48,6 +60,16 @@ HOOKS = (
         "adapters of one batch as constants; here LoRA consists of operators, which are not traced",
         upstream="",
         until="upstream's punica wrapper and experts are operators on the CPU, too",
+    ),
+    Hook(
+        feature="routes",
+        target="vllm.config.vllm:VllmConfig._verify_aux_output_compatibility",
+        make=_verify_aux_output_compatibility,
+        releases=">=0.31,<0.34",
+        why="--enable-return-routed-experts is refused where vLLM uses model runner V1, as on a "
+        "CPU",
+        upstream="",
+        until="upstream has no model runner V1 any more",
     ),
     Hook(
         feature="compile-cache",

@@ -1,4 +1,4 @@
-"""vllm/v1/worker/gpu_model_runner.py: prompt log-probs, and reloading the base model's weights."""
+"""vllm/v1/worker/gpu_model_runner.py: prompt log-probs, reloading weights, the experts' routes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,63 @@ def _reload_weights(original: Callable[..., Any]) -> Callable[..., Any]:
     return reload_weights
 
 
+def _initialize_kv_cache(original: Callable[..., Any]) -> Callable[..., Any]:
+    def initialize_kv_cache(
+        self: Any, kv_cache_config: Any, is_profiling: bool = False, **more: Any
+    ) -> Any:
+        done = original(self, kv_cache_config, is_profiling, **more)
+        if not is_profiling:
+            from ..rl import routes
+
+            routes.connect(self, self.kv_cache_config)
+        return done
+
+    return initialize_kv_cache
+
+
+def _execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    def execute_model(self: Any, scheduler_output: Any, *args: Any, **more: Any) -> Any:
+        from ..rl import routes
+
+        routes.begin(self, scheduler_output)
+        return original(self, scheduler_output, *args, **more)
+
+    return execute_model
+
+
+def _sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
+    def sample_tokens(self: Any, *args: Any, **more: Any) -> Any:
+        from ..rl import routes
+
+        pending = routes.snapshot(self)
+        return routes.attach(pending, original(self, *args, **more))
+
+    return sample_tokens
+
+
+def _shutdown(original: Callable[..., Any]) -> Callable[..., Any]:
+    def shutdown(self: Any) -> None:
+        from ..rl import routes
+
+        routes.close(self)
+        original(self)
+
+    return shutdown
+
+
+_ROUTES: dict[str, Any] = {
+    "feature": "routes",
+    "releases": ">=0.31,<0.34",
+    "why": "--enable-return-routed-experts is refused where vLLM uses model runner V1, as on a CPU",
+    "upstream": "",
+    "until": "upstream has no model runner V1 any more",
+}
+
 HOOKS = (
+    Hook(target=f"{_CLASS}.initialize_kv_cache", make=_initialize_kv_cache, **_ROUTES),
+    Hook(target=f"{_CLASS}.execute_model", make=_execute_model, **_ROUTES),
+    Hook(target=f"{_CLASS}.sample_tokens", make=_sample_tokens, **_ROUTES),
+    Hook(target=f"{_CLASS}.shutdown", make=_shutdown, **_ROUTES),
     Hook(
         feature="isolation",
         target=f"{_CLASS}._get_prompt_logprobs_dict",

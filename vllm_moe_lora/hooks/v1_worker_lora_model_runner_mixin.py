@@ -1,4 +1,4 @@
-"""vllm/v1/worker/lora_model_runner_mixin.py: operators for compiled code, adapters after reloads."""
+"""vllm/v1/worker/lora_model_runner_mixin.py: LoRA when a model is loaded, and loaded again."""
 
 from __future__ import annotations
 

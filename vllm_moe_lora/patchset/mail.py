@@ -29,6 +29,7 @@ SUBJECTS = {
     "moe-kernels": "[Kernel][LoRA] Add MoE kernels in Triton behind VLLM_MOE_LORA_KERNELS",
     "parallel-experts": "[Bugfix][LoRA] Correct MoE LoRA under tensor and expert parallelism",
     "quantised-experts": "[Bugfix][LoRA] Wrap quantized MoE layers, apply LoRA in their kernels",
+    "routes": "[Feature][MoE] Return routed experts from model runner V1, too",
     "safe-loading": "[Bugfix][LoRA] Load an adapter before its requests are scheduled",
     "shared-experts": "[Bugfix][LoRA] Apply adapters to shared experts and gates of MoE layers",
     "untargeted-experts": "[LoRA] Build experts without LoRA where no adapter can reach them",

@@ -1,7 +1,8 @@
 """What a reinforcement-learning loop needs: adapters and base weights from memory, routes, noise.
 
 `pushing.py` and `worker.py` bring an adapter from a trainer's memory into a running engine;
-`base_weights.py` keeps loaded adapters when the base model's weights are loaded again.
+`base_weights.py` keeps loaded adapters when the base model's weights are loaded again. `routes.py`
+captures which experts each token took, and `convert_routes.py` writes that as trainers read it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,107 @@
+"""A child: one engine with --enable-return-routed-experts, and rounds of requests.
+
+Its job is a JSON file: "model", "adapters" {name: folder}, "options" of `LLM`, and "rounds", lists
+of requests {"prompt", "adapter", "max_tokens", "abort": steps after which it is aborted, or None,
+"routes": what `extra_args` gets as routed_experts, or None, "like": log-probs wanted}.
+The result: for each request a dict, and how many requests were preempted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+from vllm.v1.core.sched.scheduler import Scheduler
+
+job, result = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
+options = {
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "max_num_seqs": 8,
+    "max_logprobs": 512,
+    "disable_log_stats": True,
+    "dtype": "float32",
+    "enable_return_routed_experts": True,
+}
+if job["adapters"]:
+    options |= {"enable_lora": True, "max_loras": 4, "max_lora_rank": 16}
+preempted, preempt = [], Scheduler._preempt_request
+
+
+def _preempt_request(self, request, *args, **more):
+    preempted.append(request.request_id)
+    return preempt(self, request, *args, **more)
+
+
+Scheduler._preempt_request = _preempt_request
+llm = LLM(job["model"], **{**options, **job["options"]})
+adapters = {
+    name: LoRARequest(name, number, path)
+    for number, (name, path) in enumerate(job["adapters"].items(), start=1)
+}
+
+
+def log_probs(entries):
+    rows = torch.full((len(entries), 512), float("-inf"))
+    for row, entry in zip(rows, entries, strict=True):
+        for token, one in (entry or {}).items():
+            row[token] = one.logprob
+    return rows
+
+
+def run(requests, tag):
+    engine, found, aborts, step = llm.llm_engine, {}, [], 0
+    for i, request in enumerate(requests):
+        extra = request.get("routes")
+        params = SamplingParams(
+            max_tokens=request["max_tokens"],
+            temperature=0,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=512 if request.get("like") else None,
+            prompt_logprobs=512 if request.get("like") else None,
+            routed_experts_prompt_start=request.get("start", 0),
+            extra_args=None if extra is None else {"routed_experts": extra},
+        )
+        name = f"{tag}-{i}"
+        found[name] = {"error": "", "finished": False}
+        try:
+            engine.add_request(
+                name,
+                {"prompt_token_ids": request["prompt"]},
+                params,
+                lora_request=adapters.get(request["adapter"]),
+            )
+        except ValueError as error:
+            found[name]["error"] = str(error)
+        if request.get("abort") is not None:
+            aborts.append((request["abort"], name))
+    while engine.has_unfinished_requests():
+        for name in [name for when, name in aborts if when == step]:
+            engine.abort_request([name])
+        for output in engine.step():
+            answer = output.outputs[0]
+            if not output.finished:
+                continue
+            routes = answer.routed_experts
+            found[output.request_id] |= {
+                "finished": answer.finish_reason != "abort",
+                "tokens": list(answer.token_ids),
+                "cached": output.num_cached_tokens,
+                "dtype": None if routes is None else str(routes.dtype),
+                "routes": None if routes is None else torch.from_numpy(routes.astype("int64")),
+            }
+            if answer.logprobs and output.prompt_logprobs:
+                found[output.request_id]["logprobs"] = log_probs(answer.logprobs)
+                found[output.request_id]["prompt_logprobs"] = log_probs(output.prompt_logprobs)
+        step += 1
+    return list(found.values())
+
+
+answers = [run(requests, f"{i}") for i, requests in enumerate(job["rounds"])]
+torch.save((answers, len(preempted)), result)

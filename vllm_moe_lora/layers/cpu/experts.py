@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...kernels.cpu import PairPlan, make_plan
+from . import expert_parallel
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.experts.lora_context import MoELoRAContext
@@ -47,35 +48,12 @@ def combine(pairs: torch.Tensor, topk_weights: torch.Tensor | None, plan: PairPl
         weights = torch.ones(y.shape[:2], dtype=torch.float32)
     else:
         weights = topk_weights.index_select(0, plan.rows).to(torch.float32)
-    if plan.valid is not None:
-        weights = weights * plan.by_token(plan.valid)
     return torch.bmm(weights.unsqueeze(1), y.to(torch.float32)).squeeze(1)
-
-
-def refuse_expert_parallel(config: Any) -> None:
-    """Refuse expert parallelism, for which upstream's CPU operators give wrong results.
-
-    The operators take the router's global expert ids for local ones, and so read and write beyond
-    the end of the local experts. That happens without LoRA, too.
-
-    Args:
-        config: the layer's `FusedMoEConfig`.
-
-    Raises:
-        NotImplementedError: the layer uses expert parallelism.
-    """
-    if config.moe_parallel_config.use_ep:
-        raise NotImplementedError(
-            "vLLM's CPU experts do not support expert parallelism: they take global expert ids for "
-            "local ones, with and without LoRA. Start without --enable-expert-parallel; vLLM then "
-            "splits each expert among the ranks."
-        )
 
 
 class CPULoRAExperts:
     """Mixin that adds LoRA to an upstream CPU experts class. Subclasses implement `apply_lora`."""
 
-    moe_config: Any  # the layer's FusedMoEConfig, set by upstream
     _lora_context: MoELoRAContext | None = None
     # [slots] int64, the rank of the adapter in each slot; 0 if these experts have no LoRA there.
     _ranks: torch.Tensor = torch.zeros(0, dtype=torch.int64)
@@ -85,7 +63,6 @@ class CPULoRAExperts:
         return True
 
     def set_lora_context(self, context: MoELoRAContext) -> None:
-        refuse_expert_parallel(self.moe_config)
         self._lora_context = context
 
     def slot_written(self, wrapper: Any, slot: int, rank: int) -> None:
@@ -113,7 +90,7 @@ class CPULoRAExperts:
 
         Args:
             num_tokens: tokens of the batch, padding included.
-            topk_ids: [tokens, top_k] int, local expert ids.
+            topk_ids: [tokens, top_k] int, local expert ids; -1 for experts of other ranks.
         """
         context = self._lora_context
         # hooks/lora_punica_cpu.py sets token_segments for each batch. [] means: no adapters.
@@ -133,7 +110,11 @@ class CPULoRAExperts:
         return int(self._ranks[slot])
 
     def apply_base(self, output: torch.Tensor, *args: Any) -> None:
-        """Run upstream's `apply` for tokens without an adapter, with its arguments."""
+        """Run upstream's `apply` for tokens without an adapter, with its arguments.
+
+        All expert ids are local ones: upstream's operators would take those of other ranks for
+        local ones, too, and write beyond the end of the experts.
+        """
         super().apply(output, *args)  # type: ignore[misc]
 
     def apply_lora(
@@ -182,7 +163,12 @@ class CPULoRAExperts:
         expert_tokens_meta: Any,
         apply_router_weight_on_input: bool,
     ) -> None:
-        """Compute the experts' output of a batch; see upstream's `FusedMoEExpertsModular.apply`."""
+        """Compute the experts' output of a batch; see upstream's `FusedMoEExpertsModular.apply`.
+
+        With expert parallelism it is the part that this rank's experts contribute.
+        """
+        if expert_map is not None:
+            topk_ids = expert_parallel.local_ids(topk_ids, expert_map)
         plan = self.plan_batch(hidden_states.shape[0], topk_ids)
         rest = (
             activation,
@@ -195,28 +181,48 @@ class CPULoRAExperts:
             expert_tokens_meta,
             apply_router_weight_on_input,
         )
+        base = self.apply_base if expert_map is None else self._apply_local_base
         if plan is None:
-            self.apply_base(output, hidden_states, w1, w2, topk_weights, topk_ids, *rest)
+            base(output, hidden_states, w1, w2, topk_weights, topk_ids, *rest)
             return
-        with_lora = self.apply_lora(
-            plan,
-            hidden_states,
-            w1,
-            w2,
-            topk_weights,
-            topk_ids,
-            activation,
-            apply_router_weight_on_input,
-        )
+        if len(plan):
+            with_lora = self.apply_lora(
+                plan,
+                hidden_states,
+                w1,
+                w2,
+                topk_weights,
+                topk_ids,
+                activation,
+                apply_router_weight_on_input,
+            )
+        else:  # the experts of these tokens are on other ranks
+            with_lora = output.new_zeros(plan.rows.numel(), output.shape[1])
         if plan.rows.numel() == hidden_states.shape[0]:
             output.copy_(with_lora)
             return
-        base = torch.ones(hidden_states.shape[0], dtype=torch.bool)
-        base[plan.rows] = False
-        rows = base.nonzero().flatten()
+        without = torch.ones(hidden_states.shape[0], dtype=torch.bool)
+        without[plan.rows] = False
+        rows = without.nonzero().flatten()
         part = output.new_empty(rows.numel(), output.shape[1])
-        self.apply_base(
-            part, hidden_states[rows], w1, w2, topk_weights[rows], topk_ids[rows], *rest
-        )
+        base(part, hidden_states[rows], w1, w2, topk_weights[rows], topk_ids[rows], *rest)
         output[rows] = part
         output[plan.rows] = with_lora.to(output.dtype)
+
+    def _apply_local_base(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        *rest: Any,
+    ) -> None:
+        """Run `apply_base` for the pairs of this rank; ``topk_ids`` is -1 for the others."""
+        rows, weights, ids = expert_parallel.local_choices(topk_weights, topk_ids)
+        output.zero_()
+        if rows.numel():
+            part = output.new_empty(rows.numel(), output.shape[1])
+            self.apply_base(part, hidden_states[rows], w1, w2, weights, ids, *rest)
+            output[rows] = part

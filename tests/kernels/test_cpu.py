@@ -44,15 +44,17 @@ def test_shrink_and_expand(tokens, experts, top_k, slots, rank, shared, foreign,
     y = torch.full((len(plan), 9), float("nan"))
     y[:, :7] = 1.0  # a strided view of wider, poisoned rows
     cpu.expand_add(y[:, :7], cpu.shrink(pairs, lora_a, plan), lora_b, plan)
-    assert torch.equal(plan.by_token(plan.tokens()), plan.rows[:, None].expand(-1, top_k))
-    covered = torch.cat([torch.arange(s, e) for _, s, e in plan.expert_slices()])
-    assert torch.equal(covered, torch.arange(len(plan)))
+    here = (topk_ids[plan.rows] >= 0) & (topk_ids[plan.rows] < experts)
+    assert torch.equal(plan.by_token(plan.tokens()), plan.rows[:, None] * here)
+    covered = [i for _, start, stop in plan.expert_slices() for i in range(start, stop)]
+    assert covered == list(range(len(plan)))
     y = plan.by_token(y)
     for i, row in enumerate(plan.rows.tolist()):
         for k in range(top_k):
-            want = torch.ones(7, dtype=torch.float64)
             expert, slot = int(topk_ids[row, k]), int(token_slots[row])
-            if 0 <= expert < experts:
+            local = 0 <= expert < experts
+            want = torch.full((7,), float(local), dtype=torch.float64)
+            if local:
                 e = 0 if shared else expert
                 a, b = lora_a[slot, e].double(), lora_b[slot, e].double()
                 want += b @ (a @ x[row].double())

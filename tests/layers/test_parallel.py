@@ -6,9 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vllm_moe_lora.hooks import fused_moe_modular_method
-from vllm_moe_lora.layers.cpu import experts, torch_experts
+from vllm_moe_lora.layers.cpu import expert_parallel, torch_experts
 from vllm_moe_lora.layers.gpu import router_weights_on_input
 
 TOKENS = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
@@ -71,15 +73,33 @@ def test_tokens_are_multiplied_first(on_input, context, weights, moves):
     assert shared is (TOKENS if moves else None)
 
 
-@pytest.mark.parametrize("use_ep", [True, False])
-def test_cpu_experts_refuse_expert_parallelism(use_ep):
-    made = experts.CPULoRAExperts()
-    config = SimpleNamespace(moe_parallel_config=SimpleNamespace(use_ep=use_ep))
-    made.moe_config = config
-    if not use_ep:
-        return made.set_lora_context("a context")
-    with pytest.raises(NotImplementedError, match="without --enable-expert-parallel"):
-        made.set_lora_context("a context")
+def test_cpu_experts_of_0_27_refuse_expert_parallelism():
+    config = SimpleNamespace(moe_parallel_config=SimpleNamespace(use_ep=True))
     with pytest.raises(NotImplementedError, match="without --enable-expert-parallel"):
         torch_experts.init_wrapper(None, SimpleNamespace(moe_config=config))
-    return None
+
+
+@settings(max_examples=60, deadline=None)
+@given(tokens=st.integers(1, 9), top_k=st.integers(1, 4), seed=st.integers(0, 10**6))
+def test_local_choices(tokens, top_k, seed):
+    """Each token keeps its experts of this rank, in their order, and nothing else has weight."""
+    g = torch.Generator().manual_seed(seed)
+    expert_map = torch.tensor([-1, 0, -1, 1, 2, -1, 3], dtype=torch.int32)
+    chosen = torch.stack([torch.randperm(7, generator=g)[:top_k] for _ in range(tokens)]).int()
+    weights = torch.rand(tokens, top_k, generator=g) + 0.1
+    local = expert_parallel.local_ids(chosen, expert_map)
+    assert local.dtype == chosen.dtype
+    rows, kept, ids = expert_parallel.local_choices(weights, local)
+    want = {
+        t: [
+            (int(expert_map[e]), float(w))
+            for e, w in zip(chosen[t], weights[t], strict=True)
+            if expert_map[e] >= 0
+        ]
+        for t in range(tokens)
+    }
+    assert rows.tolist() == [t for t, pairs in want.items() if pairs]
+    for t, row_ids, row_weights in zip(rows.tolist(), ids.tolist(), kept.tolist(), strict=True):
+        pairs = list(zip(row_ids, row_weights, strict=True))
+        assert pairs[: len(want[t])] == want[t]
+        assert all(pair == (want[t][0][0], 0) for pair in pairs[len(want[t]) :])

@@ -26,20 +26,19 @@ Segment = tuple[int, int, int, int]  # slot, expert, first pair, one past the la
 
 @dataclass
 class PairPlan:
-    """The token-expert pairs with an adapter, in one call of one MoE layer.
+    """The token-expert pairs of this device with an adapter, in one call of one MoE layer.
 
     "Token order" means: first all top_k pairs of the first row, then those of the second, and so
     on. The plan of a small batch keeps token order. A larger one is sorted by expert, then slot.
+    Pairs whose expert lives on another device are left out.
 
     Attributes:
         rows: [n] int64, the rows of the batch whose tokens have an adapter, ascending.
         top_k: experts per token.
-        order: [pairs] int64, for a sorted plan: the index of each pair in token order. Pair i thus
-            belongs to the batch row ``rows[order[i] // top_k]``. None for a small batch.
+        order: [pairs] int64, the index of each pair in token order. Pair i thus belongs to the
+            batch row ``rows[order[i] // top_k]``. None if that is i for each pair.
         slots: [pairs] int64, the adapter slot of each pair.
-        experts: [pairs] int64, the local expert of each pair; 0 where ``valid`` is False.
-        valid: [pairs] bool, False if the pair's expert lives on another device. None if all
-            experts live on this one.
+        experts: [pairs] int64, the local expert of each pair.
         segments: for a sorted plan, the ranges of pairs with the same slot and expert. Empty for a
             small batch.
     """
@@ -49,7 +48,6 @@ class PairPlan:
     order: torch.Tensor | None
     slots: torch.Tensor
     experts: torch.Tensor
-    valid: torch.Tensor | None
     segments: list[Segment]
 
     def __len__(self) -> int:
@@ -70,16 +68,19 @@ class PairPlan:
         return self.rows[self.order // self.top_k]
 
     def by_token(self, pairs: torch.Tensor) -> torch.Tensor:
-        """Bring [pairs, ...] from the plan's order into token order: [rows, top_k, ...]."""
+        """Bring [pairs, ...] from the plan's order into token order: [rows, top_k, ...].
+
+        Pairs of other devices are 0.
+        """
         if self.order is not None:
-            back = torch.empty_like(self.order)
-            back[self.order] = torch.arange(len(self))
-            pairs = pairs[back]
-        return pairs.unflatten(0, (-1, self.top_k))
+            ordered = pairs.new_zeros(self.rows.numel() * self.top_k, *pairs.shape[1:])
+            ordered[self.order] = pairs
+            pairs = ordered
+        return pairs.unflatten(0, (self.rows.numel(), self.top_k))
 
     def expert_slices(self) -> list[tuple[int, int, int]]:
         """Return (expert, first pair, one past the last pair); together they cover all pairs."""
-        if self.order is None:
+        if not self.segments:
             return [(expert, i, i + 1) for i, expert in enumerate(self.experts.tolist())]
         found, counts = self.experts.unique_consecutive(return_counts=True)
         stops = counts.cumsum(0)
@@ -108,11 +109,11 @@ def make_plan(
     experts = topk_ids.index_select(0, rows).reshape(-1).to(torch.int64)
     slots = token_slots.index_select(0, rows).to(torch.int64).repeat_interleave(top_k)
     inside = (experts >= 0) & (experts < num_experts)
-    valid = None if bool(inside.all()) else inside
-    if valid is not None:
-        experts = experts.masked_fill(~valid, 0)
+    here = None if bool(inside.all()) else inside.nonzero().flatten()
+    if here is not None:
+        slots, experts = slots[here], experts[here]
     if slots.numel() <= GATHER_PAIRS:
-        return PairPlan(rows, top_k, None, slots, experts, valid, [])
+        return PairPlan(rows, top_k, here, slots, experts, [])
 
     width = int(slots.max()) + 1
     keys, order = (experts * width + slots).sort(stable=True)
@@ -122,8 +123,8 @@ def make_plan(
     for key, count in zip(found.tolist(), counts.tolist(), strict=True):
         segments.append((key % width, key // width, start, start + count))
         start += count
-    valid = None if valid is None else valid[order]
-    return PairPlan(rows, top_k, order, slots[order], experts[order], valid, segments)
+    slots, experts = slots[order], experts[order]
+    return PairPlan(rows, top_k, order if here is None else here[order], slots, experts, segments)
 
 
 def shrink(x: torch.Tensor, lora_a: torch.Tensor, plan: PairPlan) -> torch.Tensor:
@@ -135,17 +136,17 @@ def shrink(x: torch.Tensor, lora_a: torch.Tensor, plan: PairPlan) -> torch.Tenso
         plan: from `make_plan`.
 
     Returns:
-        [pairs, rank] in x's dtype. Rows of experts on other devices are zero.
+        [pairs, rank] in x's dtype.
     """
     a = lora_a if lora_a.dtype == x.dtype else lora_a.to(x.dtype)
     shared = a.shape[1] == 1
     z = x.new_empty(len(plan), a.shape[2])
-    if plan.order is None:
+    if not plan.segments:
         picked = a[plan.slots, 0 if shared else plan.experts]
         torch.bmm(picked, x.unsqueeze(-1), out=z.unsqueeze(-1))
     for slot, expert, start, stop in plan.segments:
         torch.mm(x[start:stop], a[slot, 0 if shared else expert].t(), out=z[start:stop])
-    return z if plan.valid is None else z.mul_(plan.valid.unsqueeze(-1))
+    return z
 
 
 def expand_add(y: torch.Tensor, z: torch.Tensor, lora_b: torch.Tensor, plan: PairPlan) -> None:
@@ -159,7 +160,7 @@ def expand_add(y: torch.Tensor, z: torch.Tensor, lora_b: torch.Tensor, plan: Pai
     """
     b = lora_b if lora_b.dtype == y.dtype else lora_b.to(y.dtype)
     shared = b.shape[1] == 1
-    if plan.order is None:
+    if not plan.segments:
         picked = b[plan.slots, 0 if shared else plan.experts]
         y += torch.bmm(picked, z.unsqueeze(-1)).squeeze(-1)
     for slot, expert, start, stop in plan.segments:

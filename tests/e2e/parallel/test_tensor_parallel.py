@@ -9,38 +9,13 @@ import layouts
 import pytest
 import torch
 from engine_cases import PROMPTS, compare_fp32, compare_low_precision
+from processes import FORKED, run
 from safetensors.torch import load_file, save_file
 
 from vllm_moe_lora.tiny import engine, oracle
 
 pytestmark = pytest.mark.cpu_engine
-PROCESSES = {
-    "VLLM_CPU_OMP_THREADS_BIND": "0|1",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "GLOO_SOCKET_IFNAME": "lo",
-}
 FILE = "adapter_model.safetensors"
-
-
-def run(case, names, load=(), **options):
-    """Each name's batch of all prompts, then all of them in one batch; then ``load``."""
-    rounds = [[(p, name) for p in PROMPTS] for name in names]
-    rounds.append([(p, name) for p in PROMPTS for name in names])
-    job = engine.Job(
-        str(case.model),
-        {name: str(path) for name, path in case.adapters.items()},
-        rounds,
-        options={"tensor_parallel_size": 2, **options},
-        load=list(load),
-    )
-    answers, outcomes, log = engine.run(job, PROCESSES, timeout=240)
-    assert log.count("vllm-moe-lora on vLLM") >= 2, "the plugin is in the workers"
-    alone = {name: [lp[-1] for _, lp in answers[i]] for i, name in enumerate(names)}
-    mixed = {
-        name: [lp[-1] for _, lp in answers[len(names)][i :: len(names)]]
-        for i, name in enumerate(names)
-    }
-    return alone, mixed, outcomes, answers
 
 
 def _damaged(case, name):
@@ -62,8 +37,9 @@ def test_every_module(make_case, sharded):
     case.add("gates", lambda n: n.endswith(("gate", "expert_gate")), seed=3, size=0.5)
     case.adapters["damaged"] = _damaged(case, "all")
     names = [None, "all", "odd", "gates"]
+    script = FORKED if sharded else engine.__file__  # as vLLM starts workers on a CPU
     options = {"dtype": "float32", "fully_sharded_loras": sharded}
-    alone, mixed, outcomes, answers = run(case, names, ["damaged", "all"], **options)
+    alone, mixed, outcomes, answers = run(case, names, ["damaged", "all"], script, **options)
     for name in names:
         compare_fp32(alone[name], case, name)
         compare_fp32(mixed[name], case, name)

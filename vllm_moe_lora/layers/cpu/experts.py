@@ -16,6 +16,7 @@ import torch
 
 from ...kernels.cpu import PairPlan, make_plan
 from ...kernels.native.pairs import Pairs, make_pairs
+from . import expert_parallel
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.experts.lora_context import MoELoRAContext
@@ -48,35 +49,12 @@ def combine(pairs: torch.Tensor, topk_weights: torch.Tensor | None, plan: PairPl
         weights = torch.ones(y.shape[:2], dtype=torch.float32)
     else:
         weights = topk_weights.index_select(0, plan.rows).to(torch.float32)
-    if plan.valid is not None:
-        weights = weights * plan.by_token(plan.valid)
     return torch.bmm(weights.unsqueeze(1), y.to(torch.float32)).squeeze(1)
-
-
-def refuse_expert_parallel(config: Any) -> None:
-    """Refuse expert parallelism, for which upstream's CPU operators give wrong results.
-
-    The operators take the router's global expert ids for local ones, and so read and write beyond
-    the end of the local experts. That happens without LoRA, too.
-
-    Args:
-        config: the layer's `FusedMoEConfig`.
-
-    Raises:
-        NotImplementedError: the layer uses expert parallelism.
-    """
-    if config.moe_parallel_config.use_ep:
-        raise NotImplementedError(
-            "vLLM's CPU experts do not support expert parallelism: they take global expert ids for "
-            "local ones, with and without LoRA. Start without --enable-expert-parallel; vLLM then "
-            "splits each expert among the ranks."
-        )
 
 
 class CPULoRAExperts:
     """Mixin that adds LoRA to an upstream CPU experts class. Subclasses implement `apply_lora`."""
 
-    moe_config: Any  # the layer's FusedMoEConfig, set by upstream
     _lora_context: MoELoRAContext | None = None
     operator_name: str = ""  # of these experts in compiled code; layers/cpu/compiled.py sets it
     # [slots] int64, the rank of the adapter in each slot; 0 if these experts have no LoRA there.
@@ -88,7 +66,6 @@ class CPULoRAExperts:
         return True
 
     def set_lora_context(self, context: MoELoRAContext) -> None:
-        refuse_expert_parallel(self.moe_config)
         self._lora_context = context
 
     def slot_written(self, wrapper: Any, slot: int, rank: int) -> None:
@@ -135,7 +112,7 @@ class CPULoRAExperts:
 
         Args:
             slots: from `batch_slots`.
-            topk_ids: [tokens, top_k] int, local expert ids.
+            topk_ids: [tokens, top_k] int, local expert ids; -1 for experts of other ranks.
         """
         context = self._lora_context
         assert context is not None
@@ -161,7 +138,11 @@ class CPULoRAExperts:
         return int(self._ranks[slot])
 
     def apply_base(self, output: torch.Tensor, *args: Any) -> None:
-        """Run upstream's `apply` for tokens without an adapter, with its arguments."""
+        """Run upstream's `apply` for tokens without an adapter, with its arguments.
+
+        All expert ids are local ones: upstream's operators would take those of other ranks for
+        local ones, too, and write beyond the end of the experts.
+        """
         super().apply(output, *args)  # type: ignore[misc]
 
     def apply_lora(
@@ -233,7 +214,8 @@ class CPULoRAExperts:
     ) -> None:
         """Compute the experts' output of a batch; see upstream's `FusedMoEExpertsModular.apply`.
 
-        While it is traced, an operator is called that calls `compute`.
+        While it is traced, an operator is called that calls `compute`. With expert parallelism the
+        output is the part that this rank's experts contribute.
         """
         if torch.compiler.is_compiling():
             from .operators import OPERATORS
@@ -271,35 +253,44 @@ class CPULoRAExperts:
         *rest: Any,
     ) -> None:
         """Do what `apply` does. ``rest`` are its further arguments, in its order."""
-        activation, apply_router_weight_on_input = rest[0], rest[-1]
+        activation, expert_map, apply_router_weight_on_input = rest[0], rest[2], rest[-1]
         w1, w2 = self.current(w1, w2)
+        base = self.apply_base
+        if expert_map is not None:
+            topk_ids = expert_parallel.local_ids(topk_ids, expert_map)
+            base = self._apply_local_base
         given = hidden_states, w1, w2, topk_weights, topk_ids
         slots = self.batch_slots(hidden_states.shape[0])
         if slots is None:
-            self.apply_base(output, *given, *rest)
+            base(output, *given, *rest)
             return
-        pairs = self.native_pairs(slots, topk_ids)
+        # The native kernels take all pairs for this rank's.
+        pairs = self.native_pairs(slots, topk_ids) if expert_map is None else None
         if pairs is not None:
             if not len(pairs):
-                self.apply_base(output, *given, *rest)
+                base(output, *given, *rest)
                 return
             lora = *given, activation, apply_router_weight_on_input
             if self.apply_native(pairs, output, *lora):
-                self._apply_base_rows(pairs.rows, output, *given, *rest)
+                self._apply_base_rows(base, pairs.rows, output, *given, *rest)
                 return
         plan = self.plan_batch(slots, topk_ids)
         if plan is None:
-            self.apply_base(output, *given, *rest)
+            base(output, *given, *rest)
             return
-        with_lora = self.apply_lora(plan, *given, activation, apply_router_weight_on_input)
+        if len(plan):
+            with_lora = self.apply_lora(plan, *given, activation, apply_router_weight_on_input)
+        else:  # the experts of these tokens are on other ranks
+            with_lora = output.new_zeros(plan.rows.numel(), output.shape[1])
         if plan.rows.numel() == hidden_states.shape[0]:
             output.copy_(with_lora)
             return
-        self._apply_base_rows(plan.rows, output, *given, *rest)
+        self._apply_base_rows(base, plan.rows, output, *given, *rest)
         output[plan.rows] = with_lora.to(output.dtype)
 
     def _apply_base_rows(
         self,
+        apply_base: Callable[..., None],
         rows_with_lora: torch.Tensor,
         output: torch.Tensor,
         hidden_states: torch.Tensor,
@@ -309,14 +300,30 @@ class CPULoRAExperts:
         topk_ids: torch.Tensor,
         *rest: Any,
     ) -> None:
-        """Run `apply_base` for all rows but ``rows_with_lora``, and write only to those."""
+        """Run ``apply_base`` for all rows but ``rows_with_lora``, and write only to those."""
         if rows_with_lora.numel() == hidden_states.shape[0]:
             return
         base = torch.ones(hidden_states.shape[0], dtype=torch.bool)
         base[rows_with_lora] = False
         rows = base.nonzero().flatten()
         part = output.new_empty(rows.numel(), output.shape[1])
-        self.apply_base(
-            part, hidden_states[rows], w1, w2, topk_weights[rows], topk_ids[rows], *rest
-        )
+        apply_base(part, hidden_states[rows], w1, w2, topk_weights[rows], topk_ids[rows], *rest)
         output[rows] = part
+
+    def _apply_local_base(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        *rest: Any,
+    ) -> None:
+        """Run `apply_base` for the pairs of this rank; ``topk_ids`` is -1 for the others."""
+        rows, weights, ids = expert_parallel.local_choices(topk_weights, topk_ids)
+        output.zero_()
+        if rows.numel():
+            part = output.new_empty(rows.numel(), output.shape[1])
+            self.apply_base(part, hidden_states[rows], w1, w2, weights, ids, *rest)
+            output[rows] = part

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from .experts import refuse_expert_parallel
-
 
 class CPUFusedMoEWithLoRA:
     """Replaces the ``cpu_fused_moe`` callable of a layer, and adds LoRA.
@@ -228,6 +226,26 @@ def _factors(
 def _product(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Compute b (a x). ``x`` may have more columns than ``a``, from padding; they are not used."""
     return x[:, : a.shape[1]] @ a.to(x.dtype).T @ b.to(x.dtype).T
+
+
+def refuse_expert_parallel(config: Any) -> None:
+    """Refuse expert parallelism, for which the CPU experts of these releases give wrong results.
+
+    They take the router's global expert ids for local ones, and so read and write beyond the end of
+    the local experts. That happens without LoRA, too.
+
+    Args:
+        config: the layer's `FusedMoEConfig`.
+
+    Raises:
+        NotImplementedError: the layer uses expert parallelism.
+    """
+    if config.moe_parallel_config.use_ep:
+        raise NotImplementedError(
+            "The CPU experts of this vLLM release do not support expert parallelism: they take "
+            "global expert ids for local ones, with and without LoRA. Use vLLM 0.30 or later, or "
+            "start without --enable-expert-parallel; vLLM then splits each expert among the ranks."
+        )
 
 
 def is_monolithic(runner: Any) -> bool:

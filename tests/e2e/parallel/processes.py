@@ -1,0 +1,57 @@
+"""Engines of two real processes on the CPU, over gloo."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from engine_cases import PROMPTS
+
+from vllm_moe_lora.tiny import engine
+
+PROCESSES = {
+    "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    # A child's scripts import one another.
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
+    ),
+}
+FORKED = Path(__file__).with_name("forked.py")
+
+
+def run(case, names, load=(), script=FORKED, said=(), **options):
+    """Each name's batch of all prompts, then all of them in one batch; then ``load``.
+
+    Args:
+        names: of adapters; None is the base model.
+        load: see `engine.Job`.
+        script: see `engine.run`.
+        said: what the log has to contain.
+        options: of the engine.
+
+    Returns:
+        Log-probs after each prompt by name, alone and in the batch of all; the outcomes of
+        ``load``; all answers.
+    """
+    rounds = [[(p, name) for p in PROMPTS] for name in names]
+    rounds.append([(p, name) for p in PROMPTS for name in names])
+    job = engine.Job(
+        str(case.model),
+        {name: str(path) for name, path in case.adapters.items() if any(names)},
+        rounds,
+        options={"tensor_parallel_size": 2, **options},
+        load=list(load),
+    )
+    answers, outcomes, log = engine.run(job, PROCESSES, timeout=120, script=script)
+    # Spawned workers each say so; forked ones have it from the process that did.
+    assert log.count("vllm-moe-lora on vLLM") >= (1 if script == FORKED else 2) or not any(names)
+    for text in said:
+        assert text in log, log[-3000:]
+    alone = {name: [lp[-1] for _, lp in answers[i]] for i, name in enumerate(names)}
+    mixed = {
+        name: [lp[-1] for _, lp in answers[len(names)][i :: len(names)]]
+        for i, name in enumerate(names)
+    }
+    return alone, mixed, outcomes, answers

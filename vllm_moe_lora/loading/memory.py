@@ -282,6 +282,6 @@ def keep_old_mapper_name(model: Any) -> None:
     Args:
         model: vLLM's model.
     """
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
     if hasattr(mapper, "get_rename_mapper") and not hasattr(mapper, "get_unstacked_mapper"):
         object.__setattr__(mapper, "get_unstacked_mapper", mapper.get_rename_mapper)

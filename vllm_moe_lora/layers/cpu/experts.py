@@ -10,6 +10,7 @@ bit for bit those without LoRA. Tokens with an adapter run `apply_lora` of the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch

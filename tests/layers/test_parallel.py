@@ -64,7 +64,7 @@ def test_tokens_are_multiplied_first(on_input, context, weights, moves):
     def upstream(self, layer, x, topk_weights, topk_ids, shared_experts_input):
         return x, topk_weights, shared_experts_input
 
-    (hook,) = fused_moe_modular_method.HOOKS
+    hook = next(one for one in fused_moe_modular_method.HOOKS if one.feature == "gpu-experts")
     apply = hook.make(upstream)
     given = {"x": TOKENS, "topk_weights": weights, "topk_ids": None, "shared_experts_input": None}
     x, found, shared = apply(method, layer=layer, **given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import torch
 from engine_cases import PROMPTS, compare_fp32
 from test_compiled import job, run
 
@@ -13,7 +14,8 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: Inductor needs it"),
 ]
 LOADED, SAVED = "Directly load AOT compilation from path", "saved AOT compiled function to"
-OTHER_WIRES = "-shared-experts"  # without this feature the shared expert's gate has no LoRA
+# A version of ours that did not know of the gates' second names; see child.py.
+OLDER = {"OLDER_VERSION": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +35,11 @@ def started(make_case, tmp_path_factory):
 
 
 def test_starts_in_one_cache(started):
-    """Made with other settings, made again; then loaded, by a second start with the same."""
+    """What an older version made is not taken; what this one made is loaded."""
     case, start = started
-    _, log = start(VLLM_MOE_LORA=OTHER_WIRES)
+    answers, log = start(**OLDER)
     assert SAVED in log
-    assert LOADED not in log
+    assert _without_gates(case, answers)
     for had in (SAVED, LOADED):
         answers, log = start()
         assert had in log, _said(log)
@@ -50,12 +52,16 @@ def _said(log):
     return [line for line in log.splitlines() if "decorators.py" in line or "compiled.py" in line]
 
 
+def _without_gates(case, answers):
+    compare_fp32(answers[0], case, None)
+    return all(torch.equal(*pair) for pair in zip(*answers, strict=True))
+
+
 def test_the_key_is_why(started):
-    """What goes wrong if the key does not tell settings apart."""
+    """With the key of upstream the older version's code is taken, and the gates' LoRA is lost."""
     case, start = started
-    same_key = "-compile-cache"
-    start(VLLM_MOE_LORA=f"{OTHER_WIRES},{same_key}")
-    answers, log = start(VLLM_MOE_LORA=same_key)
+    upstream = {"VLLM_MOE_LORA": "-compile-cache"}
+    start(**upstream, **OLDER)
+    answers, log = start(**upstream)
     assert LOADED in log, _said(log)
-    with pytest.raises(AssertionError, match="differs by"):
-        compare_fp32(answers[1], case, "gates")
+    assert _without_gates(case, answers)

@@ -44,11 +44,13 @@ def keep_mode(config: Any, before: Any) -> None:
     if compilation.mode != CompilationMode.NONE or not _ours(config):
         return
     mode, had_option = before
-    eager = config.model_config.enforce_eager or os.environ.get("TORCH_COMPILE_DISABLE") == "1"
+    # vLLM reads the first variable only, and fails with the second, as it does without LoRA.
+    disabled = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
+    eager = config.model_config.enforce_eager or any(os.environ.get(v) == "1" for v in disabled)
     # A copy of a config, which vLLM makes for a part of a model, has the mode already.
-    again = mode == CompilationMode.DYNAMO_TRACE_ONCE and not eager
+    again = mode == CompilationMode.DYNAMO_TRACE_ONCE
     now = not had_option and _PLATFORM_COMPILES in compilation.inductor_compile_config
-    if not again and not now:
+    if eager or not (again or now):
         return
     missing = _missing_compiler() if compilation.backend == "inductor" else ""
     if missing:

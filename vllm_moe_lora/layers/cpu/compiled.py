@@ -23,6 +23,12 @@ logger = get_logger(__name__)
 
 # vLLM's CPU platform sets this option of Inductor if, and only if, it is going to compile.
 _PLATFORM_COMPILES = "cpp.dynamic_threads"
+# LoRA layers that vLLM calls outside of the compiled model; some releases lack the last two.
+_OUTSIDE = {
+    "LogitsProcessorWithLoRA",
+    "ClassificationHeadWithLoRA",
+    "TokenClassificationHeadWithLoRA",
+}
 
 
 def requested(config: Any) -> Any:
@@ -153,8 +159,8 @@ def _take(name: str, layer: Any, found: dict[str, tuple[Any, Any]]) -> bool:
     from .experts import CPULoRAExperts
 
     key = f"{name}{operators.SUFFIX}"
-    if isinstance(layer, layers.LogitsProcessorWithLoRA):
-        return True  # vLLM computes logits outside of the compiled model
+    if not _OUTSIDE.isdisjoint(kind.__name__ for kind in type(layer).__mro__):
+        return True
     if isinstance(layer, layers.FusedMoEWithLoRA):
         experts = layer._moe_kernel.fused_experts
         if not isinstance(experts, CPULoRAExperts):

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from engine_cases import PROMPTS, compare_fp32
-from test_compiled import job, run
+from test_compiled_engine import job, run
 
 pytestmark = [
     pytest.mark.cpu_engine,

@@ -7,6 +7,8 @@ was traced, or loaded from what was traced before.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -20,6 +22,8 @@ from vllm_moe_lora.tiny import engine
 
 # Of tiny/engine.py, for other tests; torch reads it when it is asked to compile.
 del os.environ["TORCHDYNAMO_DISABLE"]
+# What is patched in is what runs.
+home = "vllm.lora.moe_lora" if importlib.util.find_spec("vllm.lora.moe_lora") else "vllm_moe_lora"
 actions = json.loads(os.environ.get("ACTIONS", "{}"))
 spec = json.load(open(sys.argv[1]))  # noqa: SIM115
 numbers = {name: number for number, name in enumerate(spec["adapters"], start=1)}
@@ -59,10 +63,15 @@ def load(llm, name):
 
 
 if os.environ.get("WITHOUT_OPERATOR"):
-    from vllm_moe_lora.layers.cpu import compiled
-
+    compiled = importlib.import_module(f"{home}.layers.cpu.compiled")
     _take = compiled._take
     compiled._take = lambda name, *args: "o_proj" not in name and _take(name, *args)
+
+if os.environ.get("OLDER_VERSION"):
+    # Other code, in which the names by which the model calls its gates lead around their LoRA.
+    fingerprint = importlib.import_module(f"{home}.fingerprint")
+    aliases = importlib.import_module(f"{home}.layers.shared_experts.aliases")
+    fingerprint._code, aliases.rewire = lambda: "older", lambda model, wrappers: []
 
 LLM.generate = _generating
 

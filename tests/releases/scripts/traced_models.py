@@ -25,6 +25,7 @@ from unittest import mock
 import packages
 import stage
 import world
+from packaging.version import Version
 
 
 class Captured(Exception):
@@ -42,7 +43,7 @@ def main(*checkpoints):
     torch_experts.is_monolithic = lambda runner: False  # 0.24 to 0.27 on a CPU
     with as_cuda():
         vllm_moe_lora.register()
-    results = {"release": vllm.__version__.partition("+")[0], "models": {}}
+    results = {"release": Version(vllm.__version__).base_version, "models": {}}
     results["status"] = vllm_moe_lora.status()
     for checkpoint in checkpoints:
         found = stage.attempted(lambda c=checkpoint: traced(torch, c), checkpoint)

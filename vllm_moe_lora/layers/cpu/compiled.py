@@ -23,6 +23,12 @@ logger = get_logger(__name__)
 
 # vLLM's CPU platform sets this option of Inductor if, and only if, it is going to compile.
 _PLATFORM_COMPILES = "cpp.dynamic_threads"
+# LoRA layers that vLLM calls outside of the compiled model; some releases lack the last two.
+_OUTSIDE = {
+    "LogitsProcessorWithLoRA",
+    "ClassificationHeadWithLoRA",
+    "TokenClassificationHeadWithLoRA",
+}
 
 
 def requested(config: Any) -> Any:
@@ -44,11 +50,13 @@ def keep_mode(config: Any, before: Any) -> None:
     if compilation.mode != CompilationMode.NONE or not _ours(config):
         return
     mode, had_option = before
-    eager = config.model_config.enforce_eager or os.environ.get("TORCH_COMPILE_DISABLE") == "1"
+    # vLLM reads the first variable only, and fails with the second, as it does without LoRA.
+    disabled = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
+    eager = config.model_config.enforce_eager or any(os.environ.get(v) == "1" for v in disabled)
     # A copy of a config, which vLLM makes for a part of a model, has the mode already.
-    again = mode == CompilationMode.DYNAMO_TRACE_ONCE and not eager
+    again = mode == CompilationMode.DYNAMO_TRACE_ONCE
     now = not had_option and _PLATFORM_COMPILES in compilation.inductor_compile_config
-    if not again and not now:
+    if eager or not (again or now):
         return
     missing = _missing_compiler() if compilation.backend == "inductor" else ""
     if missing:
@@ -151,8 +159,8 @@ def _take(name: str, layer: Any, found: dict[str, tuple[Any, Any]]) -> bool:
     from .experts import CPULoRAExperts
 
     key = f"{name}{operators.SUFFIX}"
-    if isinstance(layer, layers.LogitsProcessorWithLoRA):
-        return True  # vLLM computes logits outside of the compiled model
+    if not _OUTSIDE.isdisjoint(kind.__name__ for kind in type(layer).__mro__):
+        return True
     if isinstance(layer, layers.FusedMoEWithLoRA):
         experts = layer._moe_kernel.fused_experts
         if not isinstance(experts, CPULoRAExperts):

@@ -14,6 +14,8 @@ layers are in ``no_compile_layers`` of the forward context; layers/cpu/compiled.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,10 +28,15 @@ SUFFIX = ".moe_lora"  # of a layer's name: vLLM has the layer without LoRA under
 # -- the operators -----------------------------------------------------------------------------
 
 
-def _layer(name: str) -> Any:
+@functools.cache
+def _context() -> Callable[[], Any]:
     from vllm.forward_context import get_forward_context
 
-    return get_forward_context().no_compile_layers[name]
+    return get_forward_context
+
+
+def _layer(name: str) -> Any:
+    return _context()().no_compile_layers[name]
 
 
 def _idle(punica: Any) -> bool:

@@ -200,3 +200,6 @@ def test_what_the_user_switches_off_stays_off(make_case):
         todo = job(case, [[(PROMPTS[0], "all")]], **{"enforce_eager": False, **how})
         _, _, log = engine.run(todo, TRACED, script=CHILD)
         assert "MODE NONE False" in log, how
+    # tiny/engine.py sets TORCHDYNAMO_DISABLE, with which vLLM without LoRA does not start.
+    _, _, log = engine.run(job(case, [[(PROMPTS[0], "all")]], enforce_eager=False), TRACED)
+    assert "'mode': <CompilationMode.NONE" in log

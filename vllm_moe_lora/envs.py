@@ -53,6 +53,8 @@ VARIABLES: dict[str, Callable[[], str | bool]] = {
     #                   end (the "tail") of the base experts' grouped GEMM. The kernel computes
     #                   y = W x + B z in one accumulator, where z = A x.
     "VLLM_MOE_LORA_KERNELS": _kernels,
+    # 0: compute LoRA on a CPU with torch's operators, not with native kernels (made by numba).
+    "VLLM_MOE_LORA_NATIVE": lambda: os.environ.get("VLLM_MOE_LORA_NATIVE", "1") != "0",
 }
 
 

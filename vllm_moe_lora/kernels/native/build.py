@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ... import envs
 from ...log import get_logger
 
 logger = get_logger(__name__)
-
-SWITCH = "VLLM_MOE_LORA_NATIVE"
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Kernels:
 @functools.cache
 def kernels() -> Kernels | None:
     """Return the kernels, or None if this machine cannot have them; one log line says why."""
-    if os.environ.get(SWITCH, "1") == "0":
+    if not envs.get("VLLM_MOE_LORA_NATIVE"):
         return None
     try:
         if sys.byteorder != "little":

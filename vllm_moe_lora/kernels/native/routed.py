@@ -46,7 +46,7 @@ from .vectors import (
     write,
 )
 
-TABLE, SEGMENT, SLICE = 60, 4, 3
+SEGMENT, SLICE = 4, 3
 CHUNK = 64  # pairs of one item
 COLUMN_CHUNK = 64  # columns of the output of one item
 

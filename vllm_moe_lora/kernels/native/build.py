@@ -45,9 +45,9 @@ def kernels() -> Kernels | None:
     try:
         if sys.byteorder != "little":
             raise NotImplementedError("this CPU is big-endian")
-        from . import vectors
+        from . import memory
 
-        if not vectors.supported():
+        if not memory.supported():
             raise NotImplementedError("this CPU has no fused multiply-add")
         return _compile()
     except Exception as error:
@@ -120,7 +120,7 @@ def _key() -> str:
     from llvmlite import binding
 
     digest = hashlib.sha256()
-    for name in ("vectors.py", "loops.py", "dense.py", "routed.py"):
+    for name in ("memory.py", "vectors.py", "loops.py", "dense.py", "routed.py"):
         digest.update(Path(__file__).with_name(name).read_bytes())
     cpu = binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()
     digest.update(repr((numba.__version__, llvmlite.__version__, sys.version, cpu)).encode())

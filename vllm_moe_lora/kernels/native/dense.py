@@ -20,7 +20,7 @@ from __future__ import annotations
 import numpy as np
 
 from .loops import compiled, expand_rows, shrink, turn, wait
-from .vectors import (
+from .memory import (
     BF16,
     COLUMNS,
     FP32,

@@ -13,21 +13,23 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .vectors import (
+from .memory import (
     BF16,
     COLUMNS,
     FP32,
     LANES,
     RANKS,
     ROWS,
-    dot,
-    expand,
     get,
     put,
     read,
     take,
-    transpose,
     write,
+)
+from .vectors import (
+    dot,
+    expand,
+    transpose,
 )
 
 # Without checks for division by zero, and without wrappers that Python could call.

@@ -27,23 +27,25 @@ from __future__ import annotations
 import numpy as np
 
 from .loops import compiled, expand_rows, shrink, turn, wait
-from .vectors import (
+from .memory import (
     BF16,
     COLUMNS,
     FP32,
     LANES,
     RANKS,
-    add_scaled,
     address_of,
     copy,
     get,
     get32,
-    narrow,
     put,
     put32,
     read,
     take,
     write,
+)
+from .vectors import (
+    add_scaled,
+    narrow,
 )
 
 SEGMENT, SLICE = 4, 3

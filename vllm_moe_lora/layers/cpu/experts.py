@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...kernels.cpu import PairPlan, make_plan
+from ...kernels.native import build
 from ...kernels.native.pairs import Pairs, make_pairs
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class CPULoRAExperts:
 
     def set_lora_context(self, context: MoELoRAContext) -> None:
         refuse_expert_parallel(self.moe_config)
+        build.kernels()  # they may have to be compiled: now, and not in the first request
         self._lora_context = context
 
     def slot_written(self, wrapper: Any, slot: int, rank: int) -> None:

@@ -97,7 +97,7 @@ def add_lora(
     width, columns = x.shape[1], y.shape[1]
     for a, b, wide in zip(lora_a, lora_b, output_slices, strict=True):
         rank, inner = a.shape[-2:]
-        own = min(wide, b.shape[-2], columns - start)
+        own = max(0, min(wide, b.shape[-2], columns - start))
         if inner > width or b.shape[-1] != rank:
             return False
         strides = a.stride(), b.stride()

@@ -21,9 +21,9 @@ from .memory import (
     RANKS,
     ROWS,
     get,
+    peek,
     put,
     read,
-    take,
     write,
 )
 from .vectors import (
@@ -39,7 +39,7 @@ compiled = njit(error_model="numpy", no_cpython_wrapper=True)
 @compiled
 def wait(table, counter, value):
     """Wait until other threads have finished their items of the phase before."""
-    while take(table, counter, 0) < value:
+    while peek(table, counter) < value:
         pass
 
 

@@ -175,6 +175,17 @@ def take(typingctx: Any, address: Any, index: Any, amount: Any) -> Any:
 
 
 @intrinsic
+def peek(typingctx: Any, address: Any, index: Any) -> Any:
+    """Return int64 number ``index`` of a table, which other threads change."""
+    sig = types.int64(types.int64, types.int64)
+
+    def codegen(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        return builder.load_atomic(pointer(builder, args[0], I64, args[1]), "acquire", 8)
+
+    return sig, codegen
+
+
+@intrinsic
 def address_of(typingctx: Any, array: Any) -> Any:
     """Return the address of a numpy array's data."""
     sig = types.int64(array)

@@ -221,7 +221,7 @@ def measure(folder: Path, quant: str, args: argparse.Namespace) -> dict[str, dic
     import torch
 
     model = folder / quant
-    model.mkdir()
+    model.mkdir(exist_ok=True)
     (model / "config.json").write_text(json.dumps(config(args.layers, quant)))
     adapters = [str(folder / f"adapter{i}") for i in range(4)]
     bare: dict[str, Any] = {"adapters": [], "active": 0, "warm": False, "eager": False}
@@ -265,6 +265,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", nargs="+", default=["a", "b", "b'", "c1", "c4", "c1e"])
+    parser.add_argument("--folder", type=Path, help="keep model and adapters here for another run")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -273,10 +274,12 @@ def main() -> None:
         return
     results = {}
     with tempfile.TemporaryDirectory(prefix="moe-lora-bench-") as name:
+        folder = args.folder or Path(name)
         for i in range(4):
-            write_adapter(Path(name, f"adapter{i}"), args.layers, seed=i)
+            if not (folder / f"adapter{i}").exists():
+                write_adapter(folder / f"adapter{i}", args.layers, seed=i)
         for quant in args.quant:
-            results[quant] = measure(Path(name), quant, args)
+            results[quant] = measure(folder, quant, args)
     if args.json:
         print(json.dumps(results, indent=1))
         return

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
+import torch
 from engine_cases import PROMPTS, compare_fp32
-from test_compiled import job, run
+from test_compiled_engine import job, run
 
 pytestmark = [
     pytest.mark.cpu_engine,
     pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: Inductor needs it"),
 ]
 LOADED, SAVED = "Directly load AOT compilation from path", "saved AOT compiled function to"
-OTHER_WIRES = "-shared-experts"  # without this feature the shared expert's gate has no LoRA
+# A version of ours that did not know of that gate's second name; see child.py.
+OLDER = {"OLDER_VERSION": "1"}
 
 
 @pytest.fixture(scope="module")
 def started(make_case, tmp_path_factory):
-    """start(**env) -> answers without and with LoRA on gates, and the log; one cache for all."""
-    case = make_case("qwen2_moe")
-    case.add("gates", lambda n: n.endswith("gate"), size=0.4)
-    rounds = [[(p, name) for p in PROMPTS] for name in (None, "gates")]
+    """start(**env) -> answers without and with LoRA on a gate, and the log; one cache for all."""
+    case = make_case("qwen2_moe", num_hidden_layers=1)
+    case.add("gate", lambda n: n.endswith("shared_expert_gate"), size=0.4)
+    rounds = [[(p, name) for p in PROMPTS] for name in (None, "gate")]
     root = tmp_path_factory.mktemp("cache")
 
     def start(**env):
@@ -33,25 +36,35 @@ def started(make_case, tmp_path_factory):
 
 
 def test_starts_in_one_cache(started):
-    """Made with other settings, made again; then loaded, by a second start with the same."""
+    """What an older version made is not taken; what this one made is loaded."""
     case, start = started
-    _, log = start(VLLM_MOE_LORA=OTHER_WIRES)
+    answers, log = start(**OLDER)
     assert SAVED in log
-    assert LOADED not in log
+    assert _without_gate(case, answers)
     for had in (SAVED, LOADED):
         answers, log = start()
-        assert had in log
+        assert had in log, _said(log)
         assert "Compiling model again" not in log
-        for got, name in zip(answers, (None, "gates"), strict=True):
+        for got, name in zip(answers, (None, "gate"), strict=True):
             compare_fp32(got, case, name)
 
 
+def _said(log):
+    return [line for line in log.splitlines() if "decorators.py" in line or "compiled.py" in line]
+
+
+def _without_gate(case, answers):
+    compare_fp32(answers[0], case, None)
+    return all(torch.equal(*pair) for pair in zip(*answers, strict=True))
+
+
+@pytest.mark.skipif(os.environ.get("MOE_LORA_ALL") != "1", reason="takes 40 s: MOE_LORA_ALL=1")
+@pytest.mark.skipif(os.environ.get("VLLM_MOE_LORA") == "0", reason="patches cannot be switched off")
 def test_the_key_is_why(started):
-    """What goes wrong if the key does not tell settings apart."""
+    """With the key of upstream the older version's code is taken, and the gate's LoRA is lost."""
     case, start = started
-    same_key = "-compile-cache"
-    start(VLLM_MOE_LORA=f"{OTHER_WIRES},{same_key}")
-    answers, log = start(VLLM_MOE_LORA=same_key)
-    assert LOADED in log
-    with pytest.raises(AssertionError, match="differs by"):
-        compare_fp32(answers[1], case, "gates")
+    upstream = {"VLLM_MOE_LORA": "-compile-cache"}
+    start(**upstream, **OLDER)
+    answers, log = start(**upstream)
+    assert LOADED in log, _said(log)
+    assert _without_gate(case, answers)

@@ -15,7 +15,6 @@ import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 from ...log import get_logger
@@ -24,6 +23,12 @@ logger = get_logger(__name__)
 
 # vLLM's CPU platform sets this option of Inductor if, and only if, it is going to compile.
 _PLATFORM_COMPILES = "cpp.dynamic_threads"
+# LoRA layers that vLLM calls outside of the compiled model; some releases lack the last two.
+_OUTSIDE = {
+    "LogitsProcessorWithLoRA",
+    "ClassificationHeadWithLoRA",
+    "TokenClassificationHeadWithLoRA",
+}
 
 
 def requested(config: Any) -> Any:
@@ -45,11 +50,13 @@ def keep_mode(config: Any, before: Any) -> None:
     if compilation.mode != CompilationMode.NONE or not _ours(config):
         return
     mode, had_option = before
-    eager = config.model_config.enforce_eager or os.environ.get("TORCH_COMPILE_DISABLE") == "1"
+    # vLLM reads the first variable only, and fails with the second, as it does without LoRA.
+    disabled = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
+    eager = config.model_config.enforce_eager or any(os.environ.get(v) == "1" for v in disabled)
     # A copy of a config, which vLLM makes for a part of a model, has the mode already.
-    again = mode == CompilationMode.DYNAMO_TRACE_ONCE and not eager
+    again = mode == CompilationMode.DYNAMO_TRACE_ONCE
     now = not had_option and _PLATFORM_COMPILES in compilation.inductor_compile_config
-    if not again and not now:
+    if eager or not (again or now):
         return
     missing = _missing_compiler() if compilation.backend == "inductor" else ""
     if missing:
@@ -106,7 +113,7 @@ def loadable(config: Any) -> Iterator[None]:
     """Let vLLM load a compiled MoE model with LoRA from its cache, inside the block.
 
     vLLM calls ``finalize_loading`` of what it loads. Its own backend, for GPUs, has that method.
-    Inductor's functions do not have it, and there is nothing to finalize.
+    What torch makes of Inductor's code does not, and there is nothing to finalize.
 
     Args:
         config: the engine's `VllmConfig`.
@@ -120,9 +127,9 @@ def loadable(config: Any) -> Iterator[None]:
 
     def load_compiled_function(*args: Any, **more: Any) -> Any:
         loaded = load(*args, **more)
-        function = loaded._artifacts.compiled_fn
-        if isinstance(function, FunctionType) and not hasattr(function, "finalize_loading"):
-            function.finalize_loading = lambda config: None  # type: ignore[attr-defined]
+        compiled = loaded._artifacts.compiled_fn  # type: ignore[attr-defined]
+        if not hasattr(compiled, "finalize_loading"):
+            compiled.finalize_loading = lambda config: None
         return loaded
 
     torch.compiler.load_compiled_function = load_compiled_function  # type: ignore[assignment]
@@ -152,8 +159,8 @@ def _take(name: str, layer: Any, found: dict[str, tuple[Any, Any]]) -> bool:
     from .experts import CPULoRAExperts
 
     key = f"{name}{operators.SUFFIX}"
-    if isinstance(layer, layers.LogitsProcessorWithLoRA):
-        return True  # vLLM computes logits outside of the compiled model
+    if not _OUTSIDE.isdisjoint(kind.__name__ for kind in type(layer).__mro__):
+        return True
     if isinstance(layer, layers.FusedMoEWithLoRA):
         experts = layer._moe_kernel.fused_experts
         if not isinstance(experts, CPULoRAExperts):

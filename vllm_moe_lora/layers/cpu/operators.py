@@ -14,6 +14,8 @@ layers are in ``no_compile_layers`` of the forward context; layers/cpu/compiled.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,17 +25,29 @@ NAMESPACE = __name__.removesuffix(".layers.cpu.operators").replace(".", "_")
 SUFFIX = ".moe_lora"  # of a layer's name: vLLM has the layer without LoRA under the name itself
 
 
-def _layer(name: str) -> Any:
+# -- the operators -----------------------------------------------------------------------------
+
+
+@functools.cache
+def _context() -> Callable[[], Any]:
     from vllm.forward_context import get_forward_context
 
-    return get_forward_context().no_compile_layers[name]
+    return get_forward_context
 
 
-# -- the operators -----------------------------------------------------------------------------
+def _layer(name: str) -> Any:
+    return _context()().no_compile_layers[name]
+
+
+def _idle(punica: Any) -> bool:
+    """Return whether no token of the batch has an adapter; hooks/lora_punica_cpu.py knows."""
+    return getattr(punica, "token_segments", None) == []
 
 
 def _add_lora_linear(y: torch.Tensor, x: torch.Tensor, name: str) -> None:
     layer, punica = _layer(name)
+    if _idle(punica):
+        return
     punica.add_lora_linear(
         y, x, layer.lora_a_stacked, layer.lora_b_stacked, 1.0, layer.output_slices
     )
@@ -41,6 +55,8 @@ def _add_lora_linear(y: torch.Tensor, x: torch.Tensor, name: str) -> None:
 
 def _add_lora_embedding(y: torch.Tensor, x: torch.Tensor, name: str) -> None:
     layer, punica = _layer(name)
+    if _idle(punica):
+        return
     punica.add_lora_embedding(y, x, layer.lora_b_stacked, add_inputs=True)
 
 

@@ -14,6 +14,7 @@ engine of its own:
   c1       every request with one and the same adapter
   c4       requests spread over four adapters
   c1e      c1 with --enforce-eager
+  peft     PEFT in transformers, one adapter (only if asked for, and bf16 only); see peft_row.py
 
 The engine of row "default" is there all the time. Each other row is measured in turns with it, so
 that the machine is the same for both, and its speed is a share of "default" in those turns.
@@ -39,6 +40,7 @@ from typing import Any
 HIDDEN, EXPERTS, TOP_K, INNER, SHARED, VOCAB = 2048, 60, 4, 1408, 5632, 1024
 CASES = {"decode batch 1": (1, 16), "decode batch 8": (8, 16), "prefill 512": (1, 512)}
 STEPS = 24
+PEFT_STEPS = 4  # a step takes some hundred times as long
 
 
 def config(layers: int, quant: str) -> dict[str, Any]:
@@ -108,6 +110,11 @@ def write_adapter(folder: Path, layers: int, seed: int) -> None:
 
 def child(spec: dict[str, Any]) -> None:
     """One engine: for each name of a case on stdin, print how long its steps take."""
+    if spec["peft"]:
+        import peft_row
+
+        peft_row.child(spec, CASES, PEFT_STEPS)
+        return
     import torch
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
@@ -225,6 +232,7 @@ def measure(folder: Path, quant: str, args: argparse.Namespace) -> dict[str, dic
     (model / "config.json").write_text(json.dumps(config(args.layers, quant)))
     adapters = [str(folder / f"adapter{i}") for i in range(4)]
     bare: dict[str, Any] = {"adapters": [], "active": 0, "warm": False, "eager": False}
+    bare["peft"] = False
     lora = {**bare, "adapters": adapters}
     rows: dict[str, dict[str, Any]] = {
         "a": {**bare, "eager": True},
@@ -233,6 +241,7 @@ def measure(folder: Path, quant: str, args: argparse.Namespace) -> dict[str, dic
         "c1": {**lora, "active": 1},
         "c4": {**lora, "active": 4},
         "c1e": {**lora, "active": 1, "eager": True},
+        "peft": {**bare, "peft": True},
     }
     lift = quant == "int4" and not torch.cpu._is_amx_tile_supported()
 

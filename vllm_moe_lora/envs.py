@@ -57,6 +57,8 @@ VARIABLES: dict[str, Callable[[], str | bool]] = {
     # The folder with the records of `vllm-moe-lora tune`; "" for moe_lora_tuned in vLLM's
     # configuration folder.
     "VLLM_MOE_LORA_TUNED": lambda: os.environ.get("VLLM_MOE_LORA_TUNED", ""),
+    # 0: compute LoRA on a CPU with torch's operators, not with native kernels (made by numba).
+    "VLLM_MOE_LORA_NATIVE": lambda: os.environ.get("VLLM_MOE_LORA_NATIVE", "1") != "0",
 }
 
 

@@ -64,6 +64,17 @@ def test_chunked_prefill_and_prefix_cache(case):
             assert (logprobs[0] - want)[top].abs().max() <= 1e-3, name
 
 
+@pytest.mark.parametrize("native", ["1", "0"])
+def test_native_kernels_and_torch(case, native):
+    """Both ways to compute LoRA give the oracle's numbers; the log says which one runs."""
+    requests = [(p, name) for p in PROMPTS for name in (None, "a", "b")]
+    job = engine.Job(str(case.model), _adapters(case), [requests], options={"dtype": "float32"})
+    answers, _, log = engine.run(job, {"VLLM_MOE_LORA_NATIVE": native})
+    assert log.count("native kernels, made in") == int(native)
+    for i, name in enumerate((None, "a", "b")):
+        compare_fp32([logprobs[-1] for _, logprobs in answers[0][i::3]], case, name)
+
+
 @pytest.mark.parametrize(
     ("dtype", "quant"),
     [("float32", None), ("bfloat16", None)],

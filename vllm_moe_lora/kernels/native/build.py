@@ -15,16 +15,16 @@ import os
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ... import envs
 from ...log import get_logger
 
 logger = get_logger(__name__)
-
-SWITCH = "VLLM_MOE_LORA_NATIVE"
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Kernels:
 @functools.cache
 def kernels() -> Kernels | None:
     """Return the kernels, or None if this machine cannot have them; one log line says why."""
-    if os.environ.get(SWITCH, "1") == "0":
+    if not envs.get("VLLM_MOE_LORA_NATIVE"):
         return None
     try:
         if sys.byteorder != "little":
             raise NotImplementedError("this CPU is big-endian")
-        from . import vectors
+        from . import memory
 
-        if not vectors.supported():
+        if not memory.supported():
             raise NotImplementedError("this CPU has no fused multiply-add")
         return _compile()
     except Exception as error:
@@ -74,6 +74,7 @@ def _compile() -> Kernels:
         # numba chooses the folder when a function is decorated, and takes it from here.
         config.CACHE_DIR = "" if folder is None else str(folder)
         try:
+            start = time.perf_counter()
             made = tuple(
                 cfunc("void(int64)", cache=folder is not None)(function) for function in functions
             )
@@ -82,6 +83,9 @@ def _compile() -> Kernels:
             continue
         finally:
             config.CACHE_DIR = before
+        taken = time.perf_counter() - start
+        where = "not kept" if folder is None else f"kept in {folder}"
+        logger.info("LoRA on the CPU: native kernels, made in %.1f s, %s", taken, where)
         add_lora, plan, routed_before, routed_after = (one.address for one in made)
         return Kernels(add_lora, plan, routed_before, routed_after, keep=made)
     raise AssertionError("not reached: without a folder nothing is written")
@@ -121,7 +125,7 @@ def _key() -> str:
     from llvmlite import binding
 
     digest = hashlib.sha256()
-    for name in ("vectors.py", "loops.py", "dense.py", "routed.py"):
+    for name in ("memory.py", "vectors.py", "loops.py", "dense.py", "routed.py"):
         digest.update(Path(__file__).with_name(name).read_bytes())
     cpu = binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten()
     digest.update(repr((numba.__version__, llvmlite.__version__, sys.version, cpu)).encode())

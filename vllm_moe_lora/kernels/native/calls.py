@@ -45,8 +45,8 @@ class Segments(list[tuple[int, "torch.Tensor | None"]]):
         """Prepare the segments for a batch of ``tokens`` rows.
 
         Returns:
-            The address of (slot, address of the rows, number of rows) of each segment; how many
-            rows they have together; the highest slot.
+            The address of a table, which dense.py describes; how many rows the segments have
+            together; the highest slot.
 
         Raises:
             IndexError: a row is not in the batch.
@@ -57,10 +57,25 @@ class Segments(list[tuple[int, "torch.Tensor | None"]]):
                 count = tokens if rows is None else rows.numel()
                 if rows is not None and count and int(rows[-1]) >= tokens:
                     raise IndexError(f"adapter slot {slot}: row {int(rows[-1])} of {tokens} rows")
-                made.extend((slot, 0 if rows is None else rows.data_ptr(), count))
-            self._made = tokens, made, sum(made[2::3]), max(made[::3], default=-1)
+                made.extend((slot, 0 if rows is None else rows.data_ptr(), count, 0))
+            self._made = tokens, made, sum(made[2::4]), max(made[::4], default=-1)
         _, made, count, highest = self._made
         return address(made), count, highest
+
+
+class Ranges(list[tuple[int, int, int]]):
+    """Rows of a batch by adapter, where those of one adapter are adjacent: (slot, first, end)."""
+
+    _made: array[int]
+
+    def table(self, tokens: int) -> tuple[int, int, int]:
+        """See `Segments.table`."""
+        self._made = array("q")
+        for slot, start, stop in self:
+            if stop > tokens:
+                raise IndexError(f"adapter slot {slot}: row {stop - 1} of {tokens} rows")
+            self._made.extend((slot, 0, stop - start, start))
+        return address(self._made), sum(self._made[2::4]), max(self._made[::4], default=-1)
 
 
 def add_lora(
@@ -68,7 +83,7 @@ def add_lora(
     x: torch.Tensor,
     lora_a: Sequence[torch.Tensor],
     lora_b: Sequence[torch.Tensor],
-    segments: Segments,
+    segments: Segments | Ranges,
     scale: float,
     output_slices: Sequence[int],
 ) -> bool:
@@ -82,7 +97,7 @@ def add_lora(
     width, columns = x.shape[1], y.shape[1]
     for a, b, wide in zip(lora_a, lora_b, output_slices, strict=True):
         rank, inner = a.shape[-2:]
-        own = min(wide, b.shape[-2], columns - start)
+        own = max(0, min(wide, b.shape[-2], columns - start))
         if inner > width or b.shape[-1] != rank:
             return False
         strides = a.stride(), b.stride()

@@ -7,7 +7,8 @@ The table (int64, see loops.py) and the tables it points to:
     29  x   30  its row stride   31  y   32  its row stride   33  z   34  its row stride
     35  scale, a float32
 
-    a segment: slot, address of the rows' numbers (int64; 0: all rows), number of rows
+    a segment: slot, address of the rows' numbers (int64; 0: adjacent rows), number of rows, the
+               first of adjacent rows
     a slice:   lora_a, stride of slots, stride of rows, columns of x, rank,
                lora_b, stride of slots, stride of rows, columns of y, first column of y
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 import numpy as np
 
 from .loops import compiled, expand_rows, shrink, turn, wait
-from .vectors import (
+from .memory import (
     BF16,
     COLUMNS,
     FP32,
@@ -32,7 +33,7 @@ from .vectors import (
     write,
 )
 
-TABLE, SEGMENT, SLICE = 36, 3, 10
+SEGMENT, SLICE = 4, 10
 ROW_CHUNK = 64  # rows of one item
 COLUMN_CHUNK = 256  # columns of y of one item of expand
 
@@ -40,7 +41,7 @@ COLUMN_CHUNK = 256  # columns of y of one item of expand
 @compiled
 def _row(segment, i):
     rows = get(segment, 1)
-    return i if rows == 0 else get(rows, i)
+    return get(segment, 3) + i if rows == 0 else get(rows, i)
 
 
 @compiled

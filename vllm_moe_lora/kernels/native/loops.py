@@ -13,21 +13,23 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .vectors import (
+from .memory import (
     BF16,
     COLUMNS,
     FP32,
     LANES,
     RANKS,
     ROWS,
-    dot,
-    expand,
     get,
+    peek,
     put,
     read,
-    take,
-    transpose,
     write,
+)
+from .vectors import (
+    dot,
+    expand,
+    transpose,
 )
 
 # Without checks for division by zero, and without wrappers that Python could call.
@@ -37,7 +39,7 @@ compiled = njit(error_model="numpy", no_cpython_wrapper=True)
 @compiled
 def wait(table, counter, value):
     """Wait until other threads have finished their items of the phase before."""
-    while take(table, counter, 0) < value:
+    while peek(table, counter) < value:
         pass
 
 

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import torch
 
 from . import build, pool
-from .calls import DTYPES, SMALL, address, fit
+from .calls import DTYPES, SMALL, Ranges, add_lora, address, fit
+
+Segment = tuple[int, int, int, int]  # slot, expert, first pair, one past the last pair
 
 _HALF, _SEGMENT = 40, 4  # of the table, and int64 a segment: see routed.py
 
@@ -32,6 +34,26 @@ class Pairs:
 
     def __len__(self) -> int:
         return self.ids.shape[0]
+
+    def sorted(self) -> tuple[torch.Tensor, list[Segment]]:
+        """Return the pairs in the order of their experts, then slots; without foreign experts'.
+
+        Returns:
+            [n] int64, the number of each pair, and the ranges with the same slot and expert.
+        """
+        scratch = self._keep[0]
+        assert isinstance(scratch, torch.Tensor)
+        tokens, top_k = self._table[24], self._table[29]
+        count, number = self._table[36], self._table[37]
+        first = tokens * (1 + 2 * top_k)
+        found = scratch[first : first + number * _SEGMENT].tolist()
+        segments = [
+            (slot, expert, start, start + size)
+            for slot, expert, start, size in zip(
+                *(found[i::_SEGMENT] for i in range(4)), strict=True
+            )
+        ]
+        return scratch[tokens : tokens + count], segments
 
     def _fit(self, wide: torch.Tensor, x: torch.Tensor, factors: Sequence[torch.Tensor]) -> bool:
         """Return whether the kernels take these tensors."""
@@ -169,3 +191,44 @@ def make_pairs(
     table.extend((scratch.data_ptr(), ids.data_ptr(), 0, 0, 0, 0, 0))
     pool.run(kernels.plan, address(table), True)
     return Pairs(kernels, table, (scratch, ids, token_slots, ranks, topk_ids))
+
+
+def merge_experts(segments: Sequence[Segment]) -> list[tuple[int, int, int]]:
+    """Return (expert, first pair, one past the last pair), whatever the slots."""
+    merged: list[tuple[int, int, int]] = []
+    for _, expert, start, stop in segments:
+        if merged and merged[-1][0] == expert:
+            merged[-1] = expert, merged[-1][1], stop
+        else:
+            merged.append((expert, start, stop))
+    return merged
+
+
+def add_lora_to_pairs(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    lora_b: Sequence[torch.Tensor],
+    segments: Sequence[Segment],
+) -> bool:
+    """Compute y[pair, slice i] += lora_b[i] (lora_a[i] x[pair]); return whether it was possible.
+
+    Args:
+        y: [pairs, out of all slices], in the order of `Pairs.sorted`.
+        x: [pairs, in], in the same order.
+        lora_a: one tensor a slice, [slots, experts or 1, rank, in].
+        lora_b: one tensor a slice, [slots, experts or 1, out, rank].
+        segments: from `Pairs.sorted`.
+    """
+    experts = lora_a[0].shape[1]
+    # The kernel for dense layers does it, if it takes each expert of each slot for a slot.
+    if any(
+        f.shape[1] != experts or f.stride(0) != experts * f.stride(1) for f in (*lora_a, *lora_b)
+    ):
+        return False
+    flat_a, flat_b = ([f.flatten(0, 1) for f in side] for side in (lora_a, lora_b))
+    ranges = Ranges(
+        (slot * experts + (0 if experts == 1 else expert), start, stop)
+        for slot, expert, start, stop in segments
+    )
+    return add_lora(y, x, flat_a, flat_b, ranges, 1.0, [b.shape[2] for b in lora_b])

@@ -16,14 +16,23 @@ import torch
 
 @functools.cache
 def _parallel() -> Callable[[int, int, int, int], None] | None:
-    """Return ``GOMP_parallel`` of torch's OpenMP runtime: GNU's, LLVM's and Intel's have it."""
+    """Return ``GOMP_parallel`` of torch's OpenMP runtime: GNU's, LLVM's and Intel's have it.
+
+    Returns:
+        The function; None if there is none, or if it belongs to another runtime than torch's.
+    """
     try:
         library = ctypes.CDLL(None)
-        function, threads = library.GOMP_parallel, library.omp_get_max_threads
+        function, set_threads = library.GOMP_parallel, library.omp_set_num_threads
     except (AttributeError, OSError):
         return None
-    if threads() != torch.get_num_threads():
-        return None  # that is another runtime than torch's
+    # If it is torch's runtime, torch sees how many threads we ask it for.
+    threads = torch.get_num_threads()
+    set_threads(threads + 1)
+    same = torch.get_num_threads() == threads + 1
+    set_threads(threads)
+    if not same or torch.get_num_threads() != threads:
+        return None
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     function.restype = None
     return function  # type: ignore[no-any-return]

@@ -27,26 +27,28 @@ from __future__ import annotations
 import numpy as np
 
 from .loops import compiled, expand_rows, shrink, turn, wait
-from .vectors import (
+from .memory import (
     BF16,
     COLUMNS,
     FP32,
     LANES,
     RANKS,
-    add_scaled,
     address_of,
     copy,
     get,
     get32,
-    narrow,
     put,
     put32,
     read,
     take,
     write,
 )
+from .vectors import (
+    add_scaled,
+    narrow,
+)
 
-TABLE, SEGMENT, SLICE = 60, 4, 3
+SEGMENT, SLICE = 4, 3
 CHUNK = 64  # pairs of one item
 COLUMN_CHUNK = 64  # columns of the output of one item
 

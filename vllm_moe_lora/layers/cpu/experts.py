@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...kernels.cpu import PairPlan, make_plan
+from ...kernels.native import build
 from ...kernels.native.pairs import Pairs, make_pairs
 from . import expert_parallel
 
@@ -67,6 +68,7 @@ class CPULoRAExperts:
         return True
 
     def set_lora_context(self, context: MoELoRAContext) -> None:
+        build.kernels()  # they may have to be compiled: now, and not in the first request
         self._lora_context = context
 
     def slot_written(self, wrapper: Any, slot: int, rank: int) -> None:

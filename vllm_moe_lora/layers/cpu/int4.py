@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from ...kernels.cpu import PairPlan, expand_add, shrink
+from ...kernels.native.calls import fit
+from ...kernels.native.pairs import Pairs, add_lora_to_pairs, merge_experts
 from .experts import CPULoRAExperts, combine
 
 
@@ -64,6 +66,32 @@ def _product_is_right() -> bool:
     return bool(((got - want).abs().mean() / want.abs().mean()) < 0.05)
 
 
+def _matmul(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    z: torch.Tensor,
+    s: torch.Tensor,
+    slices: list[tuple[int, int, int]],
+) -> torch.Tensor:
+    """Multiply each pair's row with the weights of its expert.
+
+    Args:
+        x: [pairs, in], sorted by expert.
+        w, z, s: upstream's packed weights, zeros and scales of all experts.
+        slices: (expert, first pair, one past the last pair); they cover all pairs.
+
+    Returns:
+        [pairs, out].
+    """
+    from vllm._custom_ops import int4_scaled_mm_cpu
+
+    # s is packed in blocks of columns: shape[1] blocks of shape[-1] columns are all of y's.
+    y = x.new_empty(x.shape[0], s.shape[1] * s.shape[-1])
+    for expert, start, stop in slices:
+        y[start:stop] = int4_scaled_mm_cpu(x[start:stop], w[expert], z[expert], s[expert], None)
+    return y
+
+
 class Int4CPUExperts(CPULoRAExperts):
     """Mixin that adds LoRA to upstream's `CPUExpertsInt4`.
 
@@ -95,6 +123,45 @@ class Int4CPUExperts(CPULoRAExperts):
             return False, "LoRA is off"
         return super().is_supported_config(cls, moe_config, *keys)  # type: ignore[misc]
 
+    def apply_native(
+        self,
+        pairs: Pairs,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: Any,
+        router_weight_on_input: bool,
+    ) -> bool:
+        """See `CPULoRAExperts.apply_native`."""
+        context = self._lora_context
+        assert context is not None
+        a13, b13 = context.w13_lora_a_stacked, context.w13_lora_b_stacked
+        a2, b2 = context.w2_lora_a_stacked[0], context.w2_lora_b_stacked[0]
+        if not fit(hidden_states, output, *a13, *b13, a2, b2):
+            return False
+        order, found = pairs.sorted()
+        tokens = pairs.rows[order // topk_ids.shape[1]]
+        x = hidden_states.index_select(0, tokens)
+        slices = merge_experts(found)
+        gate_up = _matmul(x, w1, self.w1_zp, self.w1_scale, slices)
+        if not add_lora_to_pairs(gate_up, x, a13, b13, found):
+            return False
+        h = gate_up.new_empty(x.shape[0], gate_up.shape[1] // 2)
+        torch.ops._C.silu_and_mul(h, gate_up)
+        y = _matmul(h, w2, self.w2_zp, self.w2_scale, slices)
+        if not add_lora_to_pairs(y, h, (a2,), (b2,), found):
+            return False
+        weighted = y.to(torch.float32)
+        if not router_weight_on_input:
+            weighted *= topk_weights[pairs.rows].flatten()[order].to(torch.float32).unsqueeze(1)
+        total = torch.zeros(output.shape, dtype=torch.float32)
+        total.index_add_(0, tokens, weighted)
+        output.index_copy_(0, pairs.rows, total.index_select(0, pairs.rows).to(output.dtype))
+        return True
+
     def apply_lora(
         self,
         plan: PairPlan,
@@ -107,26 +174,12 @@ class Int4CPUExperts(CPULoRAExperts):
         router_weight_on_input: bool,
     ) -> torch.Tensor:
         """See `CPULoRAExperts.apply_lora`."""
-        from vllm._custom_ops import int4_scaled_mm_cpu
-
         context = self._lora_context
         assert context is not None
         rank = max(self.rank_of(slot) for slot in plan.slot_set())
         x = hidden_states.index_select(0, plan.tokens())
         slices = plan.expert_slices()
-
-        def matmul(
-            x: torch.Tensor, w: torch.Tensor, z: torch.Tensor, s: torch.Tensor
-        ) -> torch.Tensor:
-            # s is packed in blocks of columns: shape[1] blocks of shape[-1] columns are all of y's.
-            y = x.new_empty(x.shape[0], s.shape[1] * s.shape[-1])
-            for expert, start, stop in slices:
-                y[start:stop] = int4_scaled_mm_cpu(
-                    x[start:stop], w[expert], z[expert], s[expert], None
-                )
-            return y
-
-        gate_up = matmul(x, w1, self.w1_zp, self.w1_scale)
+        gate_up = _matmul(x, w1, self.w1_zp, self.w1_scale, slices)
         start = 0
         for a, b in zip(context.w13_lora_a_stacked, context.w13_lora_b_stacked, strict=True):
             part = gate_up[:, start : start + b.shape[2]]
@@ -135,7 +188,7 @@ class Int4CPUExperts(CPULoRAExperts):
             start += b.shape[2]
         h = gate_up.new_empty(len(plan), gate_up.shape[1] // 2)
         torch.ops._C.silu_and_mul(h, gate_up)
-        y = matmul(h, w2, self.w2_zp, self.w2_scale)
+        y = _matmul(h, w2, self.w2_zp, self.w2_scale, slices)
         z = shrink(h, context.w2_lora_a_stacked[0][:, :, :rank], plan)
         expand_add(y, z, context.w2_lora_b_stacked[0][:, :, :, :rank], plan)
         return combine(y, None if router_weight_on_input else topk_weights, plan)

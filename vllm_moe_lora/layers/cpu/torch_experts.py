@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ...kernels.native import build
+
 
 class CPUFusedMoEWithLoRA:
     """Replaces the ``cpu_fused_moe`` callable of a layer, and adds LoRA.
@@ -308,4 +310,5 @@ def install(wrapper: Any, layer: Any, holder: Any) -> None:
             "MoE LoRA on the CPU does not support packed weights in this vLLM release: set "
             "VLLM_CPU_SGL_KERNEL=0 and VLLM_CPU_MOE_PREPACK=0."
         )
+    build.kernels()  # for the dense layers; they may have to be compiled, better now than later
     holder.cpu_fused_moe = CPUFusedMoEWithLoRA(base, wrapper)

@@ -1,0 +1,400 @@
+"""The native CPU kernels against plain loops in fp64, and against the forms in torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_moe_lora.kernels import cpu_dense
+from vllm_moe_lora.kernels.native import build, calls, pairs
+
+pytest.importorskip("numba", reason="the native kernels need numba: ci/install.sh")
+# Here they have to compile: a failure must not look like a machine that cannot have them.
+assert build.kernels() is not None
+
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+def _close(got, want):
+    """Whether ``got`` is the fp64 ``want``, summed in fp32 and rounded once to got's dtype."""
+    unit = 2.0**-8 if got.dtype == torch.bfloat16 else 2.0**-21
+    return bool(((got.double() - want).abs() <= unit * want.abs() + 2e-6).all())
+
+
+def _dense(dtype, tokens, widths, rank, inner, seed, slots=3):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, inner, generator=g).to(dtype)
+    y = torch.randn(tokens, sum(widths) + 3, generator=g).to(dtype)
+    a = [(torch.randn(slots, 1, rank, inner, generator=g) / inner**0.5).to(dtype) for _ in widths]
+    b = [(torch.randn(slots, 1, w, rank, generator=g) / rank**0.5).to(dtype) for w in widths]
+    return y, x, tuple(a), tuple(b)
+
+
+def _native(y, x, a, b, slots, scale, widths):
+    got = y.clone()
+    assert calls.add_lora(got, x, a, b, cpu_dense.row_segments(slots), scale, widths)
+    return got
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    tokens=st.integers(1, 150),
+    widths=st.lists(st.integers(1, 300), min_size=1, max_size=3),
+    rank=st.integers(1, 40),
+    inner=st.integers(1, 200),
+    own_rank=st.integers(1, 40),
+    seed=st.integers(0, 10**6),
+)
+def test_dense(dtype, tokens, widths, rank, inner, own_rank, seed):
+    y, x, a, b = _dense(dtype, tokens, widths, rank, inner, seed)
+    for factor in a:
+        factor[1, :, own_rank:] = 0  # the adapter in slot 1 has a smaller rank than its slot
+    slots = torch.randint(-1, 3, (tokens,), generator=torch.Generator().manual_seed(seed))
+    got = _native(y, x, a, b, slots, 0.5, tuple(widths))
+    want, start = y.double(), 0
+    for one_a, one_b, width in zip(a, b, widths, strict=True):
+        for row, slot in enumerate(slots.tolist()):
+            if slot >= 0:
+                z = one_a[slot, 0].double() @ x[row].double()
+                want[row, start : start + width] += 0.5 * (one_b[slot, 0].double() @ z)
+        start += width
+    assert _close(got, want)
+    assert torch.equal(got[slots < 0], y[slots < 0])
+    assert torch.equal(got[:, start:], y[:, start:])  # columns beyond the slices
+    plain = y.clone()
+    segments = cpu_dense.row_segments(slots)
+    cpu_dense.add_lora_torch(plain, x, a, b, segments, 0.5, tuple(widths))
+    assert torch.allclose(got.float(), plain.float(), atol=0.1 if dtype == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_dense_alone_and_in_a_batch(dtype, threads):
+    """A row has the same bits whatever is computed with it, by however many threads."""
+    widths = (320, 77)
+    y, x, a, b = _dense(dtype, 203, widths, 16, 1056, 0)
+    slots = torch.arange(203) % 4 - 1
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = _native(y, x, a, b, slots, 1.0, widths)
+    finally:
+        torch.set_num_threads(before)
+    for row in (1, 2, 3, 66, 129, 202):
+        alone = _native(y[row : row + 1], x[row : row + 1], a, b, slots[row : row + 1], 1.0, widths)
+        assert torch.equal(alone[0], together[row]), row
+    assert not torch.equal(together[1], y[1])
+
+
+def test_dense_takes_views():
+    """Rows of x and y may be wider than what is used; what is beside them is not touched."""
+    y, x, a, b = _dense(torch.bfloat16, 9, (40,), 8, 64, 0)
+    wide_x, wide_y = torch.full((9, 99), torch.nan), torch.full((9, 131), torch.nan)
+    wide_x, wide_y = wide_x.bfloat16(), wide_y.bfloat16()
+    wide_x[:, 5:69], wide_y[:, 7:47] = x, y[:, :40]
+    slots = torch.tensor([0, -1, 1, 1, 2, 0, 0, 0, 2])
+    want = _native(y[:, :40].contiguous(), x, a, b, slots, 1.0, (40,))
+    view = wide_y[:, 7:47]
+    segments = cpu_dense.row_segments(slots)
+    assert calls.add_lora(view, wide_x[:, 5:69], a, b, segments, 1.0, (40,))
+    assert torch.equal(view, want)
+    assert wide_y[:, :7].isnan().all()
+    assert wide_y[:, 47:].isnan().all()
+
+
+def test_dense_nan_and_infinity():
+    y, x, a, b = _dense(torch.bfloat16, 3, (32,), 8, 64, 0)
+    x[0, 3] = torch.nan
+    x[1, 3] = torch.inf
+    got = _native(y, x, a, b, torch.tensor([0, 0, 0]), 1.0, (32,))
+    assert got[0, :32].isnan().all()
+    assert not got[1, :32].isfinite().any()
+    assert got[2].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda y, x, a, b: (y, x.half(), a, b),
+        lambda y, x, a, b: (y.half(), x.half(), (a[0].half(),), (b[0].half(),)),
+        lambda y, x, a, b: (y, x, (a[0].bfloat16(),), b),
+        lambda y, x, a, b: (y, x.t().contiguous().t(), a, b),
+        lambda y, x, a, b: (y.t().contiguous().t(), x, a, b),
+        lambda y, x, a, b: (y, x, (a[0].transpose(2, 3).contiguous().transpose(2, 3),), b),
+    ],
+)
+def test_dense_falls_back(change):
+    """What the kernel does not take is computed by torch."""
+    y, x, a, b = change(*_dense(torch.float32, 4, (8,), 4, 12, 0))
+    segments = cpu_dense.row_segments(torch.tensor([0, 1, -1, 2]))
+    got = y.clone()
+    assert not calls.add_lora(got, x, a, b, segments, 1.0, (8,))
+    assert torch.equal(got, y)
+    cpu_dense.add_lora(got, x, a, b, segments, 1.0, (8,))
+    want = y.double()
+    for row, slot in ((0, 0), (1, 1), (3, 2)):
+        z = a[0][slot, 0].double() @ x[row].double()
+        want[row, :8] += b[0][slot, 0].double() @ z
+    assert torch.allclose(got.double(), want, atol=0.05 if got.dtype == torch.half else 1e-5)
+
+
+def test_dense_checks_indices():
+    y, x, a, b = _dense(torch.float32, 4, (8,), 4, 12, 0)
+    with pytest.raises(IndexError, match="row 5 of 4 rows"):
+        calls.add_lora(y, x, a, b, calls.Segments([(0, torch.tensor([0, 5]))]), 1.0, (8,))
+    assert not calls.add_lora(y, x, a, b, calls.Segments([(3, None)]), 1.0, (8,))  # slots: 0 to 2
+    assert calls.add_lora(y, x, a, b, calls.Segments(), 1.0, (8,))
+    empty = y[:0], x[:0]
+    assert calls.add_lora(*empty, a, b, calls.Segments([(0, None)]), 1.0, (8,))
+    # The same segments, for a batch of another size.
+    segments = calls.Segments([(1, None)])
+    for tokens in (2, 4, 1):
+        got = y.clone()
+        assert calls.add_lora(got[:tokens], x[:tokens], a, b, segments, 1.0, (8,))
+        assert (got != y)[:, :8].any(1).tolist() == [row < tokens for row in range(4)]
+
+
+def _routed(dtype, tokens, top_k, experts, ranks, hidden, shared, foreign, seed):
+    g = torch.Generator().manual_seed(seed)
+    slots = torch.randint(-1, len(ranks), (tokens,), generator=g)
+    ids = torch.stack([torch.randperm(experts, generator=g)[:top_k] for _ in range(tokens)])
+    if foreign:  # experts of another device
+        ids += torch.randint(0, 2, ids.shape, generator=g) * experts
+    x = torch.randn(tokens, hidden, generator=g).to(dtype)
+    stack = (len(ranks), 1 if shared else experts)
+    a = [(torch.randn(*stack, 16, hidden, generator=g) / hidden**0.5).to(dtype) for _ in range(2)]
+    b = (torch.randn(*stack, hidden, 16, generator=g) / 4).to(dtype)
+    weights = torch.rand(tokens, top_k, generator=g)
+    return slots, ids, x, a, b, weights
+
+
+def _columns(ranks, slices):
+    """The first column of each slot, not in the order of slots, with gaps."""
+    places, column = {}, 3
+    for slot in reversed(range(len(ranks))):
+        places[slot] = column
+        column += slices * ranks[slot] + 2
+    return [places[slot] for slot in range(len(ranks))], column + 4
+
+
+def _through(found, ranks, x, a, b, weights, seed):
+    """Run both kernels; return the wide rows before, those after (random), and the output."""
+    hidden = x.shape[1]
+    first, more = _columns(ranks, 2)
+    before = torch.full((len(found), hidden + more), torch.nan).to(x.dtype)
+    assert found.before(x, before, first, a)
+    second, more = _columns(ranks, 1)
+    # What the base gives depends on the pair alone, so that rows can be compared between batches.
+    rows = x[found.rows].repeat_interleave(len(found) // max(1, found.rows.numel()), 0)
+    seeds = torch.cos(torch.arange(hidden + more).float() * (1 + found.ids))
+    after = (seeds * rows.float().sum(1, keepdim=True)).to(x.dtype)
+    out = torch.full_like(x, torch.nan)
+    assert found.after(after, out, second, b, max(ranks), weights)
+    return before, after, out
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    tokens=st.integers(1, 90),
+    top_k=st.integers(1, 4),
+    ranks=st.lists(st.integers(0, 16), min_size=1, max_size=4),
+    hidden=st.integers(1, 100),
+    shared=st.booleans(),
+    foreign=st.booleans(),
+    weighted=st.booleans(),
+    wide_ids=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_routed(dtype, tokens, top_k, ranks, hidden, shared, foreign, weighted, wide_ids, seed):
+    experts = 6
+    slots, ids, x, a, b, weights = _routed(
+        dtype, tokens, top_k, experts, ranks, hidden, shared, foreign, seed
+    )
+    ids = ids if wide_ids else ids.to(torch.int32)
+    found = pairs.make_pairs(slots, torch.tensor(ranks), ids, experts)
+    rows = [i for i, s in enumerate(slots.tolist()) if s >= 0 and ranks[s]]
+    assert found.rows.tolist() == rows
+    assert len(found) == len(rows) * top_k
+    if not rows:
+        return
+    given_weights = weights if weighted else None
+    before, after, out = _through(found, ranks, x, a, b, given_weights, seed)
+    first, second = _columns(ranks, 2)[0], _columns(ranks, 1)[0]
+    for i, row in enumerate(rows):
+        slot, want = int(slots[row]), torch.zeros(hidden, dtype=torch.float64)
+        rank = ranks[slot]
+        for k in range(top_k):
+            pair, expert = i * top_k + k, int(ids[row, k])
+            assert torch.equal(before[pair, :hidden], x[row])
+            columns = torch.zeros(before.shape[1] - hidden, dtype=torch.float64)
+            if 0 <= expert < experts:
+                assert int(found.ids[pair]) == expert
+                e = 0 if shared else expert
+                for j, factor in enumerate(a):
+                    start = first[slot] + j * rank
+                    z = factor[slot, e, :rank].double() @ x[row].double()
+                    columns[start : start + rank] = z
+                y = after[pair].double()
+                z = y[hidden + second[slot] :][:rank]
+                y = y[:hidden] + b[slot, e, :, :rank].double() @ z
+                want += y * (weights[row, k].double() if weighted else 1)
+            assert _close(before[pair, hidden:], columns)
+        unit = 2.0**-8 if dtype == torch.bfloat16 else 1e-5
+        assert torch.allclose(out[row].double(), want, rtol=unit, atol=1e-4), row
+    others = [row for row in range(tokens) if row not in rows]
+    assert out[others].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_routed_alone_and_in_a_batch(dtype):
+    ranks, tokens = [16, 7, 3], 150
+    slots, ids, x, a, b, weights = _routed(dtype, tokens, 3, 8, ranks, 160, False, False, 0)
+
+    def run(rows):
+        found = pairs.make_pairs(slots[rows], torch.tensor(ranks), ids[rows], 8)
+        before, _, out = _through(found, ranks, x[rows], a, b, weights[rows], 0)
+        return before, out
+
+    everything = torch.arange(tokens)
+    before, out = run(everything)
+    with_lora = everything[slots >= 0].tolist()
+    for number in (0, 1, 30, len(with_lora) - 1):
+        row = with_lora[number]
+        alone = run(torch.tensor([row]))
+        assert torch.equal(alone[0], before[number * 3 : number * 3 + 3])
+        assert torch.equal(alone[1][0], out[row])
+
+
+def test_routed_refuses():
+    slots, ids, x, a, b, weights = _routed(torch.float32, 5, 2, 4, [4, 4], 32, False, False, 1)
+    ranks = torch.tensor([4, 4])
+    slots[:] = torch.tensor([0, 1, -1, 7, 0])  # 7 is not a slot here: like no adapter
+    found = pairs.make_pairs(slots, ranks, ids, 4)
+    assert found.rows.tolist() == [0, 1, 4]
+    wide = torch.empty(6, 60)
+    assert not found.before(x.half(), wide, [0, 8], a)
+    assert not found.before(x, wide.half(), [0, 8], a)
+    assert not found.before(x, wide[:5], [0, 8], a)
+    assert not found.before(x[:4], wide, [0, 8], a)
+    assert not found.before(x, wide, [0, 8], [f[:1] for f in a])
+    assert not found.after(wide, x[:4], [0, 4], b, 4, weights)
+    assert found.after(wide, x, [0, 4], b, 4, weights.double())
+    assert pairs.make_pairs(slots[:4], ranks, ids, 4) is None
+    assert pairs.make_pairs(slots, ranks.to(torch.int32), ids, 4) is None
+    none = pairs.make_pairs(torch.full((5,), -1), ranks, ids, 4)
+    assert len(none) == 0
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_pairs_in_the_order_of_experts(shared):
+    """What INT4 experts use: LoRA on sorted pairs, not inside of wide rows."""
+    ranks = [16, 5, 16]
+    slots, ids, x, a, b, _ = _routed(torch.float32, 40, 3, 6, ranks, 24, shared, True, 5)
+    for factor in a:
+        factor[1, :, 5:] = 0
+    found = pairs.make_pairs(slots, torch.tensor(ranks), ids, 6)
+    order, segments = found.sorted()
+    tokens = found.rows[order // 3]
+    own = ids[tokens].gather(1, (order % 3)[:, None]).flatten()
+    keys = [(int(e), int(slots[t])) for e, t in zip(own, tokens, strict=True)]
+    assert keys == sorted(keys)
+    assert len(keys) == sum(0 <= e < 6 for row in found.rows for e in ids[row].tolist())
+    assert [k for s, e, start, stop in segments for k in [(e, s)] * (stop - start)] == keys
+    covered = [i for _, start, stop in pairs.merge_experts(segments) for i in range(start, stop)]
+    assert covered == list(range(len(keys)))
+    merged = [expert for expert, _, _ in pairs.merge_experts(segments)]
+    assert merged == sorted(set(own.tolist()))
+    y = torch.randn(len(keys), 48)
+    got, pairs_x = y.clone(), x[tokens]
+    assert pairs.add_lora_to_pairs(got, pairs_x, a, (b, b), segments)
+    for i, (expert, slot) in enumerate(keys):
+        e = 0 if shared else expert
+        deltas = [b[slot, e].double() @ f[slot, e].double() @ pairs_x[i].double() for f in a]
+        assert torch.allclose(got[i].double(), y[i] + torch.cat(deltas), atol=1e-5)
+    odd = [f.transpose(0, 1).contiguous().transpose(0, 1) for f in a]
+    if not shared:
+        assert not pairs.add_lora_to_pairs(got, pairs_x, odd, (b, b), segments)
+
+
+@pytest.mark.parametrize("how", ["missing", "fails"])
+def test_without_numba(how, monkeypatch, caplog):
+    """LoRA runs with torch then; one line in the log says so."""
+    build.kernels.cache_clear()
+    if how == "missing":
+        monkeypatch.setitem(sys.modules, "numba", None)
+        for name in ("memory", "vectors", "loops", "dense", "routed"):
+            monkeypatch.delitem(sys.modules, f"{build.__package__}.{name}", raising=False)
+            monkeypatch.delattr(f"{build.__package__}.{name}", raising=False)
+    else:
+        monkeypatch.setattr(build, "_compile", lambda: 1 / 0)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    try:
+        y, x, a, b = _dense(torch.float32, 4, (8,), 4, 12, 0)
+        segments = cpu_dense.row_segments(torch.tensor([0, 1, -1, 2]))
+        got, want = y.clone(), y.clone()
+        for _ in range(2):
+            cpu_dense.add_lora(got, x, a, b, segments, 1.0, (8,))
+            cpu_dense.add_lora_torch(want, x, a, b, segments, 1.0, (8,))
+        assert torch.equal(got, want)
+        assert (
+            pairs.make_pairs(torch.tensor([0]), torch.tensor([4]), torch.tensor([[0]]), 1) is None
+        )
+    finally:
+        build.kernels.cache_clear()
+    said = [r.getMessage() for r in caplog.records if "native kernels" in r.getMessage()]
+    assert len(said) == 1
+    assert ("numba" if how == "missing" else "ZeroDivisionError") in said[0]
+
+
+def test_folders(tmp_path, monkeypatch):
+    """Machine code is kept in vLLM's cache, or in a folder that only this user can write."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    first, second = build._folders()
+    assert first.parent == tmp_path / "cache" / "moe_lora"
+    private = second.parent
+    assert private.parent == tmp_path / "tmp"
+    assert private.stat().st_mode & 0o777 == 0o700
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "file"))  # no folder can be made there
+    assert list(build._folders()) == [second]
+    private.chmod(0o777)  # others could have put code there
+    assert list(build._folders()) == []
+    second.rmdir()
+    private.rmdir()
+    private.symlink_to(tmp_path / "cache")
+    assert list(build._folders()) == []
+
+
+_TIMED = """
+import time
+from vllm_moe_lora.kernels.native import build
+start = time.process_time()
+assert build.kernels() is not None
+print(time.process_time() - start)
+"""
+
+
+def test_code_is_kept(tmp_path):
+    """Processes that start at once share a folder; one that starts later compiles nothing."""
+    if os.environ.get("MOE_LORA_ALL") != "1":
+        pytest.skip("compiles the kernels twice, 15 s: MOE_LORA_ALL=1")
+    env = {**os.environ, "VLLM_CACHE_ROOT": str(tmp_path)}
+    command = [sys.executable, "-c", _TIMED]
+    both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in "ab"]
+    cold = [float(one.communicate(timeout=300)[0]) for one in both]
+    assert [one.returncode for one in both] == [0, 0]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < min(cold) / 2
+    (folder,) = (tmp_path / "moe_lora").iterdir()
+    assert sum(path.suffix == ".nbc" for path in folder.rglob("*")) == 4

@@ -106,7 +106,7 @@ def _write(
     header = json.dumps([config, entries]).encode()
     begin = -(-(8 + len(header)) // ALIGNMENT) * ALIGNMENT
     _check_room(begin + size)
-    name = f"moe-lora-{secrets.token_hex(8)}"
+    name = f"moe-lora-{os.getpid()}-{secrets.token_hex(8)}"
     shared = shared_memory.SharedMemory(name, create=True, size=begin + max(size, 1))
     try:
         buffer = _buffer(shared)
@@ -282,6 +282,6 @@ def keep_old_mapper_name(model: Any) -> None:
     Args:
         model: vLLM's model.
     """
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
     if hasattr(mapper, "get_rename_mapper") and not hasattr(mapper, "get_unstacked_mapper"):
         object.__setattr__(mapper, "get_unstacked_mapper", mapper.get_rename_mapper)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 PREFIX = "vllm-moe-lora-memory:/"
-WORKER = "vllm_moe_lora.rl.Worker"
+WORKER = f"{__name__.removesuffix('.loading.memory')}.rl.Worker"
 OFF = (
     "this engine takes no adapters from memory. Start it with "
     f"worker_extension_cls={WORKER!r} (--worker-extension-cls {WORKER})."

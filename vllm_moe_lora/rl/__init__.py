@@ -7,7 +7,11 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .pushing import push as push
+    from .worker import Worker as Worker
 
 _EXPORTS = {"push": "pushing", "Worker": "worker"}  # name -> module
 

@@ -45,7 +45,7 @@ def push(
     Args:
         engine: an `LLM`, an `LLMEngine`, an `AsyncLLM` (then the result must be awaited), vLLM's
             worker, or the address of a server on this machine ("http://localhost:8000"). It was
-            started with ``worker_extension_cls="vllm_moe_lora.rl.Worker"``; a server also with
+            started with `Worker` as its ``worker_extension_cls``; a server also with
             VLLM_ALLOW_RUNTIME_LORA_UPDATING=1.
         name: of the adapter. A second push with this name is a new version.
         tensors: the factors, under the names and in any of the layouts that adapter files may have,

@@ -72,7 +72,7 @@ def test_unquantised(make_case, tmp_path):
     rounds = [
         ("nothing", case.model, [None]),
         ("whole", other.model, names),  # no adapter was loaded before
-        ("whole", case.model, names),
+        ("slept", case.model, names),
         ("whole", other.model, names),
         ("live", case.model, names),
         ("half", case.model, names),

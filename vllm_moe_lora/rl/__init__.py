@@ -8,7 +8,11 @@ captures which experts each token took, and `convert_routes.py` writes that as t
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .pushing import push as push
+    from .worker import Worker as Worker
 
 _EXPORTS = {"push": "pushing", "Worker": "worker"}  # name -> module
 

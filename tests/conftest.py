@@ -28,6 +28,8 @@ def _missing(item: pytest.Item) -> str:
         return "want vLLM 0.11.1: ci/legacy.sh"
     if "cpu_engine" in marks and release.installed() == "none":
         return "want vLLM: ci/install.sh"
+    if "verl" in marks and not unpacked.other("verl-0.9.1").is_dir():
+        return "want verl's wheel: ci/trees.py verl==0.9.1"
     return ""
 
 

@@ -122,13 +122,6 @@ def evicted(job):
     return {"same": same, "asked": len(got), "base": tokens(llm, None) == base}
 
 
-def reload_weights(job):
-    llm, loras = start(job, max_loras=1), requests(job)
-    before = tokens(llm, None, *loras.values())
-    text = said(lambda: llm.collective_rpc("reload_weights"))
-    return {"text": text, "same": tokens(llm, None, *loras.values()) == before}
-
-
 if __name__ == "__main__":
     print("@" + json.dumps(globals()[sys.argv[1]](json.loads(sys.argv[2]))), flush=True)
     os._exit(0)

@@ -95,12 +95,6 @@ def test_an_adapter_in_use_whose_files_vanish(case):
     assert found == {"same": [True, True], "asked": 2, "base": True}
 
 
-def test_reload_weights_is_refused(case):
-    found = tell("reload_weights", case, "a")
-    assert "reload_weights is not supported for MoE models with LoRA on a CPU" in found["text"]
-    assert found["same"]
-
-
 def _config(folder, **entries):
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))

@@ -41,6 +41,11 @@ def tree(release: str) -> Path:
     return found
 
 
+def other(name: str) -> Path:
+    """The folder of another unpacked package, such as verl-0.9.1; it may not be there."""
+    return FOLDER / name
+
+
 def _tree(release: str) -> Path | None:
     found = FOLDER / f"v{release}"
     if (found / "vllm" / "__init__.py").is_file():

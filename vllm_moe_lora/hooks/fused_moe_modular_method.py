@@ -21,7 +21,28 @@ def _apply(original: Callable[..., Any]) -> Callable[..., Any]:
     return apply
 
 
+def _process_weights_after_loading(original: Callable[..., Any]) -> Callable[..., Any]:
+    def process_weights_after_loading(self: Any, layer: Any) -> None:
+        from ..rl.base_weights import process_again
+
+        process_again(self, layer)
+
+    return process_weights_after_loading
+
+
 HOOKS = (
+    Hook(
+        feature="base-weights",
+        target="vllm.model_executor.layers.fused_moe.fused_moe_modular_method:"
+        "FusedMoEModularMethod.process_weights_after_loading",
+        make=_process_weights_after_loading,
+        releases=">=0.30,<0.33",
+        why="with LoRA, weights of experts that are loaded again stay as the checkpoint has them, "
+        "and are not brought into the form that the kernel takes",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.33.0/vllm/model_executor/layers/"
+        "fused_moe/fused_moe_modular_method.py",
+        until="0.33, which processes them",
+    ),
     Hook(
         feature="gpu-experts",
         target="vllm.model_executor.layers.fused_moe.fused_moe_modular_method:"

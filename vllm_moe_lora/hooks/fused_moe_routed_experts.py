@@ -5,6 +5,7 @@ Up to 0.23 the file is layer.py.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -49,7 +50,53 @@ _COMMON: dict[str, Any] = {
     "layers": True,
 }
 
+
+def _weight_loader(original: Callable[..., Any]) -> Callable[..., Any]:
+    # Upstream marks the function, and inspects its parameters.
+    @functools.wraps(original)
+    def weight_loader(self: Any, param: Any, *args: Any, **more: Any) -> Any:
+        kernel = getattr(self.quant_method, "moe_kernel", None)
+        prepare = getattr(getattr(kernel, "fused_experts", None), "before_load", None)
+        if prepare is not None:
+            prepare(param)
+        return original(self, param, *args, **more)
+
+    return weight_loader
+
+
+def _load_weights(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load_weights(self: Any, weights: Any) -> Any:
+        from ..rl.base_weights import checkpoint_name
+
+        self.lora_base_layer_prefix = ""
+        return original(self, ((checkpoint_name(name), tensor) for name, tensor in weights))
+
+    return load_weights
+
+
 HOOKS = (
+    Hook(
+        feature="base-weights",
+        target=f"{_FILE}.routed_experts:RoutedExperts.load_weights",
+        make=_load_weights,
+        releases=">=0.30,<0.34",
+        why="with LoRA, experts are loaded only from names with base_layer, as PEFT has them. With "
+        "the checkpoint's own names reload_weights leaves the old experts in place, silently",
+        upstream="",
+        until="upstream loads experts from either name",
+    ),
+    Hook(
+        feature="cpu-experts",
+        target=f"{_FILE}.routed_experts:RoutedExperts.weight_loader",
+        make=_weight_loader,
+        releases=">=0.30,<0.34",
+        platforms=("cpu",),
+        why="a trainer that calls load_weights on the live model writes plain weights into packed "
+        "ones, which may also have columns with the factors of adapters",
+        upstream="",
+        until="upstream's CPU experts support LoRA, and unpack their weights before they are "
+        "loaded again",
+    ),
     Hook(
         target=f"{_FILE}.routed_experts:RoutedExperts.__init__",
         make=_init,

@@ -16,6 +16,7 @@ def _create_lora_modules(original: Callable[..., Any]) -> Callable[..., Any]:
     def _create_lora_modules(self: Any) -> None:
         from ..fitting.moe_layers import punica_wrappers, serves_moe
         from ..layers.shared_experts import aliases, gates
+        from ..loading import memory
 
         flush_deferred()
         # Up to 0.13 this gate is a torch.nn.Linear, for which vLLM has no LoRA layer.
@@ -24,6 +25,7 @@ def _create_lora_modules(original: Callable[..., Any]) -> Callable[..., Any]:
         original(self)
         if not serves_moe(self):
             return
+        memory.keep_old_mapper_name(self.model)
         for wrapper in punica_wrappers(self):
             wrapper.moe_lora = True  # read by hooks/lora_punica_cpu.py
         aliases.drop_duplicates(self.modules)
@@ -52,8 +54,10 @@ def _add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
         if serves_moe(self) or hasattr(lora, "moe_lora"):
             from ..fitting.fit import fit
+            from ..loading import versions
 
             fit(self, lora)
+            versions.count_load(self, lora.id)
         original(self, lora)
 
     return _add_adapter

@@ -36,10 +36,13 @@ def _read(original: Callable[..., Any], worker: Any, request: Any) -> Any:
     from ..fitting.explain import refusal
     from ..fitting.fit import fit
     from ..fitting.read import all_adapters
+    from ..loading import memory
 
     manager = worker._adapter_manager
     try:
         with all_adapters():
+            if memory.is_memory(request.lora_path):
+                return memory.load(worker, request)
             lora = original(worker, request)
         fit(manager, lora)
     except Exception as error:

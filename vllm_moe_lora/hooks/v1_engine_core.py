@@ -19,7 +19,31 @@ def _get_kv_cache_configs(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_kv_cache_configs
 
 
+def _collective_rpc(original: Callable[..., Any]) -> Callable[..., Any]:
+    def collective_rpc(self: Any, *args: Any, **more: Any) -> Any:
+        config = self.vllm_config
+        try:
+            return original(self, *args, **more)
+        finally:
+            if config.lora_config is not None and config.model_config.is_moe:
+                from ..loading import versions
+
+                versions.compare(self)
+
+    return collective_rpc
+
+
 HOOKS = (
+    Hook(
+        feature="safe-loading",
+        target="vllm.v1.engine.core:EngineCore.collective_rpc",
+        make=_collective_rpc,
+        releases=">=0.29,<0.34",
+        why="if a trainer replaces an adapter by a call to the workers, as verl does, requests use "
+        "prefixes that were computed with the earlier one",
+        upstream="https://github.com/vllm-project/vllm/issues/48297",
+        until="upstream can load adapters from memory",
+    ),
     Hook(
         feature="isolation",
         # In 0.33 it is defined in another module, but it is called by this name in all releases.

@@ -25,11 +25,9 @@ def _get_prompt_logprobs_dict(original: Callable[..., Any]) -> Callable[..., Any
 def _reload_weights(original: Callable[..., Any]) -> Callable[..., Any]:
     def reload_weights(self: Any, *args: Any, **more: Any) -> Any:
         if self.lora_config and self.model_config.is_moe:
-            raise NotImplementedError(
-                "reload_weights is not supported for MoE models with LoRA on a CPU: the experts' "
-                "weights are packed, and vLLM would compute wrong answers after it. Start a new "
-                "engine with the new weights."
-            )
+            from ..rl.base_weights import suspend_experts
+
+            suspend_experts(self.get_model())
         return original(self, *args, **more)
 
     return reload_weights
@@ -129,9 +127,9 @@ HOOKS = (
         make=_reload_weights,
         releases=">=0.30,<0.34",
         platforms=("cpu",),
-        why="after reload_weights, MoE models give wrong answers on a CPU, also without LoRA, and "
-        "adapters are lost",
+        why="the CPU experts with LoRA have wider weights than those that are loaded, so "
+        "reload_weights fails",
         upstream="",
-        until="upstream packs the CPU's experts again after it loads their weights",
+        until="upstream's CPU experts support LoRA",
     ),
 )

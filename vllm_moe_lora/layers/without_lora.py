@@ -44,6 +44,7 @@ def _engine_without_lora(config: Any, moe_config: Any = None) -> Iterator[None]:
     """
     if moe_config is not None:
         moe_config.is_lora_enabled = False
+        moe_config.moe_lora_left_out = True  # for hooks/fused_moe_unquantized_fused_moe_method.py
     before, config.lora_config = config.lora_config, None
     try:
         yield
@@ -79,6 +80,7 @@ def build_experts(layer: str, build: Callable[[], None], moe_config: Any = None)
         # vLLM has no backend for them without LoRA. One of our experts classes with LoRA may still
         # run them, such as INT4 on a CPU without AMX.
         moe_config.is_lora_enabled = True
+        moe_config.moe_lora_left_out = False
         try:
             return build()
         except Exception:

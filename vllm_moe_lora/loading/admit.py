@@ -26,6 +26,7 @@ ROOM_SECONDS = 10.0  # how long a load waits for room
 
 
 _refusals: ContextVar[list[str] | None] = ContextVar("moe_lora_refusals", default=None)
+_aborting: ContextVar[bool] = ContextVar("moe_lora_aborting", default=False)
 
 
 @contextmanager
@@ -40,6 +41,16 @@ def refusals() -> Iterator[list[str]]:
         yield found
     finally:
         _refusals.reset(token)
+
+
+@contextmanager
+def aborting(yes: bool) -> Iterator[None]:
+    """Whether a load of this task aborts the requests that use the version it replaces."""
+    token = _aborting.set(yes)
+    try:
+        yield
+    finally:
+        _aborting.reset(token)
 
 
 async def load(engine: Any, request: Any) -> bool:
@@ -74,6 +85,8 @@ async def load(engine: Any, request: Any) -> bool:
             await core.remove_lora_async(dropped)
         await _stage(core, versioned)
         if replaces:
+            if _aborting.get():
+                await engine.abort(front_end.users(engine, lora_id), internal=True)
             old = f"requests that use the version of {request.lora_name!r} that it replaces"
             await _wait_until(engine, lambda: not front_end.in_flight(engine)[lora_id], old)
             await _stage(core, versioned)  # after a long wait it may have expired

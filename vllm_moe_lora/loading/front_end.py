@@ -20,6 +20,7 @@ from typing import Any
 
 from ..adapters import folder
 from ..adapters.errors import AdapterError
+from . import memory
 
 MAX_ID = 2**63 - 1  # vLLM keeps the ids of a batch as int64
 
@@ -146,7 +147,8 @@ class HeldAdapters:
         """
         files, key = folder.files_state(_plain(request)), (request.lora_name, _plain(request))
         path, last = request.lora_path, self._last.get(key)
-        if last is not None:
+        # The path of a pushed adapter has the name of its segment, so it is new in any case.
+        if last is not None and not memory.is_memory(path):
             path = last.path
             if last.files != files or (files is None and request.load_inplace):
                 from vllm.lora.utils import get_adapter_absolute_path
@@ -196,8 +198,8 @@ class HeldAdapters:
 
 
 def _plain(request: Any) -> str:
-    """The request's path without the "/." that `HeldAdapters.begin` appends."""
-    return re.sub(r"(/\.)+$", "", request.lora_path)
+    """The request's path without what says which version it is."""
+    return re.sub(r"(/\.)+$", "", memory.without_segment(request.lora_path))
 
 
 def held_adapters(engine: Any) -> HeldAdapters | None:
@@ -222,6 +224,16 @@ def in_flight(engine: Any) -> Counter[int]:
         if state.lora_request is not None:
             found[state.lora_request.lora_int_id] += 1
     return found
+
+
+def users(engine: Any, lora_id: int) -> list[str]:
+    """The engine's own ids of unfinished requests that use an adapter."""
+    states = engine.output_processor.request_states.items()
+    return [
+        number
+        for number, state in states
+        if state.lora_request is not None and state.lora_request.lora_int_id == lora_id
+    ]
 
 
 def lora_request_of(args: tuple[Any, ...], more: dict[str, Any]) -> Any:

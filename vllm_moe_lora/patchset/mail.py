@@ -18,6 +18,7 @@ DATE = "Thu, 1 Jan 2026 00:00:00 +0000"
 SUBJECTS = {
     FIRST: "[Misc][LoRA] Add the decorator that applies LoRA fixes for MoE models",
     "adapters": "[Bugfix][LoRA] Read every layout of routed experts, account for every tensor",
+    "base-weights": "[Bugfix][LoRA] Keep adapters of MoE models when base weights are reloaded",
     "compile-cache": "[Bugfix][LoRA] Key compiled artefacts of MoE models by these patches, too",
     "cpu-dense-lora": "[Bugfix][LoRA][CPU] Add no adapter to base tokens of MoE models",
     "cpu-experts": "[Feature][LoRA][CPU] Apply LoRA to unquantized MoE experts",

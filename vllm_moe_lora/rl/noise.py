@@ -215,7 +215,7 @@ def _divide(ratio: torch.Tensor) -> Any:
     return hook
 
 
-class Worker:
+class NoiseWorker:
     """Part of `rl.Worker`, for vLLM's ``worker_extension_cls``."""
 
     model_runner: Any
@@ -259,7 +259,7 @@ def arguments(
     norms: tuple[str, ...] = NORMS,
     router: str = "compensated",
 ) -> dict[str, Any]:
-    """What `Worker.moe_lora_noise` gets in one step of a training: numbers and texts only.
+    """What `NoiseWorker.moe_lora_noise` gets in one step of a training: numbers and texts only.
 
     Args:
         step, total, start, end, stages: see `sigma`.

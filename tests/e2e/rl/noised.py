@@ -1,7 +1,7 @@
 """A child: one engine whose norms get noise. Arguments: the job as JSON, and the result's file.
 
-"steps" of the job are lists: ["ask"], ["noise", step, {arguments}], ["clear"], ["busy", step]: noise
-while a request runs, ["load", factor]: every norm is loaded again, times ``factor``.
+"steps" of the job are lists: ["ask"], ["noise", step, {arguments}], ["clear"], ["busy", step] for
+noise while a request runs, ["load", factor] for norms that are loaded again, times ``factor``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ llm = LLM(
     block_size=32,
     enable_return_routed_experts=True,
     enable_lora=bool(job["adapter"]),
-    worker_extension_cls="vllm_moe_lora.rl.noise.Worker",
+    worker_extension_cls="vllm_moe_lora.rl.Worker",
     **job["options"],
 )
 adapter = LoRARequest("a", 1, job["adapter"]) if job["adapter"] else None

@@ -1,4 +1,4 @@
-"""Noise in a real engine: log-probs are Hugging Face's with the same noise, and clean ones return."""
+"""Noise in a real engine: log-probs are Hugging Face's with the same noise; clean ones return."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _same(one, other):
 
 
 def test_norms_of_gemma(make_case, no_torchvision, monkeypatch):
-    """Qwen3-Next multiplies by 1 + weight. On a CPU it runs in bf16 only, without an adapter here."""
+    """Qwen3-Next multiplies by 1 + weight. On a CPU it runs in bf16 only. Without an adapter."""
     for name, value in no_torchvision.items():
         monkeypatch.setenv(name, value)
     case, start = make_case("qwen3_next"), 0.3

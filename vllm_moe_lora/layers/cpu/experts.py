@@ -128,6 +128,17 @@ class CPULoRAExperts:
         slots = slots.masked_fill(ranks[slots] == 0, -1)
         return make_plan(slots, topk_ids, context.local_num_experts)
 
+    def suspend(self) -> None:
+        """Prepare for new base weights: bring the weights into the form that upstream gave them.
+
+        The slots' factors stay in the LoRA layer. The experts take them over again before they
+        compute, or earlier, when `slot_written` is called.
+        """
+
+    def current(self, w1: torch.Tensor, w2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weights to compute with: the arguments, unless weights were loaded since."""
+        return w1, w2
+
     def rank_of(self, slot: int) -> int:
         """Return the rank of the adapter in ``slot``; 0 if these experts have no LoRA there."""
         return int(self._ranks[slot])
@@ -183,6 +194,7 @@ class CPULoRAExperts:
         apply_router_weight_on_input: bool,
     ) -> None:
         """Compute the experts' output of a batch; see upstream's `FusedMoEExpertsModular.apply`."""
+        w1, w2 = self.current(w1, w2)
         plan = self.plan_batch(hidden_states.shape[0], topk_ids)
         rest = (
             activation,

@@ -18,7 +18,6 @@ adapter, the weights are upstream's, unchanged.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -26,82 +25,42 @@ import torch
 from ...kernels.cpu import PairPlan, expand_add, shrink
 from .columns import ColumnAllocator
 from .experts import CPULoRAExperts, combine
+from .packing import (
+    PACK_COLUMNS,
+    PACK_ROWS,
+    blocks,
+    layout_is_plain,
+    pack,
+    unpack,
+    widen_columns,
+    widen_rows,
+)
 
-PACK_ROWS = 16  # output rows that are packed together, on each instruction set
-PACK_COLUMNS = 8  # a multiple of the input columns packed together (2 on AMX and VSX, 4 on NEON)
-PACK_UNIT = 32  # rows and columns of a packed weight are multiples of this
+PACKED = "moe_lora_packed"  # attribute of a Parameter: whether its data are packed
 
 
 def _round_up(n: int, unit: int) -> int:
     return -(-n // unit) * unit
 
 
-def _pack(weight: torch.Tensor, isa: str) -> torch.Tensor:
-    """Pack a weight as vLLM does, after padding it with zeros to multiples of `PACK_UNIT`.
-
-    Args:
-        weight: [experts, out, in].
-        isa: the instruction set that the operator uses: "vec", "amx", "neon" or "vsx".
-
-    Returns:
-        The packed weight; its shape is [experts, padded out, padded in].
-    """
-    from vllm._custom_ops import cpu_prepack_moe_weight
-
-    pad = torch.nn.functional.pad
-    weight = pad(weight, (0, -weight.shape[2] % PACK_UNIT, 0, -weight.shape[1] % PACK_UNIT))
-    return cpu_prepack_moe_weight(weight.contiguous(), isa)
-
-
-def _blocks(packed: torch.Tensor) -> torch.Tensor:
-    """View a packed [experts, out, in] as [experts, out / 16, in * 16].
-
-    In this view a range of input columns is a slice of the last axis.
-    """
-    experts, rows, columns = packed.shape
-    return packed.view(experts, rows // PACK_ROWS, columns * PACK_ROWS)
-
-
-@functools.cache
-def layout_is_plain(isa: str, dtype: torch.dtype) -> bool:
-    """Return whether packed weights have the layout that this module relies on.
-
-    That is: appending packed columns or rows gives the same as packing the appended weight.
-    """
-    w = torch.randn(1, 64, 64).to(dtype)
-    whole, cut = _pack(w, isa), PACK_UNIT + PACK_COLUMNS
-    left, right = _pack(w[:, :, :cut], isa), _pack(w[:, :, cut:], isa)
-    keep, rest = cut * PACK_ROWS, (64 - cut) * PACK_ROWS
-    columns = torch.cat([_blocks(left)[:, :, :keep], _blocks(right)[:, :, :rest]], dim=2)
-    cut = PACK_UNIT + PACK_ROWS
-    rows = torch.cat([_pack(w[:, :cut], isa)[:, :cut], _pack(w[:, cut:], isa)[:, :PACK_ROWS]], 1)
-    return torch.equal(columns.view_as(whole), whole) and torch.equal(rows, whole)
-
-
-def widen_columns(packed: torch.Tensor, columns: int) -> torch.Tensor:
-    """Return a copy of a packed [experts, out, in] with zero columns appended: in = ``columns``."""
-    experts, rows, have = packed.shape
-    wide = packed.new_zeros(experts, rows, columns)
-    _blocks(wide)[:, :, : have * PACK_ROWS].copy_(_blocks(packed))
-    return wide
-
-
-def widen_rows(packed: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return a copy of a packed [experts, out, in] with zero rows appended: out = ``rows``."""
-    wide = packed.new_zeros(packed.shape[0], rows, packed.shape[2])
-    wide[:, : packed.shape[1]].copy_(packed)
-    return wide
-
-
 class WidenedCPUExperts(CPULoRAExperts):
     """Mixin that adds LoRA to upstream's `CPUUnquantizedExperts` or a subclass (AMX, Arm, Power).
 
     ``isa``, ``w1_bias`` and ``w2_bias`` are upstream's attributes.
+
+    The base weights may be loaded again while adapters are in slots. vLLM's `reload_weights` loads
+    them into new tensors and copies these into the old ones, which must then have upstream's
+    shapes: `suspend` sees to that. A `load_weights` on the live model writes into the weights
+    themselves, so these are unpacked before (`before_load`), and packed again after. Either way the
+    factors of the slots are written again before the next product (`_resume`).
     """
 
     isa: str
     w1_bias: torch.Tensor | None
     w2_bias: torch.Tensor | None
+    _layer: Any = None  # upstream's layer, which has the weights
+    _wrapper: Any = None  # the LoRA layer around it
+    _suspended: dict[int, int]  # slot -> rank, where factors have to be written again
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Let upstream pack the weights, and check that they can be widened.
@@ -109,6 +68,8 @@ class WidenedCPUExperts(CPULoRAExperts):
         Raises:
             NotImplementedError: they cannot.
         """
+        if all(getattr(one, PACKED, False) for one in (layer.w13_weight, layer.w2_weight)):
+            return  # nothing was loaded since
         super().process_weights_after_loading(layer)  # type: ignore[misc]
         if getattr(self, "_use_zentorch", False):
             raise NotImplementedError(
@@ -120,11 +81,56 @@ class WidenedCPUExperts(CPULoRAExperts):
                 f"vLLM's packed CPU MoE weight layout ({self.isa}, {layer.w13_weight.dtype}) is "
                 "not the one vllm-moe-lora knows. Report this with your vLLM version."
             )
-        self._layer = layer
+        setattr(layer.w13_weight, PACKED, True)
+        setattr(layer.w2_weight, PACKED, True)
+        if self._layer is None:
+            self._layer, self._suspended = layer, {}
         self._hidden = layer.w13_weight.shape[2]
         self._w13_columns = ColumnAllocator()
         self._w2_rows = ColumnAllocator()
         self._wide_w2_bias = self.w2_bias
+
+    # -- other base weights ----------------------------------------------------------------------
+
+    def suspend(self) -> None:
+        """See `CPULoRAExperts.suspend`: drop the columns and rows that were appended."""
+        for slot in list(self._w13_columns.regions):
+            self._suspended[slot] = self.rank_of(slot)
+        w13, w2 = self._layer.w13_weight, self._layer.w2_weight
+        if self._w13_columns.capacity:
+            wide = w13.data
+            w13.data = wide.new_empty(*wide.shape[:2], self._hidden)
+            blocks(w13.data).copy_(blocks(wide)[:, :, : self._hidden * PACK_ROWS])
+            w2.data = w2.data[:, : self._hidden].clone()
+        self._w13_columns, self._w2_rows = ColumnAllocator(), ColumnAllocator()
+        self._wide_w2_bias = self.w2_bias
+
+    def before_load(self, param: torch.Tensor) -> None:
+        """Unpack the weights if ``param``, into which weights are to be loaded, is one of them."""
+        w13, w2 = self._layer.w13_weight, self._layer.w2_weight
+        if not getattr(param, PACKED, False) or (param is not w13 and param is not w2):
+            return
+        self.suspend()
+        inner = self.moe_config.intermediate_size_per_partition  # type: ignore[attr-defined]
+        gate, up = unpack(w13.data, self.isa).chunk(2, 1)
+        w13.data = torch.cat([gate[:, :inner], up[:, :inner]], 1)
+        w2.data = unpack(w2.data, self.isa)[:, :, :inner].contiguous()
+        setattr(w13, PACKED, False)
+        setattr(w2, PACKED, False)
+
+    def _resume(self) -> None:
+        """Pack weights that were loaded, and write the factors of the slots into them again."""
+        with torch.inference_mode(False), torch.no_grad():
+            self.process_weights_after_loading(self._layer)
+            for slot, rank in list(self._suspended.items()):
+                self.slot_written(self._wrapper, slot, rank)
+
+    def current(self, w1: torch.Tensor, w2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `CPULoRAExperts.current`."""
+        if not self._suspended and getattr(w1, PACKED, False):
+            return w1, w2
+        self._resume()
+        return self._layer.w13_weight, self._layer.w2_weight
 
     # -- slots ---------------------------------------------------------------------------------
 
@@ -132,13 +138,14 @@ class WidenedCPUExperts(CPULoRAExperts):
         """Copy B13 and A2 of ``slot`` from the LoRA layer's buffers into the packed weights."""
         self.slot_cleared(slot)
         super().slot_written(wrapper, slot, rank)
+        self._wrapper = wrapper
         b13 = self._w13_b(wrapper, slot, rank)
         first, grows = self._w13_columns.take(slot, _round_up(b13.shape[2], PACK_COLUMNS))
         if grows:
             self._grow_w13()
         start, stop = self._hidden + first, self._hidden + first + b13.shape[2]
-        target = _blocks(self._layer.w13_weight.data)[:, :, start * PACK_ROWS : stop * PACK_ROWS]
-        target.copy_(_blocks(_pack(b13, self.isa))[:, :, : target.shape[2]])
+        target = blocks(self._layer.w13_weight.data)[:, :, start * PACK_ROWS : stop * PACK_ROWS]
+        target.copy_(blocks(pack(b13, self.isa))[:, :, : target.shape[2]])
 
         a2 = wrapper.w2_lora_a_stacked[0][slot][:, :rank]
         first, grows = self._w2_rows.take(slot, _round_up(rank, PACK_ROWS))
@@ -148,9 +155,10 @@ class WidenedCPUExperts(CPULoRAExperts):
         a2 = torch.nn.functional.pad(a2.to(w2.dtype), (0, w2.shape[2] - a2.shape[2]))
         start = self._hidden + first
         stop = start + _round_up(rank, PACK_ROWS)
-        w2[:, start:stop].copy_(_pack(a2, self.isa)[:, : stop - start])
+        w2[:, start:stop].copy_(pack(a2, self.isa)[:, : stop - start])
 
     def slot_cleared(self, slot: int) -> None:
+        self._suspended.pop(slot, None)
         self._w13_columns.release(slot)
         self._w2_rows.release(slot)
         super().slot_cleared(slot)

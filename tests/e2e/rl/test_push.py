@@ -1,0 +1,99 @@
+"""Adapters pushed from memory: each version answers as its merged weights, a refused one changes
+nothing, prefixes and requests keep to their version."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from engine_cases import PROMPTS, compare_fp32
+
+from vllm_moe_lora.tiny import engine
+
+pytestmark = pytest.mark.cpu_engine
+SCRIPT = Path(__file__).with_name("pushing.py")
+REFUSED = {
+    "missing": "lora_A without lora_B",
+    "foreign": "lost_proj",
+    "nan": "NaN or infinite",
+    "shape": "The adapter is for another model",
+    "rank": "has rank 72, above max_lora_rank=16",
+    "integers": "is torch.int32",
+    "dora": "DoRA",
+    "nothing": "it has no tensors",
+}
+
+
+def tell(tmp_path, story, case, **env):
+    """The answer of one of the stories of pushing.py, which deletes the adapters' files."""
+    spec, result = tmp_path / f"{story}.json", tmp_path / f"{story}.pt"
+    adapters = {name: str(path) for name, path in case.adapters.items()}
+    spec.write_text(
+        json.dumps({"model": str(case.model), "prompts": PROMPTS, "adapters": adapters})
+    )
+    done = engine.launch(
+        [sys.executable, str(SCRIPT), story, str(spec), str(result)],
+        env={**os.environ, **engine.SETTINGS, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.exists(), done.stdout[-2000:] + done.stderr[-4000:]
+    assert "resource_tracker" not in done.stderr
+    return torch.load(result, weights_only=True)
+
+
+@pytest.fixture
+def case(make_case):
+    case = make_case("qwen2_moe")
+    for seed, name in enumerate("abc", start=1):
+        case.add(name, seed=seed)
+        case.want(name)  # before the files are gone
+    return case
+
+
+def test_versions(case, tmp_path):
+    found = tell(tmp_path, "steps", case)
+    compare_fp32(list(found["base"]), case, None)
+    # Pushed to the engine, then inside of the worker, then in place of requests that it aborted.
+    for name, answers in zip([*"abc", *"ab", "a"], found["versions"], strict=True):
+        compare_fp32(list(answers), case, name)
+    # The first answer of each version uses no cached prefix, the second does.
+    assert found["cached"] == [(0, 32)] * 5
+    assert found["refused"].keys() == REFUSED.keys()
+    for kind, text in found["refused"].items():
+        assert text.startswith("AdapterError: LoRA adapter "), (kind, text)
+        assert REFUSED[kind] in text, (kind, text)
+    assert found["same"] == [True] * len(REFUSED)
+    assert "unfinished requests of 'policy'" in found["in use"]
+    assert (found["abort"], found["left"]) == ("", False)
+    assert "'policy' was pushed from memory and is not held any more" in found["gone"]
+    assert found["kept"]
+    assert "worker_extension_cls='vllm_moe_lora.rl.Worker'" in found["off"]
+    assert found["opened"] == []
+
+
+def test_while_others_are_served(case, tmp_path):
+    """An `AsyncLLM` with its core in a process of its own, so through shared memory."""
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROCESSING_METHOD": "fork"}
+    found = tell(tmp_path, "serve", case, **env)
+    for version, name in ((found["one"], "a"), (found["two"], "b")):
+        tokens, _ = version
+        expected = case.forced(name, PROMPTS[2], tokens)
+        assert expected.argmax(1).tolist() == tokens, name
+    assert found["one"] != found["two"] != found["base"]
+    assert found["running"] == found["two"], "a running request ends with its version"
+    assert found["other"] == found["base"]
+    assert found["later"] == found["one"]
+    assert ["lora_A without lora_B" in text for text in found["at once"]] == [False, True, False]
+    assert found["after"] == found["two"], "of two pushes at once the later stays"
+    assert found["aborted"] == "abort"
+    assert found["swapped"] == found["one"]
+    assert found["segments"] == []
+    assert found["down"] == "ok" or "shut down while 'policy' was pushed" in found["down"]
+    assert found["opened"] == []

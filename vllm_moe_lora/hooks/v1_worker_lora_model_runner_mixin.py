@@ -1,0 +1,43 @@
+"""vllm/v1/worker/lora_model_runner_mixin.py: keeps adapters when base weights are loaded again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..patching import Hook
+
+
+def _reset_lora_state(original: Callable[..., Any]) -> Callable[..., Any]:
+    def reset_lora_state(self: Any) -> None:
+        worker_manager = getattr(self, "lora_manager", None)
+        if not self.lora_config or worker_manager is None:
+            return original(self)
+        from ..fitting.moe_layers import serves_moe
+        from ..rl.base_weights import fill_slots_again
+
+        manager = worker_manager._adapter_manager
+        if not serves_moe(manager):
+            return original(self)
+        # Upstream removes all adapters here, and resets what it derived from the vocabulary.
+        worker_manager.remove_all_adapters = lambda: fill_slots_again(manager)
+        try:
+            return original(self)
+        finally:
+            del worker_manager.remove_all_adapters
+
+    return reset_lora_state
+
+
+HOOKS = (
+    Hook(
+        feature="base-weights",
+        target="vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.reset_lora_state",
+        make=_reset_lora_state,
+        releases=">=0.30,<0.34",
+        why="after base weights are loaded again, all adapters are removed: those that came from a "
+        "trainer's memory cannot be read again, and requests with them run the base model",
+        upstream="",
+        until="upstream keeps adapters when it loads base weights",
+    ),
+)

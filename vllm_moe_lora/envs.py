@@ -59,6 +59,8 @@ VARIABLES: dict[str, Callable[[], str | bool]] = {
     "VLLM_MOE_LORA_TUNED": lambda: os.environ.get("VLLM_MOE_LORA_TUNED", ""),
     # 0: compute LoRA on a CPU with torch's operators, not with native kernels (made by numba).
     "VLLM_MOE_LORA_NATIVE": lambda: os.environ.get("VLLM_MOE_LORA_NATIVE", "1") != "0",
+    # 1: a request may bring its own routes, see rl/replay.py. The engine then has to be eager.
+    "VLLM_MOE_LORA_REPLAY": lambda: os.environ.get("VLLM_MOE_LORA_REPLAY", "0") == "1",
 }
 
 

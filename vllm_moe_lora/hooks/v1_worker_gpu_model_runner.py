@@ -39,9 +39,10 @@ def _initialize_kv_cache(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         done = original(self, kv_cache_config, is_profiling, **more)
         if not is_profiling:
-            from ..rl import routes
+            from ..rl import replay, routes
 
             routes.connect(self, self.kv_cache_config)
+            replay.connect(self)
         return done
 
     return initialize_kv_cache
@@ -49,12 +50,27 @@ def _initialize_kv_cache(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **more: Any) -> Any:
-        from ..rl import routes
+        from ..rl import replay, routes
 
         routes.begin(self, scheduler_output)
+        replay.begin(self, scheduler_output)
         return original(self, scheduler_output, *args, **more)
 
     return execute_model
+
+
+def _model_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _model_forward(self: Any, *args: Any, **more: Any) -> Any:
+        from ..rl import replay
+
+        forced = replay.prepare(self)
+        try:
+            return original(self, *args, **more)
+        finally:
+            if forced is not None:
+                forced.step = None
+
+    return _model_forward
 
 
 def _sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,6 +104,11 @@ _ROUTES: dict[str, Any] = {
 HOOKS = (
     Hook(target=f"{_CLASS}.initialize_kv_cache", make=_initialize_kv_cache, **_ROUTES),
     Hook(target=f"{_CLASS}.execute_model", make=_execute_model, **_ROUTES),
+    Hook(
+        target=f"{_CLASS}._model_forward",
+        make=_model_forward,
+        **{**_ROUTES, "why": "a request cannot bring the routes that its tokens are to take"},
+    ),
     Hook(target=f"{_CLASS}.sample_tokens", make=_sample_tokens, **_ROUTES),
     Hook(target=f"{_CLASS}.shutdown", make=_shutdown, **_ROUTES),
     Hook(

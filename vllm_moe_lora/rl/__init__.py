@@ -1,8 +1,9 @@
 """What a reinforcement-learning loop needs: adapters and base weights from memory, routes, noise.
 
 `pushing.py` and `worker.py` bring an adapter from a trainer's memory into a running engine;
-`base_weights.py` keeps loaded adapters when the base model's weights are loaded again. `routes.py`
-captures which experts each token took, and `convert_routes.py` writes that as trainers read it.
+`base_weights.py` keeps loaded adapters when the base model's weights are loaded again.
+`routes.py` returns the experts that tokens took, `convert_routes.py` writes them as trainers read
+them, and `replay.py` takes routes from a request. `noise.py` puts QeRL's noise on norm weights.
 """
 
 from __future__ import annotations
@@ -11,10 +12,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .noise import clear_noise as clear_noise
+    from .noise import set_noise as set_noise
     from .pushing import push as push
     from .worker import Worker as Worker
 
-_EXPORTS = {"push": "pushing", "Worker": "worker"}  # name -> module
+_EXPORTS = {
+    "push": "pushing",
+    "Worker": "worker",
+    "set_noise": "noise",
+    "clear_noise": "noise",
+}  # name -> module
 
 
 def __getattr__(name: str) -> Any:

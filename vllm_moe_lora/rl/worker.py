@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from ..loading import memory
+from .noise import NoiseWorker
 
 
-class Worker:
+class Worker(NoiseWorker):
     """Mixed into vLLM's worker class if its full name is the engine's ``worker_extension_cls``.
 
     An engine with it takes what `rl.push` sends. Trainers that run inside of the worker may call
     `moe_lora_push` themselves.
     """
-
-    model_runner: Any
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Worker:
         memory.allow()

@@ -2,7 +2,8 @@
 
 Its job is a JSON file: "model", "adapters" {name: folder}, "options" of `LLM`, and "rounds", lists
 of requests {"prompt", "adapter", "max_tokens", "abort": steps after which it is aborted, or None,
-"routes": what `extra_args` gets as routed_experts, or None, "like": log-probs wanted}.
+"routes": what `extra_args` gets as routed_experts, or None, "like": "prompt" or "answer", of which
+log-probs are wanted}.
 The result: for each request a dict, and how many requests were preempted.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -64,7 +66,7 @@ def run(requests, tag):
             ignore_eos=True,
             detokenize=False,
             logprobs=512 if request.get("like") else None,
-            prompt_logprobs=512 if request.get("like") else None,
+            prompt_logprobs=512 if request.get("like") == "prompt" else None,
             routed_experts_prompt_start=request.get("start", 0),
             extra_args=None if extra is None else {"routed_experts": extra},
         )
@@ -77,7 +79,7 @@ def run(requests, tag):
                 params,
                 lora_request=adapters.get(request["adapter"]),
             )
-        except ValueError as error:
+        except VLLMValidationError as error:
             found[name]["error"] = str(error)
         if request.get("abort") is not None:
             aborts.append((request["abort"], name))
@@ -96,8 +98,9 @@ def run(requests, tag):
                 "dtype": None if routes is None else str(routes.dtype),
                 "routes": None if routes is None else torch.from_numpy(routes.astype("int64")),
             }
-            if answer.logprobs and output.prompt_logprobs:
+            if answer.logprobs:
                 found[output.request_id]["logprobs"] = log_probs(answer.logprobs)
+            if output.prompt_logprobs:
                 found[output.request_id]["prompt_logprobs"] = log_probs(output.prompt_logprobs)
         step += 1
     return list(found.values())

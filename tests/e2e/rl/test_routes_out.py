@@ -2,51 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hf_routes import Model
-
-from vllm_moe_lora.tiny import engine
+from routed_cases import request, run
 
 pytestmark = pytest.mark.cpu_engine
-SCRIPT = Path(__file__).with_name("routed.py")
 LONG = [(7 * i + 3) % 500 for i in range(90)]
 PROMPTS = [[1, 2, 3], [5, 9, 11, 300, 17, 44, 2, 8], LONG[:70]]
-
-
-def run(case, rounds, env=None, **options):
-    """The answers of one engine: for each round, for each request a dict; and preemptions."""
-    job = {
-        "model": str(case.model),
-        "adapters": {name: str(path) for name, path in case.adapters.items()},
-        "options": options,
-        "rounds": rounds,
-    }
-    spec, result = case.folder / "job.json", case.folder / "result.pt"
-    result.unlink(missing_ok=True)
-    spec.write_text(json.dumps(job))
-    done = engine.launch(
-        [sys.executable, str(SCRIPT), str(spec), str(result)],
-        env={**os.environ, **engine.SETTINGS, **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    if done.returncode or not result.exists():
-        raise engine.EngineError(done.stdout)
-    return torch.load(result, weights_only=True)
-
-
-def request(prompt, adapter=None, max_tokens=6, **more):
-    return {"prompt": prompt, "adapter": adapter, "max_tokens": max_tokens, **more}
 
 
 class Truth:

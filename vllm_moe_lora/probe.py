@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vllm_moe_lora.models.declare import declare
+from vllm_moe_lora.plugin import status
 from vllm_moe_lora.targets import target_modules
 from vllm_moe_lora.targets.supports_lora import takes_lora
 
@@ -51,6 +53,7 @@ class Answer:
         memory: the device's total memory.
         error: why vLLM refuses the model, or "". If it is set, the other fields mean nothing.
         wrapped: the number of MoE layers whose routed experts get LoRA.
+        model_class: the model's class and how its row in models/rows.py is known; "" without one.
     """
 
     backends: dict[str, int]
@@ -61,6 +64,7 @@ class Answer:
     memory: int
     error: str = ""
     wrapped: int = 0
+    model_class: str = ""
 
 
 def ask(question: Question, timeout: float = 600) -> Answer:
@@ -106,6 +110,7 @@ def answer(question: Question) -> Answer:
         try:
             with torch.device("meta"):
                 model = initialize_model(vllm_config=config)
+            row = declare(model) if status().get("model-classes") == "on" else None
             weights = sum(_tensor_bytes(model))
             experts = [_backend_of(m) for m in model.modules() if _is_experts(m)]
             dense_slots, experts_slots, wrapped = _slot_bytes(model, config)
@@ -116,7 +121,9 @@ def answer(question: Question) -> Answer:
     memory = current_platform.get_device_total_memory()
     slot = (dense_slots + experts_slots) // question.max_loras
     slot_experts = experts_slots // question.max_loras
-    return Answer(dict(names), takes, weights, slot, slot_experts, memory, wrapped=wrapped)
+    found = Answer(dict(names), takes, weights, slot, slot_experts, memory, wrapped=wrapped)
+    found.model_class = f"{row.name} ({row.known})" if row is not None else ""
+    return found
 
 
 def _config(question: Question) -> Any:

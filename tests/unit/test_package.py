@@ -30,6 +30,7 @@ ROOMS = [
     "loading",
     "fitting",
     "targets",
+    "models",
     "adapters",
     "kernels",
     "fingerprint",
@@ -42,8 +43,8 @@ ROOMS = [
 ]
 
 PAYLOAD = (
-    *("seams", "hooks", "layers", "loading", "fitting", "targets", "adapters", "kernels"),
-    *("fingerprint", "patching", "envs", "log"),
+    *("seams", "hooks", "layers", "loading", "fitting", "targets", "models", "adapters"),
+    *("kernels", "fingerprint", "patching", "envs", "log"),
 )
 
 

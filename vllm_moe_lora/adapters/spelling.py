@@ -10,6 +10,8 @@ _LEADS = {"model", "language_model", "text_model", "thinker", "llm", "base_model
 
 _SYNONYMS = {
     "block_sparse_moe": "mlp",  # Mixtral in transformers 5 and in vLLM
+    "moe": "mlp",  # Step-3.5 in vLLM and in its published checkpoints
+    "share_expert": "shared_experts",  # the same
     "attn": "self_attn",  # gpt-oss in vLLM; Tinker
     "unembed_tokens": "lm_head",  # Tinker
 }

@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vllm_moe_lora import supported
 from vllm_moe_lora.commands import plan
+from vllm_moe_lora.models.rows import ROWS
 from vllm_moe_lora.report import Finding, show
 
 
@@ -87,7 +89,18 @@ def _environment() -> list[Finding]:
         if "VLLM_MOE_LORA" in state:
             cure = "unset VLLM_MOE_LORA"
         findings.append(Finding(harmless, f"{feature}: {state}", cure))
+    if facts["status"].get("model-classes") == "on":
+        findings.append(Finding(True, _classes(facts["vllm"])))
     for target, owner in facts["replaced_by_others"].items():
         what = f"{owner} replaced {target} after the plugin did, so LoRA may not be applied there"
         findings.append(Finding(False, what, f"start without {owner}"))
     return findings
+
+
+def _classes(version: str) -> str:
+    """Name the rows of models/rows.py for a version of vLLM."""
+    release = supported.release_of(version)
+    rows = [row for row in ROWS if row.made_for(release)]
+    served = ", ".join(f"{row.name} ({row.known})" for row in rows if not row.refused)
+    refused = ", ".join(row.name for row in rows if row.refused)
+    return f"model-classes: LoRA is added to {served}; refused with the reason: {refused}"

@@ -15,6 +15,7 @@ import torch
 from engine_cases import PROMPTS, ROTARY_IN_TORCH, compare_fp32, compare_low_precision
 from safetensors.torch import load_file, save_file
 
+from vllm_moe_lora.adapters.offline import check
 from vllm_moe_lora.tiny import engine
 
 pytestmark = pytest.mark.cpu_engine
@@ -130,6 +131,8 @@ def test_kimi_k25(make_case, no_torchvision):
         r"language_model\.model\.layers\.0\.self_attn\.o_proj",
         "vision_tower.encoder.blocks.0.wo",
     )
+    for adapter in ("all", "peft", "text"):
+        assert check.fits(case.adapters[adapter], case.model).layers == 1  # what `plan` says
     names = [None, "all", "other", "peft", "text"]
     (outcome,), log = run(case, names, load=["tower"], env=no_torchvision, **KIMI)
     assert "LoRA on KimiK25ForConditionalGeneration: vLLM's class does not declare it" in log
@@ -159,6 +162,7 @@ def test_text_classes(make_case, family):
     case.adapters["hostile"] = renamed(
         case.adapters["other"], case.folder / "hostile", "layers.0.mlp.down", "layers.7.mlp.down"
     )
+    assert check.fits(case.adapters["all"], case.model).layers == 1  # what `plan` says
     (outcome,), _ = run(case, [None, *ADAPTERS], load=["hostile"])
     assert "layers.7.mlp.down_proj" in outcome
 
@@ -185,3 +189,11 @@ def test_mimo_v2(make_case):
     )
     (outcome,), _ = run(case, [None, "rest"], load=["qkv"])
     assert "self_attn.qkv_proj cannot take LoRA in vLLM: the published weight has" in outcome
+
+
+def test_mimo_v2_bf16(make_case):
+    """Its gates have fp32 weights and are called with fp32. The GPU: tests/releases."""
+    case = make_case("mimo_v2_flash")
+    case.add("all")
+    got = case.ask("all", dtype="bfloat16")
+    compare_low_precision(got["all"], case, "all")

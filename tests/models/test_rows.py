@@ -76,6 +76,8 @@ def test_merged_modules_are_packed(release):
     assert len(classes) > 20
     for target, one in classes.items():
         row, name = rows.get(target), target.partition(":")[2]
+        if row is not None and not row.refused:
+            assert row.extends == one.declares, target
         if not one.declares and row is None:
             undeclared.append(target)
         if (not one.declares and row is None) or (row is not None and row.refused):

@@ -32,6 +32,8 @@ def core(name: str) -> str:
     words = name.split(".")
     start = next((i for i, word in enumerate(words) if word not in _LEADS), len(words))
     rest = [_SYNONYMS.get(word, word) for word in words[start:]]
+    if rest[2:3] == ["shared_experts"]:  # a layer's own in Step-3.5's published checkpoints
+        rest.insert(2, "mlp")
     return ".".join(rest) if rest and rest[0] in ("layers", "lm_head", "embed_tokens") else name
 
 

@@ -51,11 +51,12 @@ def row_of(kind: type[Any]) -> Row | None:
 
 
 def named(name: str) -> Row | None:
-    """The row for a class of which only the name is known; the last one, if it has several.
+    """The row that declares LoRA for a class, or refuses it, of which only the name is known.
 
-    Its source is checked later, by `declare`.
+    This is the last one, if it has several. Its source is checked later, by `declare`.
     """
-    return next((row for row in reversed(ROWS) if row.name == name), None)
+    rows = (row for row in reversed(ROWS) if row.name == name and not row.extends)
+    return next(rows, None)
 
 
 def declare(model: Any) -> Row | None:

@@ -16,6 +16,7 @@ class Row:
         releases: PEP 440 specifier of the vLLM releases whose class was read.
         known: "engine" if an engine served adapters on it here and was compared with merged
             weights; "source" if its code was read, and never run.
+        extends: upstream's class declares LoRA itself; the row adds to what it says.
         packed: merged module -> its parts, in the order of their rows. It is added to what the
             class says, and replaces what the class says about the same module.
         packed_if: a name in the text model's config -> like ``packed``, where this entry of the
@@ -38,6 +39,7 @@ class Row:
     targets: tuple[str, ...]
     releases: str
     known: str
+    extends: bool = False
     packed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     packed_if: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     language_model: str = ""

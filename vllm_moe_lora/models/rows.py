@@ -86,6 +86,7 @@ ROWS: tuple[Row, ...] = (
         ),
         releases=">=0.11.1,<0.34",
         known="source",
+        extends=True,
         packed=_QKV_A,
         until="upstream's packed_modules_mapping has fused_qkv_a_proj",
     ),
@@ -93,6 +94,7 @@ ROWS: tuple[Row, ...] = (
         targets=(f"{_ME}grok1:GrokForCausalLM",),
         releases=">=0.14,<0.25",
         known="source",
+        extends=True,
         packed=_GATE_UP,
         until="0.25 is the oldest supported release",
     ),
@@ -105,6 +107,7 @@ ROWS: tuple[Row, ...] = (
         ),
         releases=">=0.20,<0.34",
         known="source",
+        extends=True,
         packed={"wk_weights_proj": ("wk", "weights_proj")},  # of the indexer
         until="upstream's packed_modules_mapping has wk_weights_proj",
     ),
@@ -112,6 +115,7 @@ ROWS: tuple[Row, ...] = (
         targets=(f"{_V}glm5next.common.model:Glm5NextForConditionalGeneration",),
         releases=">=0.31,<0.34",
         known="source",
+        extends=True,
         packed={
             **_QKV_A,
             "wk_weights_proj": ("wk", "weights_proj"),
@@ -126,6 +130,7 @@ ROWS: tuple[Row, ...] = (
         targets=(f"{_ME}ernie45_vl:Ernie4_5_VLMoeForConditionalGeneration",),
         releases=">=0.11.1,<0.34",
         known="source",
+        extends=True,
         # Without these upstream gives the vision tower the text's token map.
         language_model="language_model",
         connector="resampler_model",
@@ -140,6 +145,7 @@ ROWS: tuple[Row, ...] = (
         ),
         releases=">=0.32,<0.34",
         known="source",
+        extends=True,
         ignored={
             "wo_a": _READ_DIRECTLY,
             "compressor.wkv": _READ_DIRECTLY,
@@ -153,6 +159,7 @@ ROWS: tuple[Row, ...] = (
         targets=(f"{_ME}alice_ai:AliceAIForCausalLM",),
         releases=">=0.33,<0.34",
         known="source",
+        extends=True,
         ignored={"res_proj": _READ_DIRECTLY},
         until="upstream's residual attention calls this module",
     ),
@@ -160,6 +167,7 @@ ROWS: tuple[Row, ...] = (
         targets=(f"{_V}hy_v4.nvidia.model:HYV4ForCausalLM", f"{_V}hy_v4.amd.model:HYV4ForCausalLM"),
         releases=">=0.30,<0.34",
         known="source",
+        extends=True,
         ignored={
             "hc_fn": _READ_DIRECTLY,
             "self_attn.linear_gate": "on some GPUs a kernel of vLLM's reads its weight directly, "

@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Write the hashes of every hooked source into vllm_moe_lora/supported.toml.
 
+Those of the model classes in models/rows.py go into vllm_moe_lora/models/hashes.py.
+
     ci/record_hashes.py 0.32.0=/path/to/site-packages 0.33.0=/path/to/unpacked/wheel ...
 
 Each release's folder holds `vllm/`. Entries of releases not named are kept. Nothing is imported
@@ -9,6 +11,7 @@ from the trees. A target that a release within the hook's range does not have is
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -20,6 +23,8 @@ from packaging.version import Version  # noqa: E402
 
 from vllm_moe_lora import supported  # noqa: E402
 from vllm_moe_lora.hooks import all_hooks  # noqa: E402
+from vllm_moe_lora.models.hashes import HASHES  # noqa: E402
+from vllm_moe_lora.models.rows import ROWS  # noqa: E402
 from vllm_moe_lora.patching import digest  # noqa: E402
 from vllm_moe_lora.sources import target_text  # noqa: E402
 
@@ -64,7 +69,39 @@ def main(pairs: list[str]) -> int:
             lines.append(f'"{value}" = [{names}]\n')
         lines.append("\n")
     supported.PATH.write_text("".join(lines).rstrip() + "\n")
+    write_classes(trees)
     return 1 if missing else 0
+
+
+CLASSES = '''\
+"""The sources of model classes that `rows.py` was written for; ci/record_hashes.py writes this."""
+
+# Class -> digest of its source -> the first and the last release that have it.
+HASHES: dict[str, dict[str, tuple[str, str]]] = {
+'''
+
+
+def write_classes(trees: dict[str, Path]) -> None:
+    """Write models/hashes.py. A class that a release does not have is left out there."""
+    known = sorted(supported.releases(), key=Version)
+    lines = [CLASSES]
+    for target in sorted({target for row in ROWS for target in row.targets}):
+        found: dict[str, str] = {}  # release -> digest
+        for value, (first, last) in HASHES.get(target, {}).items():
+            found |= dict.fromkeys(known[known.index(first) : known.index(last) + 1], value)
+        for release, tree in trees.items():
+            found.pop(release, None)
+            if any(row.made_for(release) for row in ROWS if target in row.targets):
+                with contextlib.suppress(LookupError):
+                    found[release] = digest(target_text(tree, target))
+        lines.append(f'    "{target}": {{\n')
+        for value in sorted(set(found.values())):
+            where = [release for release in known if found.get(release) == value]
+            between = known[known.index(where[0]) : known.index(where[-1]) + 1]
+            assert where == between, f"{target} came back: {where}"
+            lines.append(f'        "{value}": ("{where[0]}", "{where[-1]}"),\n')
+        lines.append("    },\n")
+    (ROOT / "vllm_moe_lora" / "models" / "hashes.py").write_text("".join([*lines, "}\n"]))
 
 
 if __name__ == "__main__":

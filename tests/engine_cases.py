@@ -10,9 +10,9 @@ import torch
 
 from vllm_moe_lora.tiny import adapters, engine, oracle
 
-# vLLM 0.32's rotary operator for the CPU misreads MLA's query, which has three dimensions: with
-# --enforce-eager, and without any LoRA, DeepSeek differs from Hugging Face from two tokens on.
-# These options choose the embedding in torch, which compiled engines have anyway.
+# vLLM 0.32's rotary operator for the CPU misreads MLA's query, which has three dimensions. With
+# --enforce-eager, and without any LoRA, DeepSeek differs from Hugging Face if a prompt has two
+# tokens or more. These options choose the embedding in torch, which compiled engines have anyway.
 ROTARY_IN_TORCH = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
 
 PROMPTS = [[1, 2, 3], [5, 9, 11, 300, 17, 44, 2, 8], list(range(20, 60))]

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from vllm_moe_lora.models.declare import declare
+from vllm_moe_lora.plugin import status
 from vllm_moe_lora.targets import target_modules
 from vllm_moe_lora.targets.supports_lora import takes_lora
 
@@ -53,6 +55,7 @@ class Answer:
         wrapped: the number of MoE layers whose routed experts get LoRA.
         layers: their distinct shapes: the fields of `records.LayerShape`, and "base", whether the
             experts are unquantised and have no bias.
+        model_class: the model's class and how its row in models/rows.py is known; "" without one.
     """
 
     backends: dict[str, int]
@@ -64,6 +67,7 @@ class Answer:
     error: str = ""
     wrapped: int = 0
     layers: list[dict[str, Any]] = field(default_factory=list)
+    model_class: str = ""
 
 
 def ask(question: Question, timeout: float = 600) -> Answer:
@@ -109,6 +113,7 @@ def answer(question: Question) -> Answer:
         try:
             with torch.device("meta"):
                 model = initialize_model(vllm_config=config)
+            row = declare(model) if status().get("model-classes") == "on" else None
             weights = sum(_tensor_bytes(model))
             experts = [_backend_of(m) for m in model.modules() if _is_experts(m)]
             dense_slots, experts_slots, moe_layers = _slot_bytes(model, config)
@@ -122,7 +127,9 @@ def answer(question: Question) -> Answer:
     slot_experts = experts_slots // question.max_loras
     sizes = (weights, slot, slot_experts, memory)
     shapes = _layer_shapes(moe_layers, config)
-    return Answer(dict(names), takes, *sizes, wrapped=wrapped, layers=shapes)
+    found = Answer(dict(names), takes, *sizes, wrapped=wrapped, layers=shapes)
+    found.model_class = f"{row.name} ({row.known})" if row is not None else ""
+    return found
 
 
 def _config(question: Question) -> Any:

@@ -10,7 +10,7 @@ import forks
 import pytest
 from engine_cases import Case
 
-from vllm_moe_lora.tiny import engine, models, quantise
+from vllm_moe_lora.tiny import engine, models, multimodal, quantise
 
 engine.launch = forks.launch  # test_routes.py has processes of its own
 
@@ -20,7 +20,12 @@ def make_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
     """make_case(family, quant=(form, group, symmetric) or None) -> a fresh `Case`."""
     plain: dict[str, Path] = {}
 
-    def make(family: str, quant: tuple[str, int, bool] | None = None, **overrides: object) -> Case:
+    def make(
+        family: str,
+        quant: tuple[str, int, bool] | None = None,
+        experts_only: bool = False,
+        **overrides: object,
+    ) -> Case:
         folder = tmp_path_factory.mktemp(family)
         if family not in plain or overrides:
             built = models.build(family, folder / "full", **overrides)
@@ -29,10 +34,11 @@ def make_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
             plain[family] = built
         full = plain[family]
         if quant is None:
-            return Case(folder, full, full)
+            twin = full / multimodal.TWIN  # adapters and oracles have its names
+            return Case(folder, full, twin if family.startswith("step3p") else full)
         form, group, symmetric = quant
         packed, dequantised = folder / "int4", folder / "dequantised"
-        quantise.quantise(full, packed, dequantised, form, group, symmetric)
+        quantise.quantise(full, packed, dequantised, form, group, symmetric, experts_only)
         return Case(folder, packed, dequantised)
 
     return make
@@ -58,14 +64,31 @@ def __getattr__(name):
 """
 
 
+# vLLM's file of Kimi K2.5 imports numba for its image code. A CPU engine in the same process then
+# does not start, with or without LoRA: vLLM 0.32 looks for Triton kernels in all loaded modules,
+# and fails on an object of llvmlite.
+NUMBA = """
+class config:
+    THREADING_LAYER = ""
+
+
+def njit(*args, **more):
+    return args[0] if args and callable(args[0]) else lambda function: function
+
+
+jit, prange, get_num_threads, set_num_threads = njit, range, lambda: 1, lambda number: None
+"""
+
+
 @pytest.fixture(scope="session")
 def no_torchvision(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment in which torchvision can be imported and does nothing."""
+    """Environment in which torchvision and numba can be imported and do nothing."""
     tmp_path = tmp_path_factory.mktemp("no-torchvision")
     names = ["", "io", "transforms", "transforms/functional", "transforms/v2"]
     for name in [*names, "transforms/v2/functional"]:
         folder = tmp_path / "torchvision" / name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "__init__.py").write_text(STUB)
+    (tmp_path / "numba.py").write_text(NUMBA)
     paths = (str(tmp_path), os.environ.get("PYTHONPATH", ""))  # ci/patched.sh has a tree there
     return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -223,14 +223,25 @@ def test_must_be_on_stops_vllm_through_the_entry_point():
     assert "Failed to load plugin" not in out
 
 
+def _exists_here(target):
+    import vllm
+
+    try:
+        return bool(target_text(Path(vllm.__file__).parents[1], target))
+    except LookupError:
+        return False
+
+
 @needs_vllm
 def test_unverified_applies_to_an_unknown_release_and_says_so_once():
     code = "import vllm; vllm.__version__ = '0.99.0'\n" + LOAD + STATE
     rc, out = _forked(code, VLLM_MOE_LORA_ALLOW_UNVERIFIED="1")
     assert rc == 0, out[-2000:]
-    assert f"ON {ALL}" in out
-    assert out.count("these mismatches were ignored") == 1
     applied = supported.made_for("0.99.0", HOOKS)
+    # The hooks of the newest release are taken, of which the installed one may lack a function.
+    lacking = {h.feature for h in applied if h.hashed and not _exists_here(h.target)}
+    assert f"ON {sorted(set(ALL) - lacking)}" in out
+    assert out.count("these mismatches were ignored") == 1
     for releases in {hook.releases for hook in applied if "cpu" in (hook.platforms or ("cpu",))}:
         assert out.count(f"vLLM 0.99.0 is outside {releases}") == 1
 

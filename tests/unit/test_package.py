@@ -32,6 +32,7 @@ ROOMS = [
     "loading",
     "fitting",
     "targets",
+    "models",
     "adapters",
     "kernels",
     "fingerprint",
@@ -45,8 +46,8 @@ ROOMS = [
 ]
 
 PAYLOAD = (
-    *("seams", "hooks", "rl", "layers", "loading", "fitting", "targets", "adapters", "kernels"),
-    *("fingerprint", "records", "patching", "envs", "log"),
+    *("seams", "hooks", "rl", "layers", "loading", "fitting", "targets", "models", "adapters"),
+    *("kernels", "fingerprint", "records", "patching", "envs", "log"),
 )
 
 

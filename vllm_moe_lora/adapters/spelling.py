@@ -10,6 +10,8 @@ _LEADS = {"model", "language_model", "text_model", "thinker", "llm", "base_model
 
 _SYNONYMS = {
     "block_sparse_moe": "mlp",  # Mixtral in transformers 5 and in vLLM
+    "moe": "mlp",  # Step-3.5 in vLLM and in its published checkpoints
+    "share_expert": "shared_experts",  # the same
     "attn": "self_attn",  # gpt-oss in vLLM; Tinker
     "unembed_tokens": "lm_head",  # Tinker
 }
@@ -30,6 +32,8 @@ def core(name: str) -> str:
     words = name.split(".")
     start = next((i for i, word in enumerate(words) if word not in _LEADS), len(words))
     rest = [_SYNONYMS.get(word, word) for word in words[start:]]
+    if rest[2:3] == ["shared_experts"]:  # a layer's own in Step-3.5's published checkpoints
+        rest.insert(2, "mlp")
     return ".".join(rest) if rest and rest[0] in ("layers", "lm_head", "embed_tokens") else name
 
 

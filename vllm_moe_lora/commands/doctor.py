@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_moe_lora import records
+from vllm_moe_lora import records, supported
 from vllm_moe_lora.commands import plan
+from vllm_moe_lora.models.rows import ROWS
 from vllm_moe_lora.patchset.mail import SUBJECTS
 from vllm_moe_lora.report import Finding, show
 
@@ -94,6 +95,8 @@ def _environment() -> list[Finding]:
             cure = "unset VLLM_MOE_LORA"
         what = re.sub(r"^(\[\w+\])+ ", "", SUBJECTS.get(feature, ""))
         findings.append(Finding(harmless, f"{feature}: {state}. {what}".rstrip(". "), cure))
+    if facts["status"].get("model-classes") == "on":
+        findings.append(Finding(True, _classes(facts["vllm"])))
     for target, owner in facts["replaced_by_others"].items():
         what = f"{owner} replaced {target} after the plugin did, so LoRA may not be applied there"
         findings.append(Finding(False, what, f"start without {owner}"))
@@ -124,3 +127,12 @@ def _kernels(choice: str, files: list[str]) -> Finding:
         said.append(f"{found.shape} on {here.device}, vLLM {here.vllm}, triton {here.triton}")
     what = "kernels for LoRA on experts: as these records say, where they match: " + "; ".join(said)
     return Finding(True, what)
+
+
+def _classes(version: str) -> str:
+    """Name the rows of models/rows.py for a version of vLLM."""
+    release = supported.release_of(version)
+    rows = [row for row in ROWS if row.made_for(release)]
+    served = ", ".join(f"{row.name} ({row.known})" for row in rows if not row.refused)
+    refused = ", ".join(row.name for row in rows if row.refused)
+    return f"model-classes: LoRA is added to {served}; refused with the reason: {refused}"

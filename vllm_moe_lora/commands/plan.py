@@ -76,6 +76,10 @@ def report(args: argparse.Namespace) -> tuple[list[Finding], str | None]:
     max_loras = args.max_loras or max(1, len(args.adapter))
     tp_sizes = args.tensor_parallel_size or [1]
     answers = {size: _ask(args, size, max_loras, rank, no_experts) for size in tp_sizes}
+    findings += [
+        Finding(True, f"{name}: vLLM's class has no LoRA or a part of it; we add what it lacks")
+        for name in sorted({a.model_class for a in answers.values()} - {""})
+    ]
     for size, answer in answers.items():
         findings += _check_device(args, size, answer, max_loras, rank, needed)
     if any(answer.error for answer in answers.values()):

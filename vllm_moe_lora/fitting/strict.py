@@ -13,6 +13,7 @@ import torch
 
 from ..adapters.errors import AdapterError, listed, rank_text
 from ..adapters.spelling import Spellings
+from ..models.declare import why_ignored
 from ..targets import target_modules
 from . import merged_projections
 from .moe_layers import is_experts, unwrapped
@@ -35,6 +36,7 @@ def check(manager: Any, lora: Any, shapes: Shapes) -> None:
     _refuse_unreachable(manager, lora)
     unknown = [name for name in lora.loras if name not in shapes]
     _refuse_left_out(manager, lora, unknown)
+    _refuse_towers(manager, unknown)
     if unknown and not is_pipeline_parallel():
         raise AdapterError(
             f"no module of this model that takes LoRA is called {listed(unknown)}. Nothing was "
@@ -84,6 +86,23 @@ def _refuse_left_out(manager: Any, lora: Any, unknown: list[str]) -> None:
         raise AdapterError(target_modules.left_out_message(config, what, words))
 
 
+def _refuse_towers(manager: Any, unknown: list[str]) -> None:
+    """Refuse LoRA on the towers of a multimodal model for which vLLM has no LoRA there.
+
+    Args:
+        unknown: as in `_refuse_left_out`.
+    """
+    mapping = getattr(manager, "mm_mapping", None)
+    towers = [*mapping.tower_model, *mapping.connector] if mapping is not None else []
+    found = [name for name in unknown if name.startswith(tuple(f"{tower}." for tower in towers))]
+    if found:
+        raise AdapterError(
+            f"it has LoRA on {listed(found)}, but vLLM has no LoRA on {' and '.join(towers)} of "
+            f"{type(manager.model).__name__} with these settings. Nothing was loaded. Train "
+            "without these modules, or merge them into the model."
+        )
+
+
 def is_warm_up(lora: Any) -> bool:
     """Whether this is one of vLLM's own warm-up adapters. They consist of zeros only."""
     return not any(
@@ -93,6 +112,9 @@ def is_warm_up(lora: Any) -> bool:
 
 def _refuse_unreachable(manager: Any, lora: Any) -> None:
     """Refuse LoRA on modules whose weight vLLM reads directly, as attention does in MLA."""
+    for name in lora.loras:
+        if why := why_ignored(getattr(manager, "model", None), name):
+            raise AdapterError(f"{name} cannot take LoRA in vLLM: {why}.")
     for name, holder in getattr(manager, "moe_lora_unreachable", {}).items():
         weights = lora.loras.get(name)
         if weights is not None:

@@ -17,6 +17,7 @@ def _create_lora_modules(original: Callable[..., Any]) -> Callable[..., Any]:
         from ..fitting.moe_layers import punica_wrappers, serves_moe
         from ..layers.shared_experts import aliases, gates
         from ..loading import memory
+        from ..models.repair import cast_inputs, resize_v
 
         flush_deferred()
         # Up to 0.13 this gate is a torch.nn.Linear, for which vLLM has no LoRA layer.
@@ -28,6 +29,8 @@ def _create_lora_modules(original: Callable[..., Any]) -> Callable[..., Any]:
         memory.keep_old_mapper_name(self.model)
         for wrapper in punica_wrappers(self):
             wrapper.moe_lora = True  # read by hooks/lora_punica_cpu.py
+        resize_v(self)
+        cast_inputs(self.model, self.modules)
         aliases.drop_duplicates(self.modules)
         moved = aliases.rewire(self.model, self.modules)
         if moved:

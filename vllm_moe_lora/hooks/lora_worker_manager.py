@@ -1,4 +1,4 @@
-"""vllm/lora/worker_manager.py: loads an adapter in a worker."""
+"""vllm/lora/worker_manager.py: makes a worker's LoRA layers, and loads adapters into them."""
 
 from __future__ import annotations
 
@@ -29,6 +29,17 @@ def _load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         return lora
 
     return _load_adapter
+
+
+def _create_lora_manager(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_lora_manager(self: Any, model: Any, vllm_config: Any) -> Any:
+        from ..layers.cpu import compiled
+
+        wrapped = original(self, model, vllm_config)
+        compiled.prepare(vllm_config, wrapped, self._adapter_manager)
+        return wrapped
+
+    return create_lora_manager
 
 
 def _read(original: Callable[..., Any], worker: Any, request: Any) -> Any:
@@ -144,6 +155,15 @@ HOOKS = (
         "an adapter that the caller removes must not be kept",
         upstream="",
         until="the hooks of add_adapter go",
+    ),
+    Hook(
+        feature="cpu-compile",
+        target=f"{_FILE}:LRUCacheWorkerLoRAManager.create_lora_manager",
+        make=_create_lora_manager,
+        releases=">=0.30,<0.34",
+        why="the operators have to be there before the model is traced",
+        upstream="",
+        until="upstream's punica wrapper and experts are operators on the CPU, too",
     ),
     Hook(target=f"{_FILE}:WorkerLoRAManager.add_adapter", **_STAGING),
     Hook(target=f"{_FILE}:LRUCacheWorkerLoRAManager.add_adapter", **_STAGING),

@@ -9,12 +9,11 @@ from ..patching import Hook
 
 
 def _load_lora_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    def load_lora_model(self: Any, model: Any, vllm_config: Any, device: Any) -> Any:
-        from ..layers.cpu import compiled
+    def load_lora_model(self: Any, model: Any, *args: Any, **more: Any) -> Any:
+        from ..models.declare import declare
 
-        wrapped = original(self, model, vllm_config, device)
-        compiled.prepare(vllm_config, wrapped, self.lora_manager._adapter_manager)
-        return wrapped
+        declare(model)
+        return original(self, model, *args, **more)
 
     return load_lora_model
 
@@ -42,13 +41,15 @@ def _reset_lora_state(original: Callable[..., Any]) -> Callable[..., Any]:
 
 HOOKS = (
     Hook(
-        feature="cpu-compile",
+        feature="model-classes",
         target="vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.load_lora_model",
         make=_load_lora_model,
-        releases=">=0.30,<0.34",
-        why="the operators have to be there before the model is traced",
-        upstream="",
-        until="upstream's punica wrapper and experts are operators on the CPU, too",
+        releases=">=0.11.1,<0.34",
+        why="MoE classes that could serve adapters, such as Kimi K2.5's, do not declare LoRA, and "
+        "other classes declare only a part of their merged modules, so that ordinary adapters are "
+        "refused",
+        upstream="https://github.com/vllm-project/vllm/issues/43840",
+        until="upstream's classes declare LoRA completely: see models/rows.py",
     ),
     Hook(
         feature="base-weights",

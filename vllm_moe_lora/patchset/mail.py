@@ -26,6 +26,7 @@ SUBJECTS = {
     "cpu-int4-experts": "[Feature][LoRA][CPU] Apply LoRA to INT4 MoE experts",
     "gpu-experts": "[Bugfix][LoRA] Correct LoRA on GPU experts: Llama-4, gpt-oss, TRT-LLM",
     "isolation": "[Bugfix][LoRA] Clear recycled KV cache blocks of engines that run adapters",
+    "model-classes": "[LoRA] Declare LoRA for MoE classes that lack it, such as Kimi K2.5's",
     "moe-kernels": "[Kernel][LoRA] Add MoE kernels in Triton behind VLLM_MOE_LORA_KERNELS",
     "parallel-experts": "[Bugfix][LoRA] Correct MoE LoRA under tensor and expert parallelism",
     "quantised-experts": "[Bugfix][LoRA] Wrap quantized MoE layers, apply LoRA in their kernels",

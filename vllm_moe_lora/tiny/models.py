@@ -120,6 +120,62 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["linear_attention", "full_attention"],
         },
     ),
+    # vLLM reads the entries of the published config.json, transformers reads its own.
+    "mimo_v2_flash": (
+        "MiMoV2Flash",
+        {
+            **_ROUTED,
+            "intermediate_size": 128,
+            "head_dim": 32,
+            "v_head_dim": 32,  # vLLM on the CPU has no attention with another size for v
+            "sliding_window": 16,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window_size": 16,
+            "hybrid_layer_pattern": [0, 1],
+            "moe_layer_freq": [0, 1],
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 4,
+            "swa_head_dim": 32,
+            "swa_v_head_dim": 32,
+            "swa_rope_theta": 10_000.0,
+            "rope_theta": 5_000_000.0,
+            "partial_rotary_factor": 0.334,
+            "layernorm_epsilon": 1e-5,
+            "add_swa_attention_sink_bias": True,
+        },
+    ),
+    "cohere2_moe": (
+        "Cohere2Moe",
+        {
+            **_MOE,
+            "intermediate_size": 128,
+            "prefix_dense_intermediate_size": 192,
+            "num_shared_experts": 1,
+            "head_dim": 32,
+            "tie_word_embeddings": True,
+            "logit_scale": 1.0,
+            # Longer than the prompts: vLLM's window is one token longer than transformers'.
+            "sliding_window": 64,
+            "eos_token_id": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "sparse"],
+        },
+    ),
+    # The text model of multimodal.WRAPPERS.
+    "step3p7_text": (
+        "Step3p7Text",
+        {
+            **_ROUTED,
+            "intermediate_size": 128,
+            "share_expert_dim": 128,
+            "head_dim": 32,
+            "sliding_window": 16,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "mlp_layer_types": ["dense", "sparse"],
+            "num_sliding_attention_heads": 8,
+            "moe_router_scaling_factor": 2.0,
+        },
+    ),
     "gpt_oss": (
         "GptOss",
         {
@@ -137,10 +193,11 @@ def build(family: str, folder: Path, seed: int = 0, **overrides: Any) -> Path:
     """Write a random fp32 checkpoint.
 
     Args:
-        family: a key of `FAMILIES`.
+        family: a key of `FAMILIES` or of `multimodal.WRAPPERS`.
         folder: is created. config.json and model.safetensors are written to it.
         seed: of the random weights.
-        overrides: entries of config.json, in place of the small ones.
+        overrides: entries of config.json, in place of the small ones; of a multimodal model those
+            of its text model.
 
     Returns:
         ``folder``.
@@ -148,13 +205,17 @@ def build(family: str, folder: Path, seed: int = 0, **overrides: Any) -> Path:
     import torch
     import transformers
 
+    from vllm_moe_lora.tiny import multimodal
+
     transformers.utils.logging.disable_progress_bar()
-    prefix, extra = FAMILIES[family]
-    config_name = f"{prefix}TextConfig" if prefix == "Qwen3_5Moe" else f"{prefix}Config"
-    config = getattr(transformers, config_name)(**{**_COMMON, **extra, **overrides})
-    config.architectures = [f"{prefix}ForCausalLM"]
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config).float().eval()
+    if family in multimodal.WRAPPERS:
+        wrapper = multimodal.WRAPPERS[family]
+        model = multimodal.random_model(wrapper, text_config(wrapper.text, **overrides))
+    else:
+        config = text_config(family, **overrides)
+        model = getattr(transformers, config.architectures[0])(config)
+    model = model.float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # transformers initialises these with 0 or 1. A test would not notice an error there.
@@ -166,7 +227,21 @@ def build(family: str, folder: Path, seed: int = 0, **overrides: Any) -> Path:
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(0, 0.1)
     model.save_pretrained(folder)
+    if family in multimodal.WRAPPERS:
+        multimodal.as_published(multimodal.WRAPPERS[family], folder)
+        multimodal.write_twin(model, folder / multimodal.TWIN)
     return folder
+
+
+def text_config(family: str, **overrides: Any) -> Any:
+    """Return the transformers config of a small model of `FAMILIES`; arguments as in `build`."""
+    import transformers
+
+    prefix, extra = FAMILIES[family]
+    config_name = f"{prefix}TextConfig" if prefix == "Qwen3_5Moe" else f"{prefix}Config"
+    config = getattr(transformers, config_name)(**{**_COMMON, **extra, **overrides})
+    config.architectures = [f"{prefix}ForCausalLM"]
+    return config
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -109,11 +109,14 @@ def log_probs(checkpoint: Path, prompts: list[list[int]]) -> list[torch.Tensor]:
         For each prompt [tokens of the prompt, vocab] fp32.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
+    config = json.loads((checkpoint / "config.json").read_text())
+    # A class of multimodal models. Those of a text model alone have no config inside of theirs.
+    auto = AutoModelForImageTextToText if "text_config" in config else AutoModelForCausalLM
+    model = auto.from_pretrained(
         checkpoint, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     with torch.no_grad():

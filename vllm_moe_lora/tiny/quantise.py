@@ -17,6 +17,7 @@ from vllm_moe_lora.tiny.oracle import load_tensors
 if TYPE_CHECKING:
     import torch
 
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _LINEAR = re.compile(r"\.(q|k|v|o|gate|up|down)_proj\.weight$|\.w[123]\.weight$")
 
 
@@ -27,6 +28,7 @@ def quantise(
     form: str = "gptq",
     group_size: int = 64,
     symmetric: bool = True,
+    experts_only: bool = False,
 ) -> None:
     """Round the weights of the linear layers to INT4 and write both checkpoints.
 
@@ -38,13 +40,14 @@ def quantise(
             small) or "compressed-tensors" (pack-quantized).
         group_size: how many input columns share a scale; -1 for one scale per row.
         symmetric: whether all zero points are 8. If not, each group has its own.
+        experts_only: only routed experts, as in Kimi K2.5; with compressed-tensors only.
     """
     from safetensors.torch import save_file
 
     plain: dict[str, torch.Tensor] = {}
     out: dict[str, torch.Tensor] = {}
     for key, weight in load_tensors(checkpoint).items():
-        if not _LINEAR.search(key):
+        if not _LINEAR.search(key) or (experts_only and not _EXPERT.search(key)):
             plain[key] = out[key] = weight
             continue
         q, scale, zero = _round(weight, group_size, symmetric)
@@ -66,6 +69,11 @@ def quantise(
         )
     config = json.loads((packed / "config.json").read_text())
     config["quantization_config"] = _config(form, group_size, symmetric)
+    if experts_only:
+        # As in the published config.json of Kimi K2.5.
+        rest = ["self_attn", "shared_experts", r"mlp\.(gate|up|gate_up|down)_proj"]
+        more = [f"re:.*{one}.*" for one in (*rest, "vision_tower", "mm_projector")]
+        config["quantization_config"]["ignore"] += more
     (packed / "config.json").write_text(json.dumps(config, indent=1))
 
 

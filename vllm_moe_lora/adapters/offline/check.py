@@ -89,6 +89,9 @@ def _check_modules(adapter: Adapter, model: Path) -> None:
     modules = {name.rpartition(".")[0] for names in sizes.shards(model).values() for name in names}
     # An adapter may name all experts of a layer where the checkpoint names "experts.7.up_proj".
     modules |= {name.partition(".experts")[0] + ".experts" for name in modules if "experts" in name}
+    # Step-3.5's checkpoints name no experts: "layers.3.moe.down_proj" has them all.
+    stacked = [name for name in modules if name.endswith(".moe.down_proj")]
+    modules |= {f"{name.removesuffix('.down_proj')}.experts" for name in stacked}
     spellings = Spellings(modules)
     wanted = {parse(key).module for key in adapter.found.dense}
     wanted |= {one.prefix for one in adapter.experts}

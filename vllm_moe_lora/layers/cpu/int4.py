@@ -117,6 +117,14 @@ class Int4CPUExperts(CPULoRAExperts):
         return weight_key in (q.kInt4Static, q.kInt4Static32) and activation_key is None
 
     @staticmethod
+    def _supports_routing_method(method: Any, weight_key: Any, activation_key: Any) -> bool:
+        """Allow any: the operators get the chosen experts and their weights.
+
+        Upstream's own class refuses DeepSeek's routing, which Kimi K2.5 has.
+        """
+        return True
+
+    @staticmethod
     def is_supported_config(cls: type[Any], moe_config: Any, *keys: Any) -> tuple[bool, str | None]:
         """Apply upstream's rules, and refuse without LoRA: upstream's own class then runs."""
         if not moe_config.is_lora_enabled:

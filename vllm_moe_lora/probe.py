@@ -14,11 +14,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from vllm_moe_lora.models.declare import declare
 from vllm_moe_lora.plugin import status
-from vllm_moe_lora.targets import target_modules
+from vllm_moe_lora.targets import data_parallel, target_modules
 from vllm_moe_lora.targets.supports_lora import takes_lora
 
 
@@ -33,6 +34,7 @@ class Question:
     model: str
     tensor_parallel_size: int = 1
     enable_expert_parallel: bool = False
+    data_parallel_size: int = 1
     max_loras: int = 1
     max_lora_rank: int = 16
     dtype: str = "auto"
@@ -56,6 +58,11 @@ class Answer:
         layers: their distinct shapes: the fields of `records.LayerShape`, and "base", whether the
             experts are unquantised and have no bias.
         model_class: the model's class and how its row in models/rows.py is known; "" without one.
+        refused: why adapters on routed experts are refused with these settings, or "".
+        placement: with expert parallelism, for each rank the ids of its experts, as text; [] else.
+        sent: bytes that a token and its router's choices have, in one MoE layer, where it is sent
+            to the experts of other data-parallel ranks; 0 where it is not.
+        sent_for_lora: bytes that are sent with it for adapters.
     """
 
     backends: dict[str, int]
@@ -68,6 +75,10 @@ class Answer:
     wrapped: int = 0
     layers: list[dict[str, Any]] = field(default_factory=list)
     model_class: str = ""
+    refused: str = ""
+    placement: list[str] = field(default_factory=list)
+    sent: int = 0
+    sent_for_lora: int = 0
 
 
 def ask(question: Question, timeout: float = 600) -> Answer:
@@ -106,7 +117,7 @@ def answer(question: Question) -> Answer:
     load_general_plugins()
     config = _config(question)
     with set_current_vllm_config(config):
-        _fake_process_groups(question.tensor_parallel_size)
+        _fake_process_groups(question.tensor_parallel_size, question.data_parallel_size)
         _build_expert_maps_on_cpu()
         default = torch.get_default_dtype()
         torch.set_default_dtype(config.model_config.dtype)
@@ -117,6 +128,8 @@ def answer(question: Question) -> Answer:
             weights = sum(_tensor_bytes(model))
             experts = [_backend_of(m) for m in model.modules() if _is_experts(m)]
             dense_slots, experts_slots, moe_layers = _slot_bytes(model, config)
+            layers = [m for m in model.modules() if hasattr(m, "moe_config")]
+            spread = _spread(layers[0]) if layers else {}
         finally:
             torch.set_default_dtype(default)
     names = Counter(name for name, _ in experts)
@@ -125,9 +138,11 @@ def answer(question: Question) -> Answer:
     memory = current_platform.get_device_total_memory()
     slot = (dense_slots + experts_slots) // question.max_loras
     slot_experts = experts_slots // question.max_loras
+    if not wrapped:
+        spread |= {"refused": "", "sent_for_lora": 0}
     sizes = (weights, slot, slot_experts, memory)
     shapes = _layer_shapes(moe_layers, config)
-    found = Answer(dict(names), takes, *sizes, wrapped=wrapped, layers=shapes)
+    found = Answer(dict(names), takes, *sizes, wrapped=wrapped, layers=shapes, **spread)
     found.model_class = f"{row.name} ({row.known})" if row is not None else ""
     return found
 
@@ -155,11 +170,56 @@ def _config(question: Question) -> Any:
     config.parallel_config.tensor_parallel_size = question.tensor_parallel_size
     config.parallel_config.world_size = question.tensor_parallel_size
     config.parallel_config.enable_expert_parallel = question.enable_expert_parallel
+    config.parallel_config.data_parallel_size = question.data_parallel_size
     return config
 
 
-def _fake_process_groups(size: int) -> None:
-    """Make vLLM's process groups of ``size`` ranks, without communication. We are rank 0.
+def _spread(layer: Any) -> dict[str, Any]:
+    """How a MoE layer is spread over all ranks: the last four fields of `Answer`."""
+    moe = layer.moe_config
+    parallel = moe.moe_parallel_config
+    refused = data_parallel.refusal("", SimpleNamespace(base_layer=layer)).removeprefix(": ")
+    placement = []
+    if parallel.use_ep:
+        placement = [_experts_of(rank, layer) for rank in range(parallel.ep_size)]
+    sent = 0
+    if parallel.dp_size > 1:
+        # topk_weights in fp32, topk_ids in int32; the adapter's slot in int32.
+        sent = moe.hidden_dim * moe.in_dtype.itemsize + moe.experts_per_token * (4 + 4)
+    return {
+        "refused": refused,
+        "placement": placement,
+        "sent": sent,
+        "sent_for_lora": 4 if sent else 0,
+    }
+
+
+def _experts_of(rank: int, layer: Any) -> str:
+    """The ids of the experts that a rank of expert parallelism holds: "0 to 31", or a list."""
+    import torch
+    from vllm.model_executor.layers.fused_moe import expert_map_manager
+
+    parallel = layer.moe_config.moe_parallel_config
+    routed = getattr(layer, "routed_experts", layer)
+    with torch.device("cpu"):
+        _, expert_map, _ = expert_map_manager.determine_expert_map(
+            parallel.ep_size,
+            rank,
+            layer.moe_config.num_experts,
+            routed.expert_map_manager.placement_strategy,
+        )
+    ids = (expert_map >= 0).nonzero().flatten().tolist()
+    if len(ids) > 1 and ids == list(range(ids[0], ids[-1] + 1)):
+        return f"{ids[0]} to {ids[-1]}"
+    return ", ".join(map(str, ids))
+
+
+def _fake_process_groups(size: int, data_parallel_size: int = 1) -> None:
+    """Make vLLM's process groups of all ranks, without communication. We are rank 0.
+
+    Args:
+        size: the tensor parallel size.
+        data_parallel_size: how many such engines there are.
 
     The other ranks do not exist. Torch's "fake" backend returns from each collective at once.
     """
@@ -167,7 +227,8 @@ def _fake_process_groups(size: int) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
     from vllm.distributed import parallel_state
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    world = size * data_parallel_size
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     new_group, coordinator = dist.new_group, parallel_state.GroupCoordinator.__init__
 
     def fake_group(ranks: Any = None, backend: Any = None, **more: Any) -> Any:
@@ -179,7 +240,7 @@ def _fake_process_groups(size: int) -> None:
 
     dist.new_group = fake_group
     parallel_state.GroupCoordinator.__init__ = without_communicators
-    parallel_state.in_the_same_node_as = lambda *args, **more: [True] * size
+    parallel_state.in_the_same_node_as = lambda *args, **more: [True] * world
     parallel_state.init_distributed_environment(
         world_size=size, rank=0, local_rank=0, distributed_init_method="env://", backend="gloo"
     )

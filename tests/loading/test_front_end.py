@@ -160,7 +160,8 @@ class Core:
 class Engine:
     def __init__(self, hooks, is_moe=True, lora=True, refuse=False, capacity=2):
         config = types.SimpleNamespace(max_cpu_loras=capacity, max_loras=capacity) if lora else None
-        self.vllm_config = types.SimpleNamespace(lora_config=config)
+        parallel = types.SimpleNamespace(data_parallel_size=1)
+        self.vllm_config = types.SimpleNamespace(lora_config=config, parallel_config=parallel)
         self.model_config = types.SimpleNamespace(is_moe=is_moe)
         self.output_processor = types.SimpleNamespace(request_states={})
         self.engine_core, self.added, self.paused = Core(refuse), [], False

@@ -158,6 +158,30 @@ def test_parallel_sizes(model, capsys):
     assert "--tensor-parallel-size 2 --enable-expert-parallel" in out["command"]
 
 
+def test_data_parallel(model, capsys):
+    """Which rank has which experts, what is sent, and what is refused; eight experts in all."""
+    code, out = plan(capsys, model, "-dp", 3, "-ep", "--max-loras", 2)
+    assert code == 0, out
+    said = [found["what"] for found in out["findings"]]
+    begin = "tensor parallel 1, data parallel 3, experts too: "
+    placed = "whole experts on each of 3 ranks: rank 0 has 0 to 2; rank 1 has 3 to 5"
+    assert any(what.startswith(begin + placed) for what in said), said
+    # 128 numbers in bf16, and two experts with a weight in fp32 and an id in int32.
+    assert any(f"with {128 * 2 + 2 * 8} bytes; adapters add 4" in what for what in said), said
+    assert "--data-parallel-size 3 --api-server-count 1 --enable-expert-parallel" in out["command"]
+    code, out = plan(capsys, model, "-tp", 2, "-dp", 2, "-ep")
+    assert (code, out["command"]) == (1, None)
+    (wrong,) = [found for found in out["findings"] if not found["well"]]
+    assert "a part of each batch" in wrong["what"]
+    assert wrong["cure"].startswith("start without --enable-expert-parallel")
+    code, out = plan(capsys, model, "-tp", 2, "-dp", 2)
+    assert code == 0, out
+    # A quarter of each expert, but all of lora_a of gate and up, and of lora_b of down.
+    rows = 2 * 128 + 3 * 128 // 4 + 128
+    slot = f"({2 * 8 * 16 * rows * 2 / 2**20:,.1f} for routed experts)"
+    assert any(slot in found["what"] for found in out["findings"]), out
+
+
 def test_what_does_not_fit_gets_a_smaller_setting(model, capsys):
     code, out = plan(capsys, model, "--memory", 0.004, "--max-loras", 9)
     assert code == 1

@@ -35,7 +35,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tensor-parallel-size", "-tp", type=int, action="append", help="default: 1 (repeatable)"
     )
-    parser.add_argument("--enable-expert-parallel", action="store_true")
+    parser.add_argument("--data-parallel-size", "-dp", type=int, default=1, help="default: 1")
+    parser.add_argument("--enable-expert-parallel", "-ep", action="store_true")
     parser.add_argument("--max-loras", type=int, help="default: the number of adapters")
     parser.add_argument("--max-lora-rank", type=int, help="default: what the adapters need, or 16")
     parser.add_argument(
@@ -56,7 +57,8 @@ def report(args: argparse.Namespace) -> tuple[list[Finding], str | None]:
     """Check the model and the adapters.
 
     Returns:
-        The findings, and the command that serves the model; None if vLLM refuses the model.
+        The findings, and the command that serves the model; None if vLLM refuses the model, or
+        these settings are refused.
     """
     from vllm_moe_lora.adapters import sizes
     from vllm_moe_lora.adapters.errors import AdapterError
@@ -82,11 +84,14 @@ def report(args: argparse.Namespace) -> tuple[list[Finding], str | None]:
     ]
     for size, answer in answers.items():
         findings += _check_device(args, size, answer, max_loras, rank, needed)
-    if any(answer.error for answer in answers.values()):
+    if any(answer.error or answer.refused for answer in answers.values()):
         return findings, None
     parts = [f"{_server(args.model)} --enable-lora"]
     parts += [f"--max-loras {max_loras} --max-lora-rank {rank}"]
     parts += [f"--tensor-parallel-size {tp_sizes[0]}"] if tp_sizes[0] > 1 else []
+    if args.data_parallel_size > 1:
+        # vLLM starts one API server a rank, and these would give out slots on their own.
+        parts += [f"--data-parallel-size {args.data_parallel_size} --api-server-count 1"]
     parts += ["--enable-expert-parallel"] if args.enable_expert_parallel else []
     flag = args.lora_target_modules
     parts += [f"--lora-target-modules {' '.join(flag)}"] if flag else []
@@ -165,6 +170,7 @@ def _ask(
         str(args.model),
         size,
         args.enable_expert_parallel,
+        args.data_parallel_size,
         max_loras=max_loras,
         max_lora_rank=rank,
         lora_target_modules=tuple(flag) if flag else None,
@@ -187,7 +193,9 @@ def _check_device(
     """
     from vllm_moe_lora.targets.supports_lora import IGNORING
 
-    parallel = f"tensor parallel {size}" + (", experts too" if args.enable_expert_parallel else "")
+    parallel = f"tensor parallel {size}"
+    parallel += f", data parallel {args.data_parallel_size}" if args.data_parallel_size > 1 else ""
+    parallel += ", experts too" if args.enable_expert_parallel else ""
     if found.error:
         cure = "see the table in the README; run this command on the machine that will serve"
         return [Finding(False, f"{parallel}: vLLM refuses this model: {found.error}", cure)]
@@ -208,6 +216,7 @@ def _check_device(
             what = f"{parallel}: {layers} MoE layers by {name}: it cannot apply LoRA to experts"
             why = IGNORING.get(name.rpartition(", ")[2], "use another quantisation or backend")
             findings.append(Finding(False, what, why))
+    findings += _check_spread(parallel, found)
     if not found.backends:
         findings.append(Finding(True, f"{parallel}: no routed experts"))
     memory = args.memory * GIB if args.memory else found.memory
@@ -229,6 +238,33 @@ def _check_device(
                 _smaller_setting(found.slot, free, rank, needed, size),
             )
         )
+    return findings
+
+
+def _check_spread(parallel: str, found: Answer) -> list[Finding]:
+    """Say how routed experts are spread over all ranks, and what is refused.
+
+    Args:
+        parallel: the beginning of each finding.
+        found: vLLM's answer.
+    """
+    findings = []
+    if found.refused:
+        what, _, cure = found.refused.partition(" Start ")
+        findings.append(Finding(False, f"{parallel}: {what}", f"start {cure.rstrip('.')}"))
+    if found.placement:
+        ranks = len(found.placement)
+        shown = list(enumerate(found.placement))
+        shown = shown if ranks <= 4 else [*shown[:2], *shown[-1:]]
+        text = "; ".join(f"rank {rank} has {experts}" for rank, experts in shown)
+        what = f"{parallel}: whole experts on each of {ranks} ranks: {text}"
+        findings.append(Finding(True, what))
+    if found.sent:
+        what = (
+            f"{parallel}: in each MoE layer a token is sent to all data-parallel ranks with "
+            f"{found.sent:,} bytes; adapters add {found.sent_for_lora}"
+        )
+        findings.append(Finding(True, what))
     return findings
 
 

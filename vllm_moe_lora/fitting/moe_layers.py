@@ -41,6 +41,14 @@ def punica_wrappers(manager: Any) -> list[Any]:
     return list(several.values()) if several is not None else [manager.punica_wrapper]
 
 
+def in_group(manager: Any) -> bool:
+    """Whether experts get tokens of other data-parallel ranks, with the slots of those."""
+    experts = (m for m in manager.modules.values() if is_experts(m))
+    config = getattr(next(experts, None), "moe_config", None)
+    ranks = getattr(getattr(config, "moe_parallel_config", None), "dp_size", 1)
+    return ranks > 1 and all(hasattr(p, "token_mapping_meta") for p in punica_wrappers(manager))
+
+
 def unwrapped(manager: Any) -> dict[str, Any]:
     """The model's MoE layers that have no LoRA layer around them: name -> vLLM's layer.
 

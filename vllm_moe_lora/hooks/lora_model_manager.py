@@ -14,7 +14,7 @@ GATE = "shared_expert_gate"
 
 def _create_lora_modules(original: Callable[..., Any]) -> Callable[..., Any]:
     def _create_lora_modules(self: Any) -> None:
-        from ..fitting.moe_layers import punica_wrappers, serves_moe
+        from ..fitting.moe_layers import in_group, punica_wrappers, serves_moe
         from ..layers.shared_experts import aliases, gates
         from ..loading import memory
         from ..models.repair import cast_inputs, resize_v
@@ -29,6 +29,8 @@ def _create_lora_modules(original: Callable[..., Any]) -> Callable[..., Any]:
         memory.keep_old_mapper_name(self.model)
         for wrapper in punica_wrappers(self):
             wrapper.moe_lora = True  # read by hooks/lora_punica_cpu.py
+            if in_group(self):  # read by layers/gpu/data_parallel.py
+                wrapper.moe_lora_group = wrapper.token_mapping_meta.moe_lora_group = True
         resize_v(self)
         cast_inputs(self.model, self.modules)
         aliases.drop_duplicates(self.modules)
@@ -68,9 +70,12 @@ def _add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _activate_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     def activate_adapter(self: Any, lora_id: int) -> Any:
+        from ..loading import assigned
+
         before = lora_id in self._active_adapters
         try:
-            return original(self, lora_id)
+            with assigned.only_slot(self, lora_id):
+                return original(self, lora_id)
         except Exception:
             from ..fitting.moe_layers import serves_moe
 

@@ -27,6 +27,8 @@ def _update_metadata(original: Callable[..., Any]) -> Callable[..., Any]:
             # token_segments is also read by layers/cpu/experts.py.
             self.token_segments = row_segments(self.token_lora_indices)
             self.sampler_segments = row_segments(self.sampler_indices)
+            if hasattr(self, "token_mapping_meta"):  # with data parallelism, from experts.py
+                self.token_mapping_meta.update(self.token_lora_indices)
 
     return update_metadata
 

@@ -1,4 +1,4 @@
-"""vllm/lora/punica_wrapper/punica_gpu.py: our Triton kernels for LoRA on routed experts."""
+"""vllm/lora/punica_wrapper/punica_gpu.py: our MoE kernels, and upstream's for groups."""
 
 from __future__ import annotations
 
@@ -69,6 +69,36 @@ def _add_lora_w2(original: Callable[..., Any]) -> Callable[..., Any]:
     return add_lora_w2
 
 
+def _align(original: Callable[..., Any]) -> Callable[..., Any]:
+    def moe_lora_align_block_size(self: Any, *args: Any, **more: Any) -> Any:
+        from ..layers.gpu.data_parallel import all_slots
+
+        with all_slots(self):
+            return original(self, *args, **more)
+
+    return moe_lora_align_block_size
+
+
+def _add_lora_fused_moe(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add_lora_fused_moe(self: Any, *args: Any, **more: Any) -> Any:
+        from ..layers.gpu.data_parallel import all_slots
+
+        with all_slots(self):
+            return original(self, *args, **more)
+
+    return add_lora_fused_moe
+
+
+_GROUP: dict[str, Any] = {
+    "feature": "data-parallel-gpu",
+    "releases": ">=0.30,<0.34",
+    "platforms": ("cuda",),
+    "layers": True,
+    "why": "with data parallelism, experts also get tokens whose adapters no request of their own "
+    "rank has; upstream launches no kernel for those",
+    "upstream": "",
+    "until": "upstream looks for the adapters of the tokens that the experts got",
+}
 _COMMON: dict[str, Any] = {
     "feature": "moe-kernels",
     "releases": ">=0.28,<0.34",
@@ -83,4 +113,6 @@ _COMMON: dict[str, Any] = {
 HOOKS = (
     Hook(target=f"{_CLASS}.add_lora_w13", make=_add_lora_w13, **_COMMON),
     Hook(target=f"{_CLASS}.add_lora_w2", make=_add_lora_w2, **_COMMON),
+    Hook(target=f"{_CLASS}.moe_lora_align_block_size", make=_align, **_GROUP),
+    Hook(target=f"{_CLASS}.add_lora_fused_moe", make=_add_lora_fused_moe, **_GROUP),
 )

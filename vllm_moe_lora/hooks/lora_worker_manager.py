@@ -66,8 +66,9 @@ def _read(original: Callable[..., Any], worker: Any, request: Any) -> Any:
 
 def _add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_adapter(self: Any, lora_request: Any) -> bool:
-        from ..loading import background
+        from ..loading import assigned, background
 
+        lora_request = assigned.note(self._adapter_manager, lora_request)
         if not lora_request.lora_path.startswith(background.STAGE_PREFIX):
             return _keeping_removed(original, self, lora_request)
         number, path = (
@@ -75,6 +76,7 @@ def _add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             lora_request.lora_path.removeprefix(background.STAGE_PREFIX),
         )
         if number in self.list_adapters() and not lora_request.load_inplace:
+            background.check_same(self._adapter_manager.get_adapter(number), lora_request, path)
             return True
         return background.loader_of(self).ready(
             number, path, lambda: _stage(self, lora_request, path)
@@ -115,9 +117,12 @@ def _stage(worker: Any, request: Any, path: str) -> Any:
 
 def _remove_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     def remove_adapter(self: Any, adapter_id: int) -> bool:
+        from ..loading import assigned
+
         loader = getattr(self, "moe_lora_background_loader", None)
         if loader is not None:  # of a MoE model
             loader.forget(adapter_id)
+        assigned.forget(self._adapter_manager, adapter_id)
         return bool(original(self, adapter_id))
 
     return remove_adapter

@@ -16,10 +16,12 @@ def _add_lora(original: Callable[..., Any]) -> Callable[..., Any]:
         if held is None:
             return bool(await original(self, lora_request))
         held.check(lora_request)
-        async with held.locks[lora_request.lora_int_id]:
+        number = lora_request.lora_int_id
+        async with held.locks[number]:
             if not lora_request.load_inplace and held.is_loaded(lora_request):
                 return True
-            return await admit.load(self, lora_request)
+            with held.claimed(number):
+                return await admit.load(self, lora_request)
 
     return add_lora
 
@@ -34,9 +36,11 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
         held.check(request)
         number = request.lora_int_id
         async with held.locks[number]:
-            if not held.is_loaded(request):
-                await admit.load(self, request)
-            held.entering[number] += 1
+            with held.claimed(number):
+                if not held.is_loaded(request):
+                    await admit.load(self, request)
+                await admit.give_slot(self, request)
+                held.entering[number] += 1
         try:
             args, more = front_end.with_lora_request(held.for_scheduler(request), args, more)
             return await original(self, *args, **more)
@@ -48,10 +52,14 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _remove_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     async def remove_lora(self: Any, lora_id: int) -> bool:
-        from ..loading import front_end
+        from ..loading import admit, front_end
 
         held = front_end.held_adapters(self)
         if held is not None:
+            held.check_alone(lora_id, True, "remove_lora")
+            if held.slots is not None:
+                async with held.locks[lora_id]:
+                    return await admit.remove(self, lora_id, lambda: original(self, lora_id))
             held.forget(lora_id)
         return bool(await original(self, lora_id))
 
@@ -60,11 +68,16 @@ def _remove_lora(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _pin_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     async def pin_lora(self: Any, lora_id: int) -> bool:
-        from ..loading import front_end
+        from ..loading import admit, front_end
 
-        done = bool(await original(self, lora_id))
         held = front_end.held_adapters(self)
-        if held is not None:
+        if held is None:
+            return bool(await original(self, lora_id))
+        async with held.locks[lora_id]:
+            with held.claimed(lora_id):
+                if (request := held.request_of(lora_id)) is not None:
+                    await admit.give_slot(self, request)
+                done = bool(await original(self, lora_id))
             held.pinned.add(lora_id)
         return done
 

@@ -1,4 +1,4 @@
-"""vllm/v1/worker/gpu_model_runner.py: prompt log-probs, reloading weights, the experts' routes."""
+"""vllm/v1/worker/gpu_model_runner.py: prompt log-probs, new weights, routes, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -101,6 +101,19 @@ _ROUTES: dict[str, Any] = {
     "until": "upstream has no model runner V1 any more",
 }
 
+
+def _determine_batch(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _determine_batch_execution_and_padding(self: Any, *args: Any, **more: Any) -> Any:
+        from ..layers.gpu.data_parallel import wants_lora_graph
+
+        if wants_lora_graph(self, more.get("force_has_lora")):
+            more["force_has_lora"] = True
+            more["force_num_active_loras"] = self.lora_config.max_loras + 1
+        return original(self, *args, **more)
+
+    return _determine_batch_execution_and_padding
+
+
 HOOKS = (
     Hook(target=f"{_CLASS}.initialize_kv_cache", make=_initialize_kv_cache, **_ROUTES),
     Hook(target=f"{_CLASS}.execute_model", make=_execute_model, **_ROUTES),
@@ -120,6 +133,18 @@ HOOKS = (
         "the adapters of other requests, or stop the engine",
         upstream="",
         until="upstream sets the LoRA mapping of lm_head for the rows of each prompt",
+    ),
+    Hook(
+        feature="data-parallel-gpu",
+        target=f"{_CLASS}._determine_batch_execution_and_padding",
+        make=_determine_batch,
+        releases=">=0.30,<0.34",
+        platforms=("cuda",),
+        layers=True,
+        why="with data parallelism, a batch without adapters runs a CUDA graph without LoRA, which "
+        "also computes tokens of other ranks",
+        upstream="",
+        until="all ranks agree on whether any of them has an adapter in its batch",
     ),
     Hook(
         feature="cpu-experts",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,15 @@ def _reset_lora_state(original: Callable[..., Any]) -> Callable[..., Any]:
     return reset_lora_state
 
 
+def _maybe_setup_dummy_loras(original: Callable[..., Any]) -> Callable[..., Any]:
+    def maybe_setup_dummy_loras(self: Any, *args: Any, **more: Any) -> Any:
+        from ..layers.data_parallel import is_idle
+
+        return contextlib.nullcontext() if is_idle(self) else original(self, *args, **more)
+
+    return maybe_setup_dummy_loras
+
+
 HOOKS = (
     Hook(
         feature="model-classes",
@@ -60,5 +70,16 @@ HOOKS = (
         "trainer's memory cannot be read again, and requests with them run the base model",
         upstream="",
         until="upstream keeps adapters when it loads base weights",
+    ),
+    Hook(
+        feature="data-parallel",
+        target="vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin."
+        "maybe_setup_dummy_loras",
+        make=_maybe_setup_dummy_loras,
+        releases=">=0.30,<0.34",
+        why="it loads dummy adapters for each dummy batch, and removes all adapters after it; the "
+        "hook of Worker.execute_dummy_batch tells it when not to",
+        upstream="",
+        until="a dummy batch leaves the adapters alone",
     ),
 )

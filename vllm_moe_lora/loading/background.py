@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from ..adapters.errors import AdapterError
 from ..adapters.folder import files_state
 
 # Put before a path, it asks for the first part of the load only. No adapter's own path starts with
@@ -124,6 +125,26 @@ class BackgroundLoader:
     def _run(self, load: Callable[[], Any]) -> Any:
         self._this_thread.is_staging = True
         return load()
+
+
+def check_same(lora: Any, request: Any, path: str) -> None:
+    """Refuse an id under which another front end of the engine loaded another adapter.
+
+    Args:
+        lora: the adapter that the worker has under the id of ``request``.
+        request: the LoRARequest, for the message.
+        path: the folder that it means.
+
+    Raises:
+        AdapterError: the adapter is from another folder, or another version.
+    """
+    loaded = getattr(lora, "moe_lora_path", path)
+    if loaded != path:
+        raise AdapterError(
+            f"LoRA adapter {request.lora_int_id}: another front end of this engine loaded {loaded} "
+            f"under the id of {request.lora_name!r} from {path}. Give all API servers the same "
+            "adapters with the same ids, or start one with --api-server-count 1."
+        )
 
 
 def loader_of(worker_manager: Any) -> BackgroundLoader:

@@ -15,12 +15,15 @@ import copy
 import os
 import re
 from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from ..adapters import folder
 from ..adapters.errors import AdapterError
 from . import memory
+from .slots import GroupSlots
 
 MAX_ID = 2**63 - 1  # vLLM keeps the ids of a batch as int64
 
@@ -47,15 +50,21 @@ class HeldAdapters:
     Args:
         capacity: how many the workers can hold (max_cpu_loras).
         slots: how many can be in one batch (max_loras).
+        shared: whether several front ends use the engine, each with a `HeldAdapters` of its own.
+        group: whether the engine is a data-parallel group.
 
     Attributes:
         locks: one per adapter id. A caller holds it while it checks and loads the adapter.
         pushing: one per adapter id. Pushes of an adapter are done one by one, in their order.
         entering: adapter id -> requests that have passed the check, but that the engine does not
             have in its own list yet.
+        claims: adapter id -> requests and calls that are about to use it.
+        slots: which adapter is in which slot of a data-parallel group; None without one.
     """
 
-    def __init__(self, capacity: int, slots: int) -> None:
+    def __init__(
+        self, capacity: int, slots: int, shared: bool = False, group: bool = False
+    ) -> None:
         self._capacity, self._slots = capacity, slots
         self._held: OrderedDict[int, Version] = OrderedDict()  # by id, least recently used first
         # By name and path: the version that was loaded last, even if it is not held any more, and
@@ -67,14 +76,27 @@ class HeldAdapters:
         self.locks: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.pushing: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.entering: Counter[int] = Counter()
+        self.claims: Counter[int] = Counter()
+        self.shared = shared
+        self.slots = GroupSlots(slots, fixed=shared) if group else None
+
+    @contextmanager
+    def claimed(self, lora_id: int) -> Iterator[None]:
+        """Keep the adapter from being dropped for another one inside the block."""
+        self.claims[lora_id] += 1
+        try:
+            yield
+        finally:
+            self.claims[lora_id] -= 1
 
     def check(self, request: Any) -> None:
         """Refuse a LoRARequest with which no engine can do the right thing.
 
         Raises:
-            AdapterError: the id is no id, it belongs to another adapter, or every slot has a pinned
-                adapter.
+            AdapterError: the id is no id, it belongs to another adapter, every slot has a pinned
+                adapter, or an adapter is replaced that other front ends use.
         """
+        self.check_alone(request.lora_int_id, request.load_inplace, "load_inplace")
         lora_id = request.lora_int_id
         if type(lora_id) is not int or not 0 < lora_id <= MAX_ID:
             raise AdapterError(
@@ -94,6 +116,18 @@ class HeldAdapters:
             raise AdapterError(
                 f"LoRA adapter {lora_id}: all {self._slots} slots hold pinned adapters. Raise "
                 "--max-loras, or remove one of them."
+            )
+
+    def check_alone(self, lora_id: int, changes: bool, what: str) -> None:
+        """Refuse a change of an adapter that other front ends may be using.
+
+        Raises:
+            AdapterError: ``changes`` is true, and there are several front ends.
+        """
+        if changes and self.shared:
+            raise AdapterError(
+                f"LoRA adapter {lora_id}: {what} would change an adapter that other API servers of "
+                "this engine may be using. Start with --api-server-count 1."
             )
 
     def is_loaded(self, request: Any) -> bool:
@@ -124,8 +158,10 @@ class HeldAdapters:
         Args:
             in_flight: adapter id -> number of unfinished requests, from `in_flight`.
         """
-        ids = (i for i, held in self._held.items() if held.ready and not in_flight[i])
-        return next(ids, None)
+        for lora_id, held in self._held.items():
+            if held.ready and not in_flight[lora_id] and lora_id not in self.pinned:
+                return lora_id
+        return None
 
     def make_room(self, lora_id: int, in_flight: Counter[int]) -> int | None:
         """Forget an idle adapter if that is needed to load this one.
@@ -186,6 +222,14 @@ class HeldAdapters:
         self._names.pop(lora_id, None)
         self.pinned.discard(lora_id)
 
+    def request_of(self, lora_id: int) -> Any:
+        """A LoRARequest for an adapter that is held, with the path of its version; or None."""
+        if not self.replaces(lora_id):
+            return None
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(self._names[lora_id][0], lora_id, self._held[lora_id].path)
+
     def for_scheduler(self, request: Any) -> Any:
         """A copy of ``request`` for the scheduler, with the path of the version that is held.
 
@@ -214,7 +258,12 @@ def held_adapters(engine: Any) -> HeldAdapters | None:
         return None
     if not hasattr(engine, "moe_lora_held"):
         config = engine.vllm_config.lora_config
-        engine.moe_lora_held = HeldAdapters(config.max_cpu_loras, config.max_loras)
+        engine.moe_lora_held = HeldAdapters(
+            config.max_cpu_loras,
+            config.max_loras,
+            shared=getattr(engine, "_client_count", 1) > 1,
+            group=engine.vllm_config.parallel_config.data_parallel_size > 1,
+        )
     found: HeldAdapters = engine.moe_lora_held
     return found
 
@@ -236,6 +285,11 @@ def users(engine: Any, lora_id: int) -> list[str]:
         for number, state in states
         if state.lora_request is not None and state.lora_request.lora_int_id == lora_id
     ]
+
+
+def busy(engine: Any) -> Counter[int]:
+    """Adapter id -> number of unfinished requests, and of calls that are about to use it."""
+    return in_flight(engine) + engine.moe_lora_held.claims
 
 
 def lora_request_of(args: tuple[Any, ...], more: dict[str, Any]) -> Any:

@@ -24,6 +24,8 @@ SUBJECTS = {
     "cpu-dense-lora": "[Bugfix][LoRA][CPU] Add no adapter to base tokens of MoE models",
     "cpu-experts": "[Feature][LoRA][CPU] Apply LoRA to unquantized MoE experts",
     "cpu-int4-experts": "[Feature][LoRA][CPU] Apply LoRA to INT4 MoE experts",
+    "data-parallel": "[Bugfix][LoRA] Keep adapters of data-parallel ranks without requests",
+    "data-parallel-gpu": "[Bugfix][LoRA] Apply adapters of other data-parallel ranks' tokens",
     "gpu-experts": "[Bugfix][LoRA] Correct LoRA on GPU experts: Llama-4, gpt-oss, TRT-LLM",
     "isolation": "[Bugfix][LoRA] Clear recycled KV cache blocks of engines that run adapters",
     "model-classes": "[LoRA] Declare LoRA for MoE classes that lack it, such as Kimi K2.5's",

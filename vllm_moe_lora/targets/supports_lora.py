@@ -6,8 +6,8 @@ Three cases are known:
   which ignores LoRA (vLLM 0.20 to 0.33). `IGNORING` lists these classes. The hooks of our feature
   quantised-experts make some of them apply LoRA (INT4, INT8, Triton's MXFP8).
 - With --enable-eplb, vLLM moves experts between devices, but not their LoRA.
-- With --data-parallel-size, experts compute the tokens of several engines, each of which has slots
-  of its own.
+- With --data-parallel-size, experts compute the tokens of several engines; data_parallel.py says
+  where that is right.
 
 The first case is an error when an adapter with LoRA on routed experts is loaded. The other two are
 already errors when the engine starts.
@@ -19,7 +19,7 @@ from typing import Any
 
 from ..adapters.errors import AdapterError
 from ..patching import MARK
-from . import target_modules
+from . import data_parallel, target_modules
 
 # Class of experts that ignores LoRA -> when vLLM uses it, and what to use instead.
 IGNORING = {
@@ -61,24 +61,6 @@ def _has_eplb(wrapper: Any) -> bool:
     return bool(getattr(wrapper.base_layer.moe_config.moe_parallel_config, "enable_eplb", False))
 
 
-def _data_parallel_message(name: str, ranks: int) -> str:
-    return (
-        f"{name}: with --data-parallel-size {ranks} its experts compute the tokens of all {ranks} "
-        "ranks, but each rank has LoRA slots of its own, so tokens would get another rank's "
-        f"adapter, or none. Start {ranks} servers without data parallelism, one with "
-        "--tensor-parallel-size, or without --enable-lora."
-    )
-
-
-def _data_parallel_size(wrapper: Any) -> int:
-    """How many data-parallel ranks send tokens to these experts.
-
-    This happens with expert parallelism and without it: vLLM spreads either the experts or each
-    expert's weights over all ranks.
-    """
-    return int(getattr(wrapper.base_layer.moe_config.moe_parallel_config, "dp_size", 1))
-
-
 def check_layer(wrapper: Any) -> None:
     """Refuse settings with which LoRA on a MoE layer would be wrong, when the engine starts.
 
@@ -86,12 +68,12 @@ def check_layer(wrapper: Any) -> None:
         wrapper: a `FusedMoEWithLoRA` that is being built.
 
     Raises:
-        NotImplementedError: the engine has --enable-eplb or --data-parallel-size.
+        NotImplementedError: the engine has --enable-eplb, or data parallelism with which LoRA would
+            be wrong.
     """
     routed = getattr(wrapper.base_layer, "routed_experts", wrapper.base_layer)
     name = getattr(routed, "layer_name", type(routed).__name__)
-    if (ranks := _data_parallel_size(wrapper)) > 1:
-        message = _data_parallel_message(name, ranks)
+    if message := data_parallel.refusal(name, wrapper):
         raise NotImplementedError(f"{message} {target_modules.cure(None)}")
     if _has_eplb(wrapper):
         raise NotImplementedError(_eplb_message(name))
@@ -107,11 +89,11 @@ def check_adapter(name: str, wrapper: Any) -> None:
         wrapper: vLLM's LoRA layer around the experts.
 
     Raises:
-        AdapterError: the experts would ignore LoRA, or the engine has --enable-eplb or
-            --data-parallel-size.
+        AdapterError: the experts would ignore LoRA, or the engine has settings that `check_layer`
+            refuses.
     """
-    if (ranks := _data_parallel_size(wrapper)) > 1:
-        raise AdapterError(_data_parallel_message(name, ranks))
+    if message := data_parallel.refusal(name, wrapper):
+        raise AdapterError(message)
     if _has_eplb(wrapper):
         raise AdapterError(_eplb_message(name))
     kernel = getattr(wrapper, "_moe_kernel", None)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import multiprocessing
 import sys
 
-from vllm.v1.engine import utils
+from vllm.v1.engine import coordinator, utils
 from vllm.v1.executor import multiproc_executor
 
 from vllm_moe_lora.tiny import engine
 
-for module in (multiproc_executor, utils):
+for module in (coordinator, multiproc_executor, utils):
     module.get_mp_context = lambda: multiprocessing.get_context("fork")
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ relative to the largest number of all.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 
@@ -114,8 +115,24 @@ class Rank(parallel_experts.Rank):
         dummy = runner.maybe_dummy_run_with_lora
         wanted = inspect.signature(dummy).parameters
         more = {"activate_lora": False} if "activate_lora" in wanted else {}
-        with dummy(self.config.lora_config, one, one, **more):
-            pass
+        with contextlib.ExitStack() as stack:
+            if self.hooked():
+                from vllm_moe_lora.layers.data_parallel import idle
+
+                stack.enter_context(idle(runner))  # as our hook of Worker.execute_dummy_batch
+            stack.enter_context(dummy(self.config.lora_config, one, one, **more))
+
+    def hooked(self):
+        return hasattr(type(self.worker).add_adapter, "__vllm_moe_lora__")
+
+    def load(self, number, path):
+        """With our hooks into the slot that the front end sends to all ranks."""
+        from vllm.lora.request import LoRARequest
+
+        from vllm_moe_lora.loading.assigned import with_slot
+
+        request = LoRARequest(f"a{number}", number, str(path))
+        self.worker.add_adapter(with_slot(request, number - 1) if self.hooked() else request)
 
     def answer(self, x, logits, counts):
         from vllm.forward_context import set_forward_context

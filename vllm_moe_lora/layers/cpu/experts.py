@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 def token_slots(context: MoELoRAContext, num_tokens: int) -> torch.Tensor:
     """Return [num_tokens] int64, the adapter slot of each token.
 
-    It is -1 for a token without an adapter, and for a padding token.
+    It is -1 for a token without an adapter, and for a padding token. With data parallelism, tokens
+    of other ranks are among them; upstream sends their slots with them.
     """
+    if context.local_token_lora_mapping is not None:
+        return context.local_token_lora_mapping.long()
     slots: torch.Tensor = context.punica_wrapper.token_lora_indices
     if slots.numel() >= num_tokens:
         return slots[:num_tokens]
@@ -54,9 +57,29 @@ def combine(pairs: torch.Tensor, topk_weights: torch.Tensor | None, plan: PairPl
     return torch.bmm(weights.unsqueeze(1), y.to(torch.float32)).squeeze(1)
 
 
+class SlotsToSend:
+    """The slots of a batch's tokens, for upstream's dispatch to other data-parallel ranks.
+
+    Upstream takes them from an attribute of this name, which its wrapper has on GPUs only.
+
+    Attributes:
+        token_lora_mapping: [tokens] int32, the adapter slot of each token; -1 without one, and
+            beyond the end of the batch.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.token_lora_mapping = torch.full((tokens,), -1, dtype=torch.int32)
+
+    def update(self, slots: torch.Tensor) -> None:
+        """Take over the slots of a new batch, [tokens] int."""
+        self.token_lora_mapping[: slots.numel()] = slots
+        self.token_lora_mapping[slots.numel() :] = -1
+
+
 class CPULoRAExperts:
     """Mixin that adds LoRA to an upstream CPU experts class. Subclasses implement `apply_lora`."""
 
+    moe_config: Any  # the layer's FusedMoEConfig, set by upstream
     _lora_context: MoELoRAContext | None = None
     operator_name: str = ""  # of these experts in compiled code; layers/cpu/compiled.py sets it
     # [slots] int64, the rank of the adapter in each slot; 0 if these experts have no LoRA there.
@@ -70,6 +93,9 @@ class CPULoRAExperts:
     def set_lora_context(self, context: MoELoRAContext) -> None:
         build.kernels()  # they may have to be compiled: now, and not in the first request
         self._lora_context = context
+        if self.moe_config.moe_parallel_config.dp_size > 1:
+            wrapper: Any = context.punica_wrapper
+            wrapper.token_mapping_meta = SlotsToSend(wrapper._token_lora_indices.numel())
 
     def slot_written(self, wrapper: Any, slot: int, rank: int) -> None:
         """Take over an adapter that the LoRA layer has just written into its buffers.
@@ -99,8 +125,11 @@ class CPULoRAExperts:
             num_tokens: tokens of the batch, padding included.
         """
         context = self._lora_context
+        if context is None:
+            return None
         # hooks/lora_punica_cpu.py sets token_segments for each batch. [] means: no adapters.
-        if context is None or getattr(context.punica_wrapper, "token_segments", None) == []:
+        own = getattr(context.punica_wrapper, "token_segments", None)
+        if own == [] and context.local_token_lora_mapping is None:
             return None
         return token_slots(context, num_tokens) if self.highest_rank else None
 

@@ -143,7 +143,7 @@ def _check_adapters(
             fit = check.fits(adapter, model)
             check.smallest_rank(fit.rank)
         except AdapterError as error:
-            cure = "`vllm-moe-lora inspect` shows what it contains; the README lists the layouts"
+            cure = "`vllm-moe-lora inspect` shows what it contains; docs/compatibility.md lists the layouts"
             findings.append(Finding(False, f"{adapter}: {error}", cure))
             no_experts = False
             continue
@@ -197,7 +197,7 @@ def _check_device(
     parallel += f", data parallel {args.data_parallel_size}" if args.data_parallel_size > 1 else ""
     parallel += ", experts too" if args.enable_expert_parallel else ""
     if found.error:
-        cure = "see the table in the README; run this command on the machine that will serve"
+        cure = "see docs/compatibility.md; run this command on the machine that will serve"
         return [Finding(False, f"{parallel}: vLLM refuses this model: {found.error}", cure)]
     findings = []
     for name, layers in found.backends.items():

@@ -17,8 +17,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Return an uninitialised CPU tensor, like `torch.empty`. A large one is on huge pages.
 
     An adapter's tensors are gigabytes that are written once. With pages of 4 KiB, the kernel needs
-    longer to provide the memory than the copy itself takes (5 times on the machine of the README's
-    table).
+    longer to provide the memory than the copy itself takes (5 times on the machine of
+    docs/performance.md).
     """
     size = math.prod(shape) * dtype.itemsize
     if size < HUGE_PAGES_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):

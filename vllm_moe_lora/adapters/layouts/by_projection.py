@@ -11,7 +11,7 @@ E is the number of experts, r the rank, I the intermediate size of an expert:
                                                    (lora_B is [E out, r])
 
 Taken from the source of each trainer: peft 0.21.2, ms-swift 4.6, ART 0.5.23, Megatron-Bridge 0.6.2,
-Tinker cookbook 0.6.1. The README's table of layouts lists more trainers that write them.
+Tinker cookbook 0.6.1. docs/compatibility.md lists more trainers that write them.
 """
 
 from __future__ import annotations

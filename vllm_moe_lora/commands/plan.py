@@ -143,7 +143,7 @@ def _check_adapters(
             fit = check.fits(adapter, model)
             check.smallest_rank(fit.rank)
         except AdapterError as error:
-            cure = "`vllm-moe-lora inspect` shows what it contains; docs/compatibility.md lists the layouts"
+            cure = "`vllm-moe-lora inspect` shows what it has; docs/compatibility.md lists layouts"
             findings.append(Finding(False, f"{adapter}: {error}", cure))
             no_experts = False
             continue

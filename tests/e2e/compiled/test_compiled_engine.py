@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_cases import PROMPTS, compare_fp32, compare_low_precision
+from hostile.kinds import kinds
 from safetensors.torch import load_file, save_file
 
 from vllm_moe_lora.tiny import engine, oracle
@@ -27,9 +28,9 @@ def run(job, env=TRACED, compiled=True, **actions):
     """Run ``job`` in an engine that compiles, or says that it does not."""
     job.options = {"enforce_eager": False, **job.options}
     steps = {number.removeprefix("before_"): what for number, what in actions.items()}
-    answers, _, log = engine.run(job, {**env, "ACTIONS": json.dumps(steps)}, script=CHILD)
+    answers, outcomes, log = engine.run(job, {**env, "ACTIONS": json.dumps(steps)}, script=CHILD)
     assert log.count("MODE ") == log.count(f"MODE DYNAMO_TRACE_ONCE {compiled}") == len(answers)
-    return answers, log
+    return answers, outcomes, log
 
 
 def job(case, rounds, **options):
@@ -57,7 +58,7 @@ def test_families(make_case, family):
     rounds = [[(p, name) for p in PROMPTS] for name in names]
     rounds.append([(p, name) for p in PROMPTS for name in names])
     rounds.append(rounds[0])
-    answers, _ = run(job(case, rounds, dtype="float32"))
+    answers, _, _ = run(job(case, rounds, dtype="float32"))
     for i, name in enumerate(names):
         compare_fp32([lp[-1] for _, lp in answers[i]], case, name)
         compare_fp32([lp[-1] for _, lp in answers[3][i::3]], case, name)
@@ -72,7 +73,7 @@ def test_adapters_change_after_compilation(make_case):
     rounds = [[(p, name) for p in PROMPTS] for name in "abcab"]
     rounds += [[(p, None) for p in PROMPTS], [(p, "a") for p in PROMPTS]]
     wanted = [(name, case.want(name)) for name in ("a", "b", "c", "a", "b", None, "c")]
-    answers, _ = run(
+    answers, _, _ = run(
         job(case, rounds, dtype="float32", max_loras=2),
         before_3=[["unload", "a"], ["load", "a"]],
         before_4=[["unload", "a"]],
@@ -110,7 +111,8 @@ def parts(make_case):
             seed=seed,
             size=0.4,
         )
-    answers, _ = run(job(case, [[(p, name) for p in PROMPTS] for name in names], dtype="float32"))
+    rounds = [[(p, name) for p in PROMPTS] for name in names]
+    answers, _, _ = run(job(case, rounds, dtype="float32"))
     return case, dict(zip(names, answers, strict=True))
 
 
@@ -122,7 +124,7 @@ def test_decode(make_case):
     requests = [(p, name) for p in PROMPTS for name in (None, "a", "b")]
     todo = job(case, [requests], dtype="float32")
     todo.max_tokens = 4
-    answers, _ = run(todo)
+    answers, _, _ = run(todo)
     for (prompt, name), (tokens, logprobs) in zip(requests, answers[0], strict=True):
         want = case.forced(name, prompt, tokens)
         for step in range(4):
@@ -134,8 +136,26 @@ def test_int4(make_case):
     case = make_case("qwen2_moe", ("gptq", 64, True))
     case.add("all")
     rounds = [[(p, name) for p in PROMPTS] for name in (None, "all")]
-    answers, _ = run(job(case, rounds, dtype="bfloat16"))
+    answers, _, _ = run(job(case, rounds, dtype="bfloat16"))
     compare_low_precision([lp[-1] for _, lp in answers[1]], case, "all")
+
+
+def test_hostile(make_case):
+    """Refused after compilation, and all others keep their bits."""
+    case = make_case("qwen2_moe")
+    case.add("good", seed=1, rank=6)
+    todo = job(case, [[(p, name) for p in PROMPTS for name in (None, "good")]], dtype="float32")
+    for number, (_, change) in enumerate(list(kinds())[::30]):
+        name = f"bad-{number}"
+        change(shutil.copytree(case.adapters["good"], case.folder / name))
+        todo.adapters[name] = str(case.folder / name)
+        todo.load.append(name)
+    answers, outcomes, _ = run(todo)
+    assert len(outcomes) > 5
+    assert "ok" not in outcomes
+    compare_fp32([lp[-1] for _, lp in answers[0][1::2]], case, "good")
+    for again in answers[1:]:
+        assert all(torch.equal(a[1], b[1]) for a, b in zip(answers[0], again, strict=True))
 
 
 def test_embeddings(make_case):
@@ -165,7 +185,7 @@ def test_embeddings(make_case):
     case.oracles["with-embeddings"] = oracle.log_probs(merged, PROMPTS)
     names = [None, "with-embeddings", "all"]
     rounds = [[(p, name) for p in PROMPTS for name in names]]
-    answers, _ = run(job(case, rounds, dtype="float32"))
+    answers, _, _ = run(job(case, rounds, dtype="float32"))
     for i, name in enumerate(names):
         compare_fp32([lp[-1] for _, lp in answers[0][i::3]], case, name)
     for one, all_ in zip(case.want("with-embeddings"), case.want("all"), strict=True):
@@ -177,7 +197,7 @@ def test_a_layer_without_operator_is_not_compiled(make_case):
     case = make_case("qwen2_moe")
     case.add("all")
     env = {**TRACED, "WITHOUT_OPERATOR": "1"}
-    answers, log = run(job(case, [[(p, "all") for p in PROMPTS]], dtype="float32"), env, False)
+    answers, _, log = run(job(case, [[(p, "all") for p in PROMPTS]], dtype="float32"), env, False)
     compare_fp32([lp[-1] for _, lp in answers[0]], case, "all")
     assert log.count("there is no operator for LoRA on") == 1
 

@@ -29,7 +29,7 @@ def started(make_case, tmp_path_factory):
 
     def start(**env):
         env = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_CACHE_ROOT": str(root), **env}
-        answers, log = run(job(case, rounds, dtype="float32"), env)
+        answers, _, log = run(job(case, rounds, dtype="float32"), env)
         return [[lp[-1] for _, lp in answer] for answer in answers], log
 
     return case, start

@@ -249,7 +249,8 @@ class CPULoRAExperts:
         While it is traced, an operator is called that calls `compute`. With expert parallelism the
         output is the part that this rank's experts contribute.
         """
-        if torch.compiler.is_compiling():
+        # Experts of a drafter have no LoRA context: what they do is upstream's and can be traced.
+        if torch.compiler.is_compiling() and self._lora_context is not None:
             from .operators import OPERATORS
 
             # w1 and w2 must not be traced: slot_written gives them other shapes.

@@ -199,7 +199,7 @@ def _manager(layers: int, rank: int, layout: str) -> Any:
             FusedMoE3DWithLoRA if flat else FusedMoEWithLoRA
         )
         torch.nn.Module.__init__(wrapper)
-        wrapper.moe_config, wrapper.base_layer = moe, SimpleNamespace()
+        wrapper.moe_config, wrapper.base_layer = moe, SimpleNamespace(moe_config=moe)
         wrapper.tp_size, wrapper.tp_rank, wrapper.device = 1, 0, torch.device("cpu")
         wrapper._w13_slices, wrapper.enable_moe_shared_loras = 1 if flat else 2, False
         wrapper._moe_kernel = SimpleNamespace(fused_experts=None)
@@ -217,6 +217,7 @@ def _manager(layers: int, rank: int, layout: str) -> Any:
         f"experts.{e}.{p}" for e in range(EXPERTS) for p in ("gate_proj", "down_proj", "up_proj")
     }
     manager.model = SimpleNamespace(config=model_config)
+    manager.moe_lora_unwrapped = {}  # the model is a name only
     manager.lora_config, manager._is_moe, manager._is_3d_moe_model = config, True, flat
     manager._is_non_gated_moe = manager._use_ep = manager.is_pooling_model = False
     manager._enable_mixed_moe_lora_format = manager._enable_moe_shared_loras = False

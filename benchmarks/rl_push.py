@@ -37,6 +37,7 @@ def main() -> None:
     here, there = context.Pipe()
     worker = context.Process(target=_worker, args=(there, args.layers, args.rank))
     worker.start()
+    there.close()  # so that the end of the worker is seen
     here.recv()
     rows = [_round(here, tensors, config, size) for _ in range(args.repeats)]
     here.send(None)

@@ -50,6 +50,7 @@ class HeldAdapters:
 
     Attributes:
         locks: one per adapter id. A caller holds it while it checks and loads the adapter.
+        pushing: one per adapter id. Pushes of an adapter are done one by one, in their order.
         entering: adapter id -> requests that have passed the check, but that the engine does not
             have in its own list yet.
     """
@@ -64,6 +65,7 @@ class HeldAdapters:
         self._names: dict[int, tuple[str, str]] = {}  # by id: name and path, while it is held
         self.pinned: set[int] = set()
         self.locks: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.pushing: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.entering: Counter[int] = Counter()
 
     def check(self, request: Any) -> None:

@@ -1,15 +1,21 @@
 """Adapters that come from a trainer's memory, and how they get into vLLM's processes.
 
 vLLM names an adapter by a path. The path of a pushed adapter is `PREFIX` and its name. To load a
-version of it, "#" and the name of a segment are appended. A segment has the adapter's tensors: it
-is shared memory, which every process of the machine can map, or an entry of this process. Nothing
-is written to a file.
+version of it, "#", the name of a segment, "@" and a number are appended. A segment has the
+adapter's tensors: it is shared memory, which every process of the machine can map, or an entry of
+this process. Nothing is written to a file.
+
+Both sides keep one segment for the next push, because to get memory from the system takes several
+times as long as to copy into it. The number says which push the content is of.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import itertools
 import json
+import math
 import os
 import secrets
 import sys
@@ -25,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 PREFIX = "vllm-moe-lora-memory:/"
-WORKER = "vllm_moe_lora.rl.Worker"
+WORKER = f"{__name__.removesuffix('.loading.memory')}.rl.Worker"
 OFF = (
     "this engine takes no adapters from memory. Start it with "
     f"worker_extension_cls={WORKER!r} (--worker-extension-cls {WORKER})."
@@ -33,7 +39,10 @@ OFF = (
 ALIGNMENT = 64  # bytes
 
 _local: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]] = {}
+_spare: list[shared_memory.SharedMemory] = []  # of the sender, at most one
+_attached: dict[str, shared_memory.SharedMemory] = {}  # of the worker, at most one
 _closing: list[shared_memory.SharedMemory] = []
+_numbers = itertools.count(1)
 _attaching = threading.Lock()
 _allowed = False
 
@@ -85,47 +94,86 @@ def offered(
         finally:
             del _local[segment]
         return
-    shared = _write(tensors, config)
+    number = next(_numbers)
+    shared = _write(tensors, config, number)
     try:
-        yield f"{path_of(name)}#{shared.name}"
-    finally:
-        _close(shared)
-        shared.unlink()
+        yield f"{path_of(name)}#{shared.name}@{number}"
+    except BaseException:
+        _delete(shared)  # somebody may still read it
+        raise
+    _spare.append(shared)
+    while len(_spare) > 1:
+        _delete(_spare.pop(0))
+
+
+def _delete(shared: shared_memory.SharedMemory) -> None:
+    _close(shared)
+    shared.unlink()
+
+
+@atexit.register
+def _delete_spare() -> None:
+    while _spare:
+        _delete(_spare.pop())
+
+
+def _new(size: int) -> shared_memory.SharedMemory:
+    """Shared memory of at least ``size`` bytes: the one that was kept, or new."""
+    try:
+        shared = _spare.pop()
+    except IndexError:
+        pass
+    else:
+        if size <= shared.size <= 2 * size:
+            return shared
+        _delete(shared)
+    _check_room(size)
+    name = f"moe-lora-{os.getpid()}-{secrets.token_hex(8)}"
+    return shared_memory.SharedMemory(name, create=True, size=size)
 
 
 def _write(
-    tensors: Mapping[str, torch.Tensor], config: dict[str, Any]
+    tensors: Mapping[str, torch.Tensor], config: dict[str, Any], number: int
 ) -> shared_memory.SharedMemory:
-    """Copy an adapter into new shared memory: 8 bytes with the header's length, header, tensors."""
+    """Copy an adapter into shared memory.
+
+    It begins with ``number`` and the length of the header, 8 bytes each. The header is JSON: the
+    config, and [dtype, [[name, shape], ...]] of each run of tensors. A run begins at a multiple of
+    `ALIGNMENT`, and its tensors follow one another.
+    """
     import torch
 
-    entries, size = {}, 0
+    runs: dict[tuple[torch.dtype, torch.device], list[str]] = {}
     for key, tensor in tensors.items():
-        entries[key] = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), size
-        size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    header = json.dumps([config, entries]).encode()
-    begin = -(-(8 + len(header)) // ALIGNMENT) * ALIGNMENT
-    _check_room(begin + size)
-    name = f"moe-lora-{os.getpid()}-{secrets.token_hex(8)}"
-    shared = shared_memory.SharedMemory(name, create=True, size=begin + max(size, 1))
+        runs.setdefault((tensor.dtype, tensor.device), []).append(key)
+    table = [
+        [str(dtype).removeprefix("torch."), [[key, list(tensors[key].shape)] for key in keys]]
+        for (dtype, _), keys in runs.items()
+    ]
+    header = json.dumps([config, table]).encode()
+    sizes = [sum(tensors[key].nbytes for key in keys) for keys in runs.values()]
+    shared = _new(_aligned(16 + len(header)) + sum(map(_aligned, sizes)))
     try:
         buffer = _buffer(shared)
-        buffer[:8] = len(header).to_bytes(8, "little")
-        buffer[8 : 8 + len(header)] = header
-        whole = torch.frombuffer(buffer, dtype=torch.uint8)
-        for key, tensor in tensors.items():
-            start = begin + entries[key][2]
-            target = whole[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            target.copy_(tensor.detach())
+        buffer[:16] = number.to_bytes(8, "little") + len(header).to_bytes(8, "little")
+        buffer[16 : 16 + len(header)] = header
+        start, whole = _aligned(16 + len(header)), torch.frombuffer(buffer, dtype=torch.uint8)
+        for ((dtype, device), keys), length in zip(runs.items(), sizes, strict=True):
+            flat = [tensors[key].detach().reshape(-1) for key in keys]
+            target = whole[start : start + length].view(dtype)
+            if device.type == "cpu":
+                torch.cat(flat, out=target)
+            else:
+                target.copy_(torch.cat(flat))  # one copy from the device
+            start += _aligned(length)
     except BaseException:
-        shared.unlink()
+        _delete(shared)
         raise
     return shared
 
 
-def _buffer(shared: shared_memory.SharedMemory) -> memoryview:
-    assert shared.buf is not None, "it is open"
-    return shared.buf
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _check_room(size: int) -> None:
@@ -138,6 +186,11 @@ def _check_room(size: int) -> None:
                 f"the adapter needs {size / 1e6:.0f} MB of shared memory, but /dev/shm has "
                 f"{free / 1e6:.0f} MB. Raise it (docker run --shm-size, or --ipc=host)."
             )
+
+
+def _buffer(shared: shared_memory.SharedMemory) -> memoryview:
+    assert shared.buf is not None, "it is open"
+    return shared.buf
 
 
 @contextmanager
@@ -156,23 +209,33 @@ def opened(path: str) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, Any]]
     if segment in _local:
         yield _local[segment]
         return
+    name, _, number = segment.partition("@")
     try:
-        if not segment:
+        if not number.isdigit():
             raise FileNotFoundError(path)
-        shared = _attach(segment)
-    except (FileNotFoundError, ValueError, OSError):
+        shared = _attach(name)
+        if int.from_bytes(_buffer(shared)[:8], "little") != int(number):
+            raise FileNotFoundError(path)  # the sender has used it for another push since
+    except (ValueError, OSError):
         raise AdapterError(
-            f"{path.removeprefix(PREFIX)!r} was pushed from memory and is not held any more, or "
-            "its sender runs on another machine. Push it again; more adapters are held with a "
-            "higher --max-cpu-loras."
+            f"{without_segment(path).removeprefix(PREFIX)!r} was pushed from memory and is not "
+            "held any more, or its sender runs on another machine. Push it again; more adapters "
+            "are held with a higher --max-cpu-loras."
         ) from None
-    try:
-        yield _read(shared)
-    finally:
-        _close(shared)
+    yield _read(shared)
 
 
 def _attach(segment: str) -> shared_memory.SharedMemory:
+    """Map the segment, and keep it until another one comes."""
+    if segment not in _attached:
+        shared = _map(segment)
+        while _attached:
+            _close(_attached.popitem()[1])
+        _attached[segment] = shared
+    return _attached[segment]
+
+
+def _map(segment: str) -> shared_memory.SharedMemory:
     if sys.version_info >= (3, 13):
         return shared_memory.SharedMemory(name=segment, track=False)
     from multiprocessing import resource_tracker
@@ -191,21 +254,22 @@ def _register_nothing(name: Any, rtype: Any) -> None:
 
 
 def _read(shared: shared_memory.SharedMemory) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Views of the tensors in shared memory, and the config."""
+    """Views of the tensors in shared memory, and the config; see `_write`."""
     import torch
 
     buffer = _buffer(shared)
-    length = int.from_bytes(buffer[:8], "little")
-    config, entries = json.loads(bytes(buffer[8 : 8 + length]))
-    begin = -(-(8 + length) // ALIGNMENT) * ALIGNMENT
-    whole = torch.frombuffer(buffer, dtype=torch.uint8)
+    length = int.from_bytes(buffer[8:16], "little")
+    config, table = json.loads(bytes(buffer[16 : 16 + length]))
+    start, whole = _aligned(16 + length), torch.frombuffer(buffer, dtype=torch.uint8)
     tensors = {}
-    for key, (kind, shape, start) in entries.items():
-        dtype = getattr(torch, kind)
-        size = dtype.itemsize
-        for one in shape:
-            size *= one
-        tensors[key] = whole[begin + start : begin + start + size].view(dtype).view(shape)
+    for kind, entries in table:
+        dtype: torch.dtype = getattr(torch, kind)
+        counts = [math.prod(shape) for _, shape in entries]
+        size = sum(counts) * dtype.itemsize
+        flat = whole[start : start + size].view(dtype).split(counts)
+        for (key, shape), part in zip(entries, flat, strict=True):
+            tensors[key] = part.view(shape)
+        start += _aligned(size)
     return tensors, config
 
 

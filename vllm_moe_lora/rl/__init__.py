@@ -9,7 +9,13 @@ them, and `replay.py` takes routes from a request. `noise.py` puts QeRL's noise 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .noise import clear_noise as clear_noise
+    from .noise import set_noise as set_noise
+    from .pushing import push as push
+    from .worker import Worker as Worker
 
 _EXPORTS = {
     "push": "pushing",

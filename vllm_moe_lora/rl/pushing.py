@@ -45,7 +45,7 @@ def push(
     Args:
         engine: an `LLM`, an `LLMEngine`, an `AsyncLLM` (then the result must be awaited), vLLM's
             worker, or the address of a server on this machine ("http://localhost:8000"). It was
-            started with ``worker_extension_cls="vllm_moe_lora.rl.Worker"``; a server also with
+            started with `Worker` as its ``worker_extension_cls``; a server also with
             VLLM_ALLOW_RUNTIME_LORA_UPDATING=1.
         name: of the adapter. A second push with this name is a new version.
         tensors: the factors, under the names and in any of the layouts that adapter files may have,
@@ -151,23 +151,36 @@ async def _push_async(
     lora_int_id: int,
     in_flight: str,
 ) -> Any:
-    with _offered(engine, name, tensors, config) as path:
-        request = _request(name, lora_int_id, path)
-        with admit.aborting(in_flight == "abort"):
-            load = asyncio.ensure_future(engine.add_lora(request))
+    held = front_end.held_adapters(engine)
+    assert held is not None
+    async with held.pushing[lora_int_id]:
+        offer = _offered(engine, name, tensors, config)
+        path = await asyncio.to_thread(offer.__enter__)  # others get their tokens meanwhile
         try:
-            while not (await asyncio.wait({load}, timeout=DOWN_SECONDS))[0]:
-                # vLLM does not answer then, and the caller would wait for ever.
-                if engine.errored or (engine.output_handler and engine.output_handler.done()):
-                    raise AdapterError(_DOWN.format(name))
-            load.result()
-        except Exception as error:
-            if type(error).__name__ == "EngineDeadError":
-                raise AdapterError(_DOWN.format(name)) from error
-            raise
-        finally:
-            load.cancel()
+            with admit.aborting(in_flight == "abort"):
+                load = asyncio.ensure_future(engine.add_lora(_request(name, lora_int_id, path)))
+            await _until_loaded(engine, name, load)
+        except BaseException as error:
+            if not offer.__exit__(type(error), error, error.__traceback__):
+                raise
+        else:
+            offer.__exit__(None, None, None)
     return _request(name, lora_int_id)
+
+
+async def _until_loaded(engine: Any, name: str, load: asyncio.Future[bool]) -> None:
+    """Wait for a load, and do not wait for ever if the engine is shut down: it does not answer."""
+    try:
+        while not (await asyncio.wait({load}, timeout=DOWN_SECONDS))[0]:
+            if engine.errored or (engine.output_handler and engine.output_handler.done()):
+                raise AdapterError(_DOWN.format(name))
+        load.result()
+    except Exception as error:
+        if type(error).__name__ == "EngineDeadError":
+            raise AdapterError(_DOWN.format(name)) from error
+        raise
+    finally:
+        load.cancel()
 
 
 def _push_to_server(

@@ -9,7 +9,7 @@ from .noise import NoiseWorker
 
 
 class Worker(NoiseWorker):
-    """Mixed into vLLM's worker class by ``worker_extension_cls="vllm_moe_lora.rl.Worker"``.
+    """Mixed into vLLM's worker class if its full name is the engine's ``worker_extension_cls``.
 
     An engine with it takes what `rl.push` sends. Trainers that run inside of the worker may call
     `moe_lora_push` themselves.

@@ -30,6 +30,20 @@ def whole(llm, checkpoint):
     llm.collective_rpc("reload_weights", kwargs={"weights_path": checkpoint})
 
 
+def slept(llm, checkpoint):
+    """As after level 2 of sleep up to 0.32: nothing is left in the slots, then reload_weights."""
+
+    def forget(worker):
+        for module in worker.model_runner.lora_manager._adapter_manager.modules.values():
+            for name, value in vars(module).items():
+                if name.endswith(("lora_a_stacked", "lora_b_stacked")):
+                    for stack in value if isinstance(value, tuple | list) else (value,):
+                        stack.fill_(7.0)
+
+    llm.collective_rpc(forget)
+    whole(llm, checkpoint)
+
+
 def half(llm, checkpoint):
     """vLLM's reload_weights with the tensors of layer 1 and no others."""
     part = [(k, t) for k, t in load_tensors(Path(checkpoint)).items() if ".layers.1." in k]

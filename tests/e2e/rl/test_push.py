@@ -80,7 +80,7 @@ def test_versions(case, tmp_path):
 
 def test_while_others_are_served(case, tmp_path):
     """An `AsyncLLM` with its core in a process of its own, so through shared memory."""
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROCESSING_METHOD": "fork"}
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
     found = tell(tmp_path, "serve", case, **env)
     for version, name in ((found["one"], "a"), (found["two"], "b")):
         tokens, _ = version
@@ -94,6 +94,6 @@ def test_while_others_are_served(case, tmp_path):
     assert found["after"] == found["two"], "of two pushes at once the later stays"
     assert found["aborted"] == "abort"
     assert found["swapped"] == found["one"]
-    assert found["segments"] == []
+    assert len(found["segments"]) <= 1, "one is kept for the next push"
     assert found["down"] == "ok" or "shut down while 'policy' was pushed" in found["down"]
     assert found["opened"] == []

@@ -72,7 +72,7 @@ def test_unquantised(make_case, tmp_path):
     rounds = [
         ("nothing", case.model, [None]),
         ("whole", other.model, names),  # no adapter was loaded before
-        ("whole", case.model, names),
+        ("slept", case.model, names),
         ("whole", other.model, names),
         ("live", case.model, names),
         ("half", case.model, names),
@@ -108,3 +108,30 @@ def test_int4(make_case, tmp_path):
     (fresh,) = run(tmp_path, end, case, [("nothing", end, names)], "bfloat16")
     assert torch.equal(found[-1], fresh)
     assert (found[-1] - found[1]).abs().amax(2).min() > 0.02
+
+
+UNPACK = """
+import torch
+import vllm._custom_ops
+from vllm_moe_lora.layers.cpu.packing import pack, unpack
+isas = ["vec", *(["amx"] if torch.cpu._is_amx_tile_supported() else [])]
+for isa, dtype in [(i, d) for i in isas for d in (torch.float32, torch.bfloat16, torch.float16)]:
+    if isa == "amx" and dtype != torch.bfloat16:
+        continue
+    w = torch.randn(3, 64, 96).to(dtype)
+    assert not torch.equal(pack(w, isa), w)
+    assert torch.equal(unpack(pack(w, isa), isa), w), (isa, dtype)
+print("unpacked")
+"""
+
+
+def test_packing_is_undone():
+    done = engine.launch(
+        [sys.executable, "-c", UNPACK],
+        env={**os.environ, **engine.SETTINGS},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert "unpacked" in done.stdout, done.stderr[-2000:]

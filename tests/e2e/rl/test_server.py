@@ -45,7 +45,7 @@ def test_server(make_case, tmp_path):
             push(server.url, "policy", damaged, config)
         assert agrees(server.log_probs("policy", prompt), case.want("b")[2])
         assert agrees(server.log_probs(None, prompt), case.want(None)[2])
-    assert list(Path("/dev/shm").glob(f"moe-lora-{os.getpid()}-*")) == []
+    assert len(list(Path("/dev/shm").glob(f"moe-lora-{os.getpid()}-*"))) <= 1, "kept for the next"
 
 
 def test_closed(make_case, tmp_path):

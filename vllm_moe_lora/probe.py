@@ -119,6 +119,7 @@ def answer(question: Question) -> Answer:
     with set_current_vllm_config(config):
         _fake_process_groups(question.tensor_parallel_size, question.data_parallel_size)
         _build_expert_maps_on_cpu()
+        _stay_on_meta()
         default = torch.get_default_dtype()
         torch.set_default_dtype(config.model_config.dtype)
         try:
@@ -262,6 +263,21 @@ def _build_expert_maps_on_cpu() -> None:
             original(self, *args, **more)
 
     expert_map_manager.ExpertMapManager.__init__ = on_cpu
+
+
+def _stay_on_meta() -> None:
+    """Let vLLM build models that move a part of themselves to the device, such as Kimi K2.5."""
+    import torch
+
+    original = torch.nn.Module.to
+
+    def to(self: Any, *args: Any, **more: Any) -> Any:
+        try:
+            return original(self, *args, **more)
+        except NotImplementedError:  # "Cannot copy out of meta tensor"
+            return self
+
+    torch.nn.Module.to = to
 
 
 def _is_experts(module: Any) -> bool:

@@ -42,6 +42,9 @@ def row_of(kind: type[Any]) -> Row | None:
     if envs.get("VLLM_MOE_LORA_ALLOW_UNVERIFIED"):
         warning_once(f"vllm-moe-lora: the source of {target} is not one that its row was made for")
         return rows[-1]
+    if all(row.extends for row in rows):
+        logger.debug("%s is used as vLLM declares it (hash %s)", target, found)
+        return None
     warning_once(
         f"vllm-moe-lora: {kind.__name__} stays without LoRA as vLLM declares it: the source of "
         f"{target} is not one that was read (hash {found}). Cure: upgrade vllm-moe-lora, or set "

@@ -92,10 +92,11 @@ WRAPPERS = {
             "vision_start_token_id": 502,
             "vision_end_token_id": 503,
         },
-        # transformers 5.19 also writes the text model's layers as "blocks".
+        # transformers 5.19 also writes the text model's layers as "blocks", and more.
         published=(
             (r"^language_model\.model\.blocks\.", "language_model.model.layers."),
             (r"^model\.mm_projector\.", "mm_projector."),
+            (r"^vision_tower\.encoder\.patch_embed\.", "vision_tower.patch_embed."),
         ),
     ),
     "step3p7": Wrapper(architecture="Step3p7ForConditionalGeneration", **_STEP),

@@ -19,6 +19,8 @@ import urllib.request
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import upstream_loops
+
 ROOT = Path(__file__).resolve().parent.parent
 PATCHES = ROOT / "patches" / "upstream" / "v0.33.0"
 INDEX = "https://pypi.org/simple/vllm/"
@@ -135,7 +137,8 @@ def apply(tree: Path, patches: list[Path]) -> None:
 
 def needed(patch: Path, names: list[Path]) -> list[Path]:
     """The patch with those that its message says it needs."""
-    numbers = re.findall(r"[Nn]eeds (\d{4})", patch.read_text().partition("\n---\n")[0])
+    message = patch.read_text().partition("\n---\n")[0]
+    numbers = re.findall(r"\d{4}", " ".join(re.findall(r"[Nn]eeds \d{4}(?: and \d{4})?", message)))
     return [*(p for p in names if p.name[:4] in numbers), patch]
 
 
@@ -168,6 +171,12 @@ def main(argv: list[str]) -> int:
         after = pytest(tree, here)
         for test in (test for _, found in tests.values() for test in found):
             collect(tree, test)
+        loops = []
+        if "--loops" in argv:
+            patched = Path(scratch, "patched")
+            shutil.copytree(tree / "vllm", patched / "vllm", symlinks=True)
+            git(tree, "checkout", "-q", "base", "--", "vllm")
+            loops = upstream_loops.table(tree, patched)
         git(tree, "checkout", "-q", "base", "--", "vllm")
         before = pytest(tree, here)
         if "--alone" in argv:
@@ -176,12 +185,14 @@ def main(argv: list[str]) -> int:
     for patch in series:
         rows += [(patch.stem, test, before[test], after[test]) for test in tests[patch][0]]
         rows += [(patch.stem, test, "GPU: not run", "") for test in tests[patch][1]]
+    good = {row[2:] for row in rows[1:]} <= {("fails", "passes"), ("GPU: not run", "")}
+    rows += loops
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for row in rows:
         print(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         )
-    return 0 if {row[2:] for row in rows[1:]} <= {("fails", "passes"), ("GPU: not run", "")} else 1
+    return 0 if good and all(row[2] != row[3] and row[3] != "wrong" for row in loops) else 1
 
 
 if __name__ == "__main__":

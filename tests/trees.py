@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import importlib.util
+import re
 import shutil
 import subprocess
 import tempfile
@@ -94,6 +95,29 @@ def patched(number: str = HERE) -> Path:
     texts = looked.look(source, number).texts(0)
     _link(source, folder, {Path(path) for path, text in texts.items() if text is not None})
     assert change.apply(looked.look(folder, number))
+    return folder
+
+
+UPSTREAM = ROOT / "patches" / "upstream"
+# For classes that have another form, or another place, in the installed release.
+NOT_HERE = {"0007-trtllm-bf16-fused.patch", "0017-cpu-int4-moe-lora.patch"}
+
+
+@functools.cache
+def upstream() -> Path:
+    """The installed release, importable, with the patches for vLLM's maintainers instead of ours.
+
+    They are for 0.33.0; on an older release they apply with one line of context.
+    """
+    series = UPSTREAM / "v0.33.0" / "series"
+    patches = [series.parent / name for name in series.read_text().split() if name not in NOT_HERE]
+    paths = re.findall(r"^--- a/(vllm/.*\.py)$", "".join(p.read_text() for p in patches), re.M)
+    folder = Path(tempfile.mkdtemp(prefix="upstream-vllm-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _link(original(HERE), folder, {Path(path) for path in paths})
+    for patch in patches:
+        command = ["git", "apply", "-C1", "--include=vllm/*", str(patch)]
+        subprocess.run(command, cwd=folder, check=True, timeout=60)
     return folder
 
 

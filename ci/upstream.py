@@ -1,0 +1,199 @@
+"""What ci/upstream.sh runs: makes the trees, runs the tests of each patch, prints a table.
+
+A patch names its tests in its message: ``Test: pytest FILE::NAME``, or, for what this machine
+cannot run, ``Test (GPU, not run): pytest FILE``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import urllib.request
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import upstream_loops
+
+ROOT = Path(__file__).resolve().parent.parent
+PATCHES = ROOT / "patches" / "upstream" / "v0.33.0"
+INDEX = "https://pypi.org/simple/vllm/"
+# `ray.shutdown` is all that vLLM's tests want of it on one CPU.
+RAY = "def shutdown():\n    pass\n"
+KEPT = ("vllm/", "tests/", "docs/", "pyproject.toml")
+
+
+def source(release: str, folder: Path) -> Path:
+    """The unpacked source package of a release; fetched if it is not there."""
+    tree = folder / f"vllm-{release}"
+    if tree.is_dir():
+        return tree
+    ask = urllib.request.Request(INDEX, headers={"Accept": "application/vnd.pypi.simple.v1+json"})
+    with urllib.request.urlopen(ask, timeout=60) as answer:
+        files = json.load(answer)["files"]
+    (url,) = (f["url"] for f in files if f["filename"] == f"vllm-{release}.tar.gz")
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        archive = Path(scratch, "sdist.tar.gz")
+        with urllib.request.urlopen(url, timeout=60) as data, archive.open("wb") as target:
+            shutil.copyfileobj(data, target)
+        with tarfile.open(archive) as data:
+            data.extractall(scratch, filter="data")
+        Path(scratch, f"vllm-{release}").rename(tree)
+    return tree
+
+
+def git(tree: Path, *args: str) -> str:
+    who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    done = subprocess.run(
+        ["git", *who, *args], cwd=tree, check=True, capture_output=True, text=True
+    )
+    return done.stdout
+
+
+def repository(sdist: Path, tree: Path) -> None:
+    """Make ``tree`` a repository of vLLM's files, with the installed operators in their places."""
+    for name in KEPT:
+        have = sdist / name
+        copy = shutil.copytree if have.is_dir() else shutil.copy
+        copy(have, tree / name)
+    git(tree, "init", "-q")
+    (tree / ".git" / "info" / "exclude").write_text("*.so\n__pycache__\n")
+    git(tree, "add", "-A")
+    git(tree, "commit", "-qm", "base")
+    git(tree, "tag", "base")
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    installed = Path(spec.origin).parent
+    for built in installed.rglob("*.so"):
+        link = tree / "vllm" / built.relative_to(installed)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(built)
+
+
+def tests_of(patch: Path) -> tuple[list[str], list[str]]:
+    """The tests that a patch's message names: those for here, those for a GPU."""
+    message = patch.read_text().partition("\n---\n")[0]
+    here = re.findall(r"^Test: pytest (\S+)$", message, re.M)
+    elsewhere = re.findall(r"^Test \(GPU, not run\): pytest (\S+)$", message, re.M)
+    return here, elsewhere
+
+
+def run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """pytest on the tree's vLLM."""
+    site = Path(os.environ["SDISTS"], "site")
+    (site / "ray").mkdir(parents=True, exist_ok=True)
+    (site / "ray" / "__init__.py").write_text(RAY)
+    env = os.environ | {
+        "PYTHONPATH": f"{tree}:{site}",
+        "VLLM_TARGET_DEVICE": "cpu",
+        "VLLM_PLUGINS": "",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore"]
+    command = [sys.executable, "-m", "pytest", *options, *arguments]
+    return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
+
+
+def collect(tree: Path, test: str) -> None:
+    """Ends with an error where the test's file does not import."""
+    done = run(tree, "--collect-only", test)
+    if done.returncode not in (0, 5):  # 5: it skips itself without a GPU
+        sys.exit(done.stdout[-3000:])
+
+
+def pytest(tree: Path, tests: list[str]) -> dict[str, str]:
+    """Run tests: name -> "passes", "fails", ...; a name stands for all its parameters."""
+    report = tree / "report.xml"
+    done = run(tree, f"--junitxml={report}", "-o", "junit_family=xunit1", *tests)
+    if done.returncode > 1 or not report.exists():
+        sys.exit(done.stdout[-3000:] + done.stderr[-3000:])
+    states: dict[str, set[str]] = {test: set() for test in tests}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = f"{case.get('file')}::{case.get('name', '').partition('[')[0]}"
+        tags = {child.tag for child in case}
+        state = next((tag for tag in ("error", "failure", "skipped") if tag in tags), "passes")
+        for test, found in states.items():
+            if name == test or name.startswith(f"{test}::"):
+                found.add("fails" if state == "failure" else state)
+    report.unlink()
+    return {test: worst(found) for test, found in states.items()}
+
+
+def worst(states: set[str]) -> str:
+    return next((s for s in ("error", "fails", "skipped", "passes") if s in states), "not found")
+
+
+def apply(tree: Path, patches: list[Path]) -> None:
+    git(tree, "am", "-q", "--keep-non-patch", *map(str, patches))
+
+
+def needed(patch: Path, names: list[Path]) -> list[Path]:
+    """The patch with those that its message says it needs."""
+    message = patch.read_text().partition("\n---\n")[0]
+    numbers = re.findall(r"\d{4}", " ".join(re.findall(r"[Nn]eeds \d{4}(?: and \d{4})?", message)))
+    return [*(p for p in names if p.name[:4] in numbers), patch]
+
+
+def alone(tree: Path, series: list[Path], tests: dict[Path, tuple[list[str], list[str]]]) -> None:
+    for patch in series:
+        git(tree, "reset", "-q", "--hard", "base")
+        apply(tree, needed(patch, series))
+        if here := tests[patch][0]:
+            for test, state in pytest(tree, here).items():
+                print("alone", patch.stem, test, state, flush=True)
+
+
+def main(argv: list[str]) -> int:
+    series = [PATCHES / name for name in (PATCHES / "series").read_text().split()]
+    tests = {patch: tests_of(patch) for patch in series}
+    here = [test for found, _ in tests.values() for test in found]
+    with tempfile.TemporaryDirectory() as scratch:
+        tree = Path(scratch, "vllm")
+        tree.mkdir()
+        repository(source("0.33.0", Path(os.environ["SDISTS"])), tree)
+        for patch in series:  # each applies to a clean tree
+            needs = needed(patch, series)
+            if needs == [patch]:
+                git(tree, "apply", "--check", str(patch))
+            else:
+                apply(tree, needs)
+                git(tree, "reset", "-q", "--hard", "base")
+        apply(tree, series)
+        git(tree, "tag", "patched")
+        after = pytest(tree, here)
+        for test in (test for _, found in tests.values() for test in found):
+            collect(tree, test)
+        loops = []
+        if "--loops" in argv:
+            patched = Path(scratch, "patched")
+            shutil.copytree(tree / "vllm", patched / "vllm", symlinks=True)
+            git(tree, "checkout", "-q", "base", "--", "vllm")
+            loops = upstream_loops.table(tree, patched)
+        git(tree, "checkout", "-q", "base", "--", "vllm")
+        before = pytest(tree, here)
+        if "--alone" in argv:
+            alone(tree, series, tests)
+    rows = [("patch", "test", "before", "after")]
+    for patch in series:
+        rows += [(patch.stem, test, before[test], after[test]) for test in tests[patch][0]]
+        rows += [(patch.stem, test, "GPU: not run", "") for test in tests[patch][1]]
+    good = {row[2:] for row in rows[1:]} <= {("fails", "passes"), ("GPU: not run", "")}
+    rows += loops
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
+    return 0 if good and all(row[2] != row[3] and row[3] != "wrong" for row in loops) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

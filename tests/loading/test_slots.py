@@ -106,6 +106,31 @@ def test_a_worker_puts_it_where_it_is_told():
     assert manager.lora_index_to_id == [8, 6, 7]
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_slot_of_a_rank_s_own_choice_is_refused(ranks):
+    """Where experts get tokens of others; not of the warm-up's adapter, which has no path."""
+    manager = Manager(2)
+    parallel = types.SimpleNamespace(dp_size=ranks)
+    layer = types.SimpleNamespace(
+        moe_config=types.SimpleNamespace(moe_parallel_config=parallel),
+        base_layer=types.SimpleNamespace(moe_config=None, routed_experts=None),
+    )
+    manager.modules, manager.punica_wrapper = {"experts": layer}, types.SimpleNamespace()
+    manager.punica_wrapper.token_mapping_meta = None
+    real = types.SimpleNamespace(moe_lora_path="/a")
+    manager._registered_adapters = {1: real, 2: types.SimpleNamespace(), 3: real}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm_moe_lora.fitting.moe_layers.is_experts", lambda module: True)
+        assigned.check(manager, 2)
+        assigned.note(manager, assigned.with_slot(request(3), 1))
+        assigned.check(manager, 3)
+        if ranks == 1:
+            return assigned.check(manager, 1)
+        with pytest.raises(AdapterError, match=r"adapter 1: .*same slot on all ranks"):
+            assigned.check(manager, 1)
+    return None
+
+
 class Group:
     """A core of ranks with managers; each step it checks that all mean the same by a slot."""
 
@@ -146,10 +171,11 @@ class Group:
 class Engine:
     """An `AsyncLLM` of a group, whose requests last a moment."""
 
-    def __init__(self, slots=2, capacity=3, ranks=2, clients=1, refuse=()):
+    def __init__(self, slots=2, capacity=3, ranks=2, clients=1, refuse=(), targets=None):
         lora = types.SimpleNamespace(max_cpu_loras=capacity, max_loras=slots)
         parallel = types.SimpleNamespace(data_parallel_size=ranks)
         self.vllm_config = types.SimpleNamespace(lora_config=lora, parallel_config=parallel)
+        lora.target_modules = targets
         self.model_config = types.SimpleNamespace(is_moe=True)
         self.output_processor = types.SimpleNamespace(request_states={})
         self.engine_core, self._client_count = Group(ranks, slots, refuse), clients
@@ -280,6 +306,12 @@ def test_an_id_of_another_front_end_is_refused():
     background.check_same(loaded, request(1), "/adapters/x")
     with pytest.raises(AdapterError, match=r"adapter 1: .*loaded /adapters/x .*from /adapters/y"):
         background.check_same(loaded, request(1, "/adapters/y"), "/adapters/y")
+
+
+def test_adapters_that_leave_out_the_experts_are_each_rank_s_own():
+    assert front_end.held_adapters(Engine(targets=["q_proj", "gate_proj"])).slots is None
+    for targets in (None, ["q_proj", "experts"], ["layers.1.mlp.experts"]):
+        assert front_end.held_adapters(Engine(targets=targets)).slots is not None
 
 
 def test_engines_that_do_not_know_one_another_refuse_adapters():

@@ -47,7 +47,7 @@ ALONE = {
     "tp2": [(">=0.21", ASSERTION)],  # sequence parallel, which this means
 }
 SEQUENCE_PARALLEL = (
-    r"NotImplementedError: \S+: with --data-parallel-size 2, --tensor-parallel-size and .*"
+    r"NotImplementedError: \S+: with --data-parallel-size 2 --tensor-parallel-size and .*"
 )
 REFUSED = (
     r"NotImplementedError: \S+: with --data-parallel-size 2 its experts compute .*"

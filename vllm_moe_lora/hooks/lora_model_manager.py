@@ -74,6 +74,8 @@ def _activate_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
         before = lora_id in self._active_adapters
         try:
+            if not before:
+                assigned.check(self, lora_id)
             with assigned.only_slot(self, lora_id):
                 return original(self, lora_id)
         except Exception:

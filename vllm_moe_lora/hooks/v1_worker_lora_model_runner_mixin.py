@@ -42,9 +42,9 @@ def _reset_lora_state(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _maybe_setup_dummy_loras(original: Callable[..., Any]) -> Callable[..., Any]:
     def maybe_setup_dummy_loras(self: Any, *args: Any, **more: Any) -> Any:
-        from ..layers.data_parallel import is_idle
+        from ..layers.data_parallel import has_adapters
 
-        return contextlib.nullcontext() if is_idle(self) else original(self, *args, **more)
+        return contextlib.nullcontext() if has_adapters(self) else original(self, *args, **more)
 
     return maybe_setup_dummy_loras
 
@@ -77,8 +77,8 @@ HOOKS = (
         "maybe_setup_dummy_loras",
         make=_maybe_setup_dummy_loras,
         releases=">=0.30,<0.34",
-        why="it loads dummy adapters for each dummy batch, and removes all adapters after it; the "
-        "hook of Worker.execute_dummy_batch tells it when not to",
+        why="it loads dummy adapters for each dummy batch of a rank without requests, and removes "
+        "all adapters after it, also those of tokens that other ranks send to its experts",
         upstream="",
         until="a dummy batch leaves the adapters alone",
     ),

@@ -7,21 +7,16 @@ adapters of the rank, those of the other rank's tokens among them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 
-@contextmanager
-def idle(runner: Any) -> Iterator[None]:
-    """Mark a model runner while it runs the dummy batch of a rank without requests."""
-    runner.moe_lora_idle = True
-    try:
-        yield
-    finally:
-        runner.moe_lora_idle = False
+def has_adapters(runner: Any) -> bool:
+    """Whether a model runner has adapters from files, which a dummy batch must leave alone.
 
-
-def is_idle(runner: Any) -> bool:
-    """Whether the runner is in the block of `idle`."""
-    return bool(getattr(runner, "moe_lora_idle", False))
+    While vLLM warms up and captures CUDA graphs, there are only dummy adapters.
+    """
+    manager = getattr(getattr(runner, "lora_manager", None), "_adapter_manager", None)
+    if manager is None:
+        return False
+    # hooks/lora_worker_manager.py sets the attribute.
+    return any(hasattr(lora, "moe_lora_path") for lora in manager.list_adapters().values())

@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..adapters.errors import AdapterError
+from ..fitting.moe_layers import in_group
+
 SLOT_PREFIX = "vllm-moe-lora-slot-"  # before the slot, "/", and the path
 _SLOT = re.compile(SLOT_PREFIX + r"(\d+)/(.*)", re.DOTALL)
 _TAKEN = -1  # stands for an adapter in the slots that another one must not get; no adapter's id
@@ -76,6 +79,29 @@ def only_slot(manager: Any, lora_id: int) -> Iterator[None]:
     finally:
         for index in hidden:
             ids[index] = None
+
+
+def check(manager: Any, lora_id: int) -> None:
+    """Refuse an adapter without a slot of the group, where experts get tokens of other ranks.
+
+    A slot of this rank's own choice could hold another adapter on other ranks. Dummy adapters,
+    which vLLM makes itself, are left alone.
+
+    Args:
+        manager: the worker's `LoRAModelManager`.
+        lora_id: of an adapter that is about to be activated.
+
+    Raises:
+        AdapterError: the front end did not load it.
+    """
+    lora = manager._registered_adapters.get(lora_id)
+    has_slot = lora_id in getattr(manager, "moe_lora_slots", {})
+    if has_slot or not hasattr(lora, "moe_lora_path") or not in_group(manager):
+        return
+    raise AdapterError(
+        f"LoRA adapter {lora_id}: with data parallelism it needs the same slot on all ranks, which "
+        "the server gives it. Load it by the server's routes, --lora-modules, or AsyncLLM.add_lora."
+    )
 
 
 def forget(manager: Any, lora_id: int) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 from ..adapters import folder
 from ..adapters.errors import AdapterError
+from ..targets.target_modules import may_target_experts
 from . import memory
 from .slots import GroupSlots
 
@@ -51,7 +52,7 @@ class HeldAdapters:
         capacity: how many the workers can hold (max_cpu_loras).
         slots: how many can be in one batch (max_loras).
         shared: whether several front ends use the engine, each with a `HeldAdapters` of its own.
-        group: whether the engine is a data-parallel group.
+        group: whether the engine is a data-parallel group, and adapters may target routed experts.
 
     Attributes:
         locks: one per adapter id. A caller holds it while it checks and loads the adapter.
@@ -258,11 +259,12 @@ def held_adapters(engine: Any) -> HeldAdapters | None:
         return None
     if not hasattr(engine, "moe_lora_held"):
         config = engine.vllm_config.lora_config
+        ranks = engine.vllm_config.parallel_config.data_parallel_size
         engine.moe_lora_held = HeldAdapters(
             config.max_cpu_loras,
             config.max_loras,
             shared=getattr(engine, "_client_count", 1) > 1,
-            group=engine.vllm_config.parallel_config.data_parallel_size > 1,
+            group=ranks > 1 and may_target_experts(engine.vllm_config),
         )
     found: HeldAdapters = engine.moe_lora_held
     return found

@@ -37,53 +37,52 @@ def refusal(name: str, wrapper: Any) -> str:
     config = getattr(whole, "parallel_config", None)
     parallel = wrapper.base_layer.moe_config.moe_parallel_config
     if not _supported():
-        return (
-            f"{flag} its experts compute the tokens of all {ranks} ranks, but each rank has LoRA "
-            "slots of its own, so tokens would get another rank's adapter, or none. Start "
-            f"{ranks} servers without data parallelism, one with --tensor-parallel-size, or "
-            "without --enable-lora."
+        why = (
+            f"its experts compute the tokens of all {ranks} ranks, but each rank has LoRA slots of "
         )
-    if parallel.all2all_backend != BACKEND:
-        return (
-            f"{flag} --all2all-backend {parallel.all2all_backend} sends tokens to the experts of "
-            f"other ranks without their adapters. Start with --all2all-backend {BACKEND}."
-        )
-    if parallel.is_sequence_parallel:
-        return (
-            f"{flag}, --tensor-parallel-size and --enable-expert-parallel, vLLM gives each rank a "
-            "part of each batch, but sends the adapters of the batch's first tokens with it. Start "
-            "without --enable-expert-parallel, or with --tensor-parallel-size 1."
-        )
-    if getattr(config, "data_parallel_external_lb", False) or getattr(
+        why += "its own, so tokens would get another rank's adapter, or none"
+        cure = f"{ranks} servers without data parallelism, one with --tensor-parallel-size"
+    elif parallel.all2all_backend != BACKEND:
+        why = f"--all2all-backend {parallel.all2all_backend} sends tokens to the experts of other "
+        why += "ranks without their adapters"
+        cure = f"with --all2all-backend {BACKEND}"
+    elif parallel.is_sequence_parallel:
+        why = "--tensor-parallel-size and --enable-expert-parallel give each rank a part of each "
+        why += "batch, but vLLM sends the adapters of the batch's first tokens with it"
+        cure = "without --enable-expert-parallel, with --tensor-parallel-size 1"
+    elif getattr(config, "data_parallel_external_lb", False) or getattr(
         config, "data_parallel_hybrid_lb", False
     ):
-        return (
-            f"{flag} and a load balancer outside of vLLM, each server gives out LoRA slots of its "
-            "own, but a slot must hold the same adapter on all ranks. Start one server for all "
-            "ranks, without --data-parallel-rank, --data-parallel-external-lb and "
-            "--data-parallel-hybrid-lb."
+        why = (
+            "and a load balancer outside of vLLM each server gives out LoRA slots of its own, but "
         )
-    if _quantises_first(wrapper):
-        return (
-            f"{flag} vLLM quantises tokens before it sends them to other ranks, and LoRA would get "
-            "the quantised ones. Serve a version of the model without quantised activations, such "
-            "as bf16 or INT4 weights, or start without data parallelism."
+        why += "a slot must hold the same adapter on all ranks"
+        cure = (
+            "one server for all ranks, without --data-parallel-rank, --data-parallel-external-lb "
         )
-    if getattr(whole, "use_v2_model_runner", False):
-        return (
-            f"{flag} vLLM's model runner V2 writes dummy adapters into the slots of a rank without "
-            "requests. Start with VLLM_USE_V2_MODEL_RUNNER=0 in the environment."
+        cure += "and --data-parallel-hybrid-lb"
+    elif _quantises_first(wrapper):
+        why = "vLLM quantises tokens before it sends them to other ranks, and LoRA would get the "
+        why += "quantised ones"
+        cure = "a version of the model without quantised activations, such as bf16 or INT4 weights"
+    elif getattr(whole, "use_v2_model_runner", False):
+        why = (
+            "vLLM's model runner V2 writes dummy adapters into the slots of a rank without requests"
         )
-    if getattr(config, "enable_dbo", False):
-        return f"{flag} --enable-dbo splits batches, but not their adapters. Start without it."
-    return ""
+        cure = "with VLLM_USE_V2_MODEL_RUNNER=0 in the environment"
+    elif getattr(config, "enable_dbo", False):
+        why, cure = "--enable-dbo splits batches, but not their adapters", "without --enable-dbo"
+    else:
+        return ""
+    return f"{flag} {why}. Start {cure}, or without --enable-lora."
 
 
 def _config() -> Any:
     """The engine's `VllmConfig` while it is built; None at other times."""
-    from vllm.config import get_current_vllm_config_or_none
+    from vllm import config
 
-    return get_current_vllm_config_or_none()
+    current = getattr(config, "get_current_vllm_config_or_none", None)  # from 0.14 on
+    return None if current is None else current()
 
 
 def _supported() -> bool:

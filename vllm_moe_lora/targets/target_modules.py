@@ -41,6 +41,18 @@ def may_target(config: Any, layer: str) -> bool:
     return not (no_experts and layer.endswith(".experts"))
 
 
+def may_target_experts(config: Any) -> bool:
+    """Whether an adapter may have LoRA on routed experts of any layer, as far as flags say.
+
+    Args:
+        config: the `VllmConfig` of an engine with LoRA.
+    """
+    targets = getattr(config.lora_config, "target_modules", None)
+    if targets is not None:
+        return any("experts" in target.split(".") for target in targets)
+    return may_target(config, "model.layers.0.mlp.experts")
+
+
 def _may_mean(target: str, layer: str) -> bool:
     """Whether vLLM may read ``target``, a value of --lora-target-modules, as ``layer``."""
     own = layer.rpartition(".")[2]

@@ -9,7 +9,6 @@ relative to the largest number of all.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 
@@ -115,12 +114,8 @@ class Rank(parallel_experts.Rank):
         dummy = runner.maybe_dummy_run_with_lora
         wanted = inspect.signature(dummy).parameters
         more = {"activate_lora": False} if "activate_lora" in wanted else {}
-        with contextlib.ExitStack() as stack:
-            if self.hooked():
-                from vllm_moe_lora.layers.data_parallel import idle
-
-                stack.enter_context(idle(runner))  # as our hook of Worker.execute_dummy_batch
-            stack.enter_context(dummy(self.config.lora_config, one, one, **more))
+        with dummy(self.config.lora_config, one, one, **more):
+            pass
 
     def hooked(self):
         return hasattr(type(self.worker).add_adapter, "__vllm_moe_lora__")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..data_parallel import is_idle
+from ..data_parallel import has_adapters
 
 
 class AllSlots:
@@ -79,4 +79,4 @@ def wants_lora_graph(runner: Any, forced: bool | None) -> bool:
     group = runner.parallel_config.data_parallel_size > 1
     if not group or runner.lora_config is None or not runner.model_config.is_moe:
         return False
-    return forced is None or is_idle(runner)
+    return forced is None or has_adapters(runner)

@@ -41,7 +41,7 @@ CASES = [
     (
         wrapper(is_sequence_parallel=True),
         {},
-        "--tensor-parallel-size and --enable-expert-parallel.* Start without --enable-expert-par",
+        "--tensor-parallel-size and --enable-expert-parallel .* Start without --enable-expert-pa",
     ),
     (wrapper(), {"data_parallel_external_lb": True}, "load balancer outside of vLLM.* Start one"),
     (wrapper(), {"data_parallel_hybrid_lb": True}, "load balancer outside of vLLM.* Start one"),
@@ -62,3 +62,5 @@ def test_refusal(monkeypatch, layer, config, want):
         return
     assert found.startswith("layers.0: with --data-parallel-size 2")
     assert re.search(want, found), found
+    # By this select_experts.explained sees that it has a cure.
+    assert found.endswith(", or without --enable-lora.")

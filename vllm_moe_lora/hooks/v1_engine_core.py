@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ def _get_kv_cache_configs(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _collective_rpc(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)  # the core counts its parameters
     def collective_rpc(self: Any, *args: Any, **more: Any) -> Any:
         config = self.vllm_config
         if config.lora_config is None or not config.model_config.is_moe:

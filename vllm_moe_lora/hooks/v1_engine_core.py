@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,15 +22,21 @@ def _get_kv_cache_configs(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _collective_rpc(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)  # the core counts its parameters
     def collective_rpc(self: Any, *args: Any, **more: Any) -> Any:
         config = self.vllm_config
-        try:
+        if config.lora_config is None or not config.model_config.is_moe:
             return original(self, *args, **more)
-        finally:
-            if config.lora_config is not None and config.model_config.is_moe:
-                from ..loading import versions
+        from ..loading import versions
 
+        try:
+            found = original(self, *args, **more)
+        except Exception:
+            with contextlib.suppress(Exception):
                 versions.compare(self)
+            raise
+        versions.compare(self)
+        return found
 
     return collective_rpc
 

@@ -114,7 +114,14 @@ def _delete(shared: shared_memory.SharedMemory) -> None:
 @atexit.register
 def _delete_spare() -> None:
     while _spare:
-        _delete(_spare.pop())
+        shared = _spare.pop()
+        if _is_mine(shared):
+            _delete(shared)
+
+
+def _is_mine(shared: shared_memory.SharedMemory) -> bool:
+    """Whether this process made it, and not the one that this was forked from."""
+    return shared.name.split("-")[2] == str(os.getpid())
 
 
 def _new(size: int) -> shared_memory.SharedMemory:
@@ -124,9 +131,10 @@ def _new(size: int) -> shared_memory.SharedMemory:
     except IndexError:
         pass
     else:
-        if size <= shared.size <= 2 * size:
+        if _is_mine(shared) and size <= shared.size <= 2 * size:
             return shared
-        _delete(shared)
+        if _is_mine(shared):
+            _delete(shared)
     _check_room(size)
     name = f"moe-lora-{os.getpid()}-{secrets.token_hex(8)}"
     return shared_memory.SharedMemory(name, create=True, size=size)

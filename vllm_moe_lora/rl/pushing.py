@@ -74,7 +74,7 @@ def push(
         engine.moe_lora_push(name, dict(tensors), plain, lora_int_id)
         return _request(name, lora_int_id)
     engine = getattr(engine, "llm_engine", engine)
-    _check(engine, lora_int_id)
+    _check(engine)
     if hasattr(engine, "engine_core") and hasattr(engine, "add_lora"):
         if not hasattr(engine, "output_handler"):
             return _push_sync(engine, name, tensors, plain, lora_int_id, in_flight)
@@ -93,7 +93,7 @@ def _request(name: str, lora_int_id: int, path: str = "") -> Any:
     return LoRARequest(name, lora_int_id, path or memory.path_of(name), load_inplace=bool(path))
 
 
-def _check(engine: Any, lora_int_id: int) -> None:
+def _check(engine: Any) -> None:
     """Refuse an engine that cannot take the adapter."""
     config = getattr(engine, "vllm_config", None)
     if config is None:
@@ -108,9 +108,7 @@ def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config as JSON has it: peft's has sets and enums in it."""
 
     def plain(value: Any) -> Any:
-        if isinstance(value, set | frozenset | tuple):
-            return sorted(value) if isinstance(value, set | frozenset) else list(value)
-        return getattr(value, "value", None) or str(value)
+        return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
     found: dict[str, Any] = json.loads(json.dumps(dict(config), default=plain))
     return found

@@ -186,6 +186,8 @@ async def _serve(job):
         )
     ]
     found["after"] = await ask(request, 24)
+    await engine.collective_rpc("reload_weights")  # the same base; the adapter stays
+    found["reloaded"] = await ask(request, 24)
     # Aborted on request.
     running = asyncio.create_task(ask(request, 200))
     await asyncio.sleep(0.2)

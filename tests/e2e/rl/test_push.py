@@ -92,6 +92,7 @@ def test_while_others_are_served(case, tmp_path):
     assert found["later"] == found["one"]
     assert ["lora_A without lora_B" in text for text in found["at once"]] == [False, True, False]
     assert found["after"] == found["two"], "of two pushes at once the later stays"
+    assert found["reloaded"] == found["two"]
     assert found["aborted"] == "abort"
     assert found["swapped"] == found["one"]
     assert len(found["segments"]) <= 1, "one is kept for the next push"

@@ -5,29 +5,34 @@ python ordinary.py STORY '{"model": folder, "adapters": {name: folder}, ...}'
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import sys
 
 from vllm import LLM, SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
 
 PROMPT = [5, 9, 11, 300, 17, 44, 2, 8]
 
 
+OPTIONS = {
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "max_logprobs": 512,
+    "dtype": "float32",
+    "enable_lora": True,
+    "max_lora_rank": 16,
+}
+
+
 def start(job, **options):
-    return LLM(
-        job["model"],
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        max_model_len=256,
-        max_logprobs=512,
-        dtype="float32",
-        enable_lora=True,
-        max_lora_rank=16,
-        **options,
-    )
+    return LLM(job["model"], **OPTIONS, **options)
 
 
 def requests(job):
@@ -97,6 +102,38 @@ def identity(job):
     return found
 
 
+def seeds(job):
+    """Seeded requests; their prompts are computed in steps of job["step"] tokens."""
+    llm = start(job, max_loras=2, max_num_batched_tokens=job["step"])
+    asked = [None, *requests(job).values()]
+    params = [
+        SamplingParams(temperature=1, seed=seed, max_tokens=6, ignore_eos=True, detokenize=False)
+        for seed in range(len(asked))
+    ]
+    prompts = [{"prompt_token_ids": PROMPT * 3}] * len(asked)
+    outputs = llm.generate(prompts, params, lora_request=asked, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def pinned(job):
+    """A batch that needs the place of a pinned adapter, in its slots and in memory."""
+    llm, loras = start(job, max_loras=2, max_cpu_loras=2), requests(job)
+    a, b, c = loras.values()
+    want = [tokens(llm, one)[0] for one in (None, a, b, c)]
+    engine = llm.llm_engine
+    engine.add_lora(a)
+    engine.pin_lora(a.lora_int_id)
+    batches = [tokens(llm, None, b, c), tokens(llm, None, a, b, c), tokens(llm, a)]
+    manager = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    slots = manager.lora_manager._adapter_manager._active_adapters
+    return {
+        "want": want,
+        "batches": batches,
+        "held": sorted(engine.list_loras()),
+        "pinned": sorted(slots.pinned_items),
+    }
+
+
 def evicted(job):
     """Files of an adapter vanish while a request uses it, and another adapter needs its place."""
     llm, loras = start(job, max_loras=1, max_cpu_loras=1), requests(job)
@@ -120,6 +157,49 @@ def evicted(job):
         step()
     same = sorted(found in want for found in got.values())
     return {"same": same, "asked": len(got), "base": tokens(llm, None) == base}
+
+
+def steady(job):
+    """Requests for one adapter never pause, its files are gone, and another one wants its place."""
+    from vllm_moe_lora.loading import admit
+
+    admit.ROOM_SECONDS = 0.5
+    a, b = requests(job).values()
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=24,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+    done = {"a": [], "b": []}
+
+    async def ask(llm, number, lora):
+        async for output in llm.generate(
+            {"prompt_token_ids": PROMPT}, params, f"{lora.lora_name}-{number}", lora_request=lora
+        ):
+            done["a" if lora is a else "b"].append(list(output.outputs[0].token_ids))
+
+    async def story():
+        llm = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(**OPTIONS, model=job["model"], max_loras=1, max_cpu_loras=1)
+        )
+        await ask(llm, "first", b)
+        await ask(llm, "first", a)
+        shutil.rmtree(a.lora_path)
+        tasks = []
+        for number in range(12):  # a new one before the last has ended
+            tasks.append(asyncio.create_task(ask(llm, number, a)))
+            if number == 3:
+                tasks.append(asyncio.create_task(ask(llm, number, b)))
+            await asyncio.sleep(0.15)
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        await ask(llm, "last", b)
+        llm.shutdown()
+        return [str(one) for one in found if one is not None]
+
+    errors = asyncio.run(story())
+    return {"errors": errors, **done}
 
 
 if __name__ == "__main__":

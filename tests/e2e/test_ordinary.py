@@ -88,11 +88,43 @@ def test_ids_and_pinned_slots(case):
     assert found["after"] == ""
 
 
+def test_a_batch_that_needs_the_slot_of_a_pinned_adapter(case):
+    """The scheduler counts the batch's own adapters only; a pinned one has a slot, too."""
+    found = tell("pinned", case, "a", "b", "c")
+    base, a, b, c = found["want"]
+    assert found["batches"] == [[base, b, c], [base, a, b, c], [a]]
+    assert a != b
+    assert 1 in found["held"], "the pinned adapter stays in memory when others need room"
+    assert found["pinned"] == [1], "and is pinned to a slot again"
+
+
+def test_seeded_requests_in_chunks(case):
+    """Bare vLLM's engine ends on a CPU ("CPU Generator does not use offset"), without LoRA, too."""
+    at_once, in_chunks = (tell("seeds", case, "a", "b", step=step) for step in (256, 8))
+    assert at_once == in_chunks
+    assert at_once[0] != at_once[1] != at_once[2]
+
+
 def test_an_adapter_in_use_whose_files_vanish(case):
     shutil.copytree(case.adapters["a"], case.folder / "vanishing")
     case.adapters["vanishing"] = case.folder / "vanishing"
     found = tell("evicted", case, "vanishing", "b")
     assert found == {"same": [True, True], "asked": 2, "base": True}
+
+
+def test_steady_requests_of_an_adapter_whose_files_vanish(case):
+    """The other load gets its turn after a while; each request ends, right or with the sentence."""
+    shutil.copytree(case.adapters["a"], case.folder / "gone")
+    case.adapters["gone"] = case.folder / "gone"
+    found = tell("steady", case, "gone", "b")
+    first, others = found["a"][0], found["a"][1:]
+    assert len(found["b"]) == 3, found["errors"]
+    assert found["b"][0] == found["b"][1] == found["b"][2] != first
+    assert all(one == first for one in others)
+    assert len(others) + len(found["errors"]) == 12
+    assert len(others) >= 4, "those that had begun when the load had waited long enough"
+    for text in found["errors"]:
+        assert text.startswith("LoRA adapter 1: 'gone' is not in memory, and there is no"), text
 
 
 def _config(folder, **entries):

@@ -56,6 +56,21 @@ def test_an_adapter_in_use_is_not_the_one_that_goes():
     assert not held.needs_room(4)
 
 
+def test_a_pinned_adapter_is_not_the_one_that_goes():
+    held = front_end.HeldAdapters(2, 2)
+    load(held, request(1))
+    load(held, request(2))
+    held.pinned.add(1)
+    assert held.idle(Counter()) == 2
+    load(held, request(3))
+    assert held.is_loaded(request(1))
+    in_use = Counter({3: 1})
+    assert held.make_room(4, in_use) is None, "the workers drop one that is in use"
+    held.done(*held.begin(request(4)))
+    assert held.is_loaded(request(1))
+    assert not held.is_loaded(request(3))
+
+
 def weights(folder, text):
     (folder / "adapter_model.safetensors").write_text(text)
 

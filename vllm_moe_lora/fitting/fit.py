@@ -64,7 +64,8 @@ def fit(manager: Any, lora: Any) -> None:
         return
     lora.moe_lora_fitted = True
     pending: PendingExperts | None = getattr(lora, "moe_lora", None)
-    if pending is None and strict.is_warm_up(lora):
+    given = pending is not None or hasattr(lora, "moe_lora_objection")
+    if not given and strict.is_warm_up(lora):
         return _stage_warm_up(manager, lora)
     try:
         with prefixed(lora.id):
@@ -92,6 +93,9 @@ def _stage_warm_up(manager: Any, lora: Any) -> None:
 def _fit(manager: Any, lora: Any, pending: PendingExperts | None) -> None:
     if pending is not None and pending.refused is not None and not serves_moe(manager):
         raise pending.refused
+    objection = getattr(lora, "moe_lora_objection", None)
+    if objection is not None and serves_moe(manager):
+        raise objection
     shapes = strict.module_shapes(manager)
     spellings = Spellings(shapes)
     for name in [name for name in lora.loras if name not in shapes]:

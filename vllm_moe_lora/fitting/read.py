@@ -15,7 +15,7 @@ from typing import Any
 from ..adapters.config import Config
 from ..adapters.errors import AdapterError, prefixed
 from ..adapters.folder import check_dtype
-from ..adapters.group import group, refuse_what_is_not_lora
+from ..adapters.group import Grouped, group, refuse_what_is_not_lora
 from ..adapters.names import parse
 from .fit import PendingExperts
 from .memory import PausedGC
@@ -78,21 +78,8 @@ def _read(
     peft_helper: Any,
     more: dict[str, Any],
 ) -> Any:
-    raw = getattr(peft_helper, "moe_lora_raw", None) or asdict(peft_helper)
-    if skipped := more.get("skip_prefixes"):  # vLLM 0.16 and later
-        tensors = {k: t for k, t in tensors.items() if not cls._should_skip_module(k, skipped)}
     try:
-        config = Config.from_dict(raw, getattr(peft_helper, "moe_lora_nemo", None))
-        for key, tensor in tensors.items():
-            check_dtype("the adapter", key, tensor)
-        found = group(tensors)
-        heads = tuple(f".{name}" for name in getattr(peft_helper, "modules_to_save", None) or ())
-        saved = {k: t for k, t in found.full.items() if k.rpartition(".")[0].endswith(heads)}
-        found.full = {k: t for k, t in found.full.items() if k not in saved}
-        refuse_what_is_not_lora(found)
-        if not found.dense and not found.experts and not saved:
-            raise AdapterError("it has no tensors. Nothing was loaded.")
-        _check_ranks(found.dense, config)
+        found, saved, config = _checked(cls, tensors, peft_helper, more.get("skip_prefixes"))
     except AdapterError as error:
         if refused is None:
             raise
@@ -111,6 +98,45 @@ def _read(
     mapped = {p: mapper._map_name(p) if mapper is not None else p for p in found.experts}
     lora.moe_lora = PendingExperts(found.experts, mapped, config, PausedGC(), refused)
     return lora
+
+
+def objection(
+    cls: type[Any], tensors: dict[str, Any], peft_helper: Any, skipped: Any
+) -> AdapterError | None:
+    """What `read` would refuse an adapter for that vLLM has read from memory; None if nothing."""
+    try:
+        _checked(cls, tensors, peft_helper, skipped)
+    except AdapterError as error:
+        return error
+    return None
+
+
+def _checked(
+    cls: type[Any], tensors: dict[str, Any], peft_helper: Any, skipped: Any
+) -> tuple[Grouped, dict[str, Any], Config]:
+    """Group the tensors of an adapter, and refuse what can be refused without the model.
+
+    Args:
+        skipped: the model's ``skip_prefixes``, or None (before vLLM 0.16).
+
+    Returns:
+        The groups, the tensors that vLLM reads for ``modules_to_save``, and the config.
+    """
+    raw = getattr(peft_helper, "moe_lora_raw", None) or asdict(peft_helper)
+    if skipped:
+        tensors = {k: t for k, t in tensors.items() if not cls._should_skip_module(k, skipped)}
+    config = Config.from_dict(raw, getattr(peft_helper, "moe_lora_nemo", None))
+    for key, tensor in tensors.items():
+        check_dtype("the adapter", key, tensor)
+    found = group(tensors)
+    heads = tuple(f".{name}" for name in getattr(peft_helper, "modules_to_save", None) or ())
+    saved = {k: t for k, t in found.full.items() if k.rpartition(".")[0].endswith(heads)}
+    found.full = {k: t for k, t in found.full.items() if k not in saved}
+    refuse_what_is_not_lora(found)
+    if not found.dense and not found.experts and not saved:
+        raise AdapterError("it has no tensors. Nothing was loaded.")
+    _check_ranks(found.dense, config)
+    return found, saved, config
 
 
 def _check_ranks(dense: dict[str, Any], config: Config) -> None:

@@ -72,19 +72,21 @@ def _from_lora_tensors(original: MethodType) -> Any:
         *args: Any,
         **more: Any,
     ) -> Any:
+        if getattr(peft_helper, "moe_lora_ready", False):
+            return original(lora_model_id, tensors, peft_helper, *args, **more)
         from ..adapters import names
+        from ..fitting.read import objection, read
 
-        ready, refused = getattr(peft_helper, "moe_lora_ready", False), None
-        if ready or not names.touches_experts(tensors):
+        refused, positional = None, dict(zip(_passed(cls), args, strict=False))
+        if not names.touches_experts(tensors):
+            skipped = {**positional, **more}.get("skip_prefixes")
+            found = objection(cls, tensors, peft_helper, skipped)
             try:
-                return original(lora_model_id, tensors, peft_helper, *args, **more)
+                lora = original(lora_model_id, tensors, peft_helper, *args, **more)
+                lora.moe_lora_objection = found  # for a MoE model, see fitting/fit.py
+                return lora
             except ValueError as error:
-                if ready:
-                    raise
                 refused = error
-        from ..fitting.read import read
-
-        positional = dict(zip(_passed(cls), args, strict=False))
         return read(
             cls,
             refused,

@@ -108,6 +108,20 @@ def _keeping_removed(original: Callable[..., Any], worker: Any, request: Any) ->
     return done
 
 
+def _apply_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _apply_adapters(self: Any, lora_requests: Any) -> None:
+        from ..fitting.moe_layers import serves_moe
+        from ..loading.pinned import places_for
+
+        manager = self._adapter_manager
+        if not lora_requests or not serves_moe(manager):
+            return original(self, lora_requests)
+        with places_for(manager, {one.lora_int_id for one in lora_requests if one}):
+            return original(self, lora_requests)
+
+    return _apply_adapters
+
+
 def _stage(worker: Any, request: Any, path: str) -> Any:
     """Read and fit the adapter at ``path``, in the thread of loading/background.py."""
     from vllm.lora.request import LoRARequest
@@ -121,7 +135,10 @@ def _remove_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
         loader = getattr(self, "moe_lora_background_loader", None)
         if loader is not None:  # of a MoE model
+            from ..loading import pinned
+
             loader.forget(adapter_id)
+            pinned.forget(self._adapter_manager, adapter_id)
         assigned.forget(self._adapter_manager, adapter_id)
         return bool(original(self, adapter_id))
 
@@ -169,6 +186,16 @@ HOOKS = (
         why="the operators have to be there before the model is traced",
         upstream="",
         until="upstream's punica wrapper and experts are operators on the CPU, too",
+    ),
+    Hook(
+        feature="safe-loading",
+        target=f"{_FILE}:LRUCacheWorkerLoRAManager._apply_adapters",
+        make=_apply_adapters,
+        releases=">=0.29,<0.34",
+        why="a batch that needs more slots than pinned adapters leave stops the engine, because "
+        "the scheduler counts only the batch's own adapters",
+        upstream="",
+        until="upstream's scheduler counts the slots of pinned adapters",
     ),
     Hook(target=f"{_FILE}:WorkerLoRAManager.add_adapter", **_STAGING),
     Hook(target=f"{_FILE}:LRUCacheWorkerLoRAManager.add_adapter", **_STAGING),

@@ -33,14 +33,15 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
         request, held = front_end.lora_request_of(args, more), front_end.held_adapters(self)
         if request is None or held is None:
             return await original(self, *args, **more)
-        held.check(request)
         number = request.lora_int_id
-        async with held.locks[number]:
-            with held.claimed(number):
-                if not held.is_loaded(request):
-                    await admit.load(self, request)
-                await admit.give_slot(self, request)
-                held.entering[number] += 1
+        with front_end.refused_requests(request):
+            held.check(request)
+            async with held.locks[number]:
+                with held.claimed(number):
+                    if not held.is_loaded(request):
+                        await admit.load(self, request)
+                    await admit.give_slot(self, request)
+                    held.entering[number] += 1
         try:
             args, more = front_end.with_lora_request(held.for_scheduler(request), args, more)
             return await original(self, *args, **more)

@@ -33,6 +33,19 @@ def _reload_weights(original: Callable[..., Any]) -> Callable[..., Any]:
     return reload_weights
 
 
+def _bookkeeping_sync(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _bookkeeping_sync(self: Any, *args: Any, **more: Any) -> Any:
+        moe = self.lora_config and self.model_config.is_moe
+        if not moe or not self.input_batch.generators:
+            return original(self, *args, **more)
+        from ..layers.seeds import offsets
+
+        with offsets(self.input_batch):
+            return original(self, *args, **more)
+
+    return _bookkeeping_sync
+
+
 def _initialize_kv_cache(original: Callable[..., Any]) -> Callable[..., Any]:
     def initialize_kv_cache(
         self: Any, kv_cache_config: Any, is_profiling: bool = False, **more: Any
@@ -145,6 +158,17 @@ HOOKS = (
         "also computes tokens of other ranks",
         upstream="",
         until="all ranks agree on whether any of them has an adapter in its batch",
+    ),
+    Hook(
+        feature="cpu-experts",
+        target=f"{_CLASS}._bookkeeping_sync",
+        make=_bookkeeping_sync,
+        releases=">=0.30,<0.34",
+        platforms=("cpu",),
+        why="a request with a seed whose prompt is computed in several steps stops the engine: a "
+        "CPU's generator has no offset. So it does without LoRA, and in dense models",
+        upstream="",
+        until="upstream sets generators back without an offset",
     ),
     Hook(
         feature="cpu-experts",

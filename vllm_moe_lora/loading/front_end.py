@@ -18,10 +18,11 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from ..adapters import folder
-from ..adapters.errors import AdapterError
+from ..adapters.errors import AdapterError, message_prefix
 from ..targets.target_modules import may_target_experts
 from . import memory
 from .slots import GroupSlots
@@ -154,15 +155,18 @@ class HeldAdapters:
         return lora_id not in self._held and len(self._held) >= self._capacity
 
     def idle(self, in_flight: Counter[int]) -> int | None:
-        """The least recently used of the adapters that no request uses; None if there is none.
+        """The least recently used of the adapters that no request uses and nobody has pinned.
+
+        None if there is none.
 
         Args:
             in_flight: adapter id -> number of unfinished requests, from `in_flight`.
         """
-        for lora_id, held in self._held.items():
-            if held.ready and not in_flight[lora_id] and lora_id not in self.pinned:
-                return lora_id
-        return None
+        ids = (i for i in self._unpinned() if self._held[i].ready and not in_flight[i])
+        return next(ids, None)
+
+    def _unpinned(self) -> Iterator[int]:
+        return (lora_id for lora_id in self._held if lora_id not in self.pinned)
 
     def make_room(self, lora_id: int, in_flight: Counter[int]) -> int | None:
         """Forget an idle adapter if that is needed to load this one.
@@ -210,7 +214,7 @@ class HeldAdapters:
         self._held.move_to_end(lora_id)
         # More than fit are held if no adapter was idle. The workers drop the least recently used.
         while len(self._held) > self._capacity:
-            self._held.popitem(last=False)
+            del self._held[next(self._unpinned())]
 
     def failed(self, request: Any, version: Version) -> None:
         """End a load that failed. If there is an earlier version, it stays."""
@@ -348,3 +352,34 @@ def unwrapped_error(error: BaseException, versioned: Any, request: Any) -> BaseE
     if text != str(error):
         error.args = (text,)
     return error
+
+
+@contextmanager
+def refused_requests(request: Any) -> Iterator[None]:
+    """Raise an adapter's refusal inside the block as an error of the client's.
+
+    `AsyncLLM.generate` and `encode` pass those on. All others become an `EngineGenerateError`
+    without text.
+
+    Args:
+        request: the LoRARequest.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        if "No adapter found for" in text and not isinstance(error, AdapterError):
+            text = message_prefix(request.lora_int_id) + (
+                f"{request.lora_name!r} is not in memory, and there is no adapter any more in "
+                f"{_plain(request)}."
+            )
+        elif not isinstance(error, AdapterError):
+            raise
+        raise _refused_request()(text) from error
+
+
+@cache
+def _refused_request() -> type[Exception]:
+    from vllm.exceptions import VLLMClientError
+
+    return type("RefusedAdapter", (AdapterError, VLLMClientError), {})

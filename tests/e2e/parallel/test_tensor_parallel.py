@@ -77,3 +77,12 @@ def test_int4(make_case):
     compare_low_precision(alone["all"], case, "all")
     compare_low_precision(mixed["all"], case, "all")
     assert json.loads((case.model / "config.json").read_text())["quantization_config"]
+
+
+def test_gated_delta_net(make_case):
+    """in_proj_qkvz and in_proj_ba of Qwen3-Next are one part each, of which a rank has a piece."""
+    case = make_case("qwen3_next")
+    case.add("all", seed=1)
+    alone, mixed, _, _ = run(case, [None, "all"], dtype="bfloat16")
+    compare_low_precision(alone["all"], case, "all")
+    compare_low_precision(mixed["all"], case, "all")

@@ -25,7 +25,6 @@ class Punica:
 
 
 def wrapped(layer, kind, packed, config):
-    layer.weight.data.normal_()
     wrapper = kind(layer)
     wrapper.create_lora_weights(stage.SLOTS, config.lora_config, None)
     wrapper.punica_wrapper = Punica()
@@ -70,6 +69,9 @@ def fp32_gate(config, cast_inputs):
     from vllm.model_executor.layers.linear import ReplicatedLinear
 
     gate = ReplicatedLinear(HIDDEN, 8, bias=False, params_dtype=torch.float32)
+    gate.weight.data.normal_()
+    weight = gate.weight.data.clone()
+    gate.quant_method.process_weights_after_loading(gate)
     wrapper = wrapped(gate, ReplicatedLinearWithLoRA, [], config)
     a, b = torch.randn(RANK, HIDDEN).bfloat16(), torch.randn(8, RANK).bfloat16()
     wrapper.set_lora(0, a, b)
@@ -84,7 +86,7 @@ def fp32_gate(config, cast_inputs):
     model = types.SimpleNamespace(moe_lora_row=row)
     assert cast_inputs(model, {"layers.0.mlp.gate": wrapper}) == ["layers.0.mlp.gate"]
     got, _ = wrapper(x)
-    want = x @ gate.weight.t() + x @ a.float().t() @ b.float().t()
+    want = x @ weight.t() + x @ a.float().t() @ b.float().t()
     assert got.dtype == torch.float32
     assert (got - want).abs().max() <= 0.02 * want.abs().max()
 

@@ -16,6 +16,12 @@ from vllm_moe_lora import supported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "draw engines for so long in tests/e2e/matrix, and shrink what fails"
+    parser.addoption("--minutes", type=float, default=0, help=text)
+
+
 LEFT_OUT: pytest.StashKey[Counter[str]] = pytest.StashKey()
 
 

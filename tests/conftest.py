@@ -16,6 +16,12 @@ from vllm_moe_lora import supported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "draw engines for so long in tests/e2e/matrix, and shrink what fails"
+    parser.addoption("--minutes", type=float, default=0, help=text)
+
+
 LEFT_OUT: pytest.StashKey[Counter[str]] = pytest.StashKey()
 
 
@@ -28,6 +34,8 @@ def _missing(item: pytest.Item) -> str:
         return "want vLLM 0.11.1: ci/legacy.sh"
     if "cpu_engine" in marks and release.installed() == "none":
         return "want vLLM: ci/install.sh"
+    if "long" in marks and os.environ.get("MOE_LORA_ALL") != "1":
+        return "take long: ci/test.sh --all"
     if "verl" in marks and not unpacked.other("verl-0.9.1").is_dir():
         return "want verl's wheel: ci/trees.py verl==0.9.1"
     return ""

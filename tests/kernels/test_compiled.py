@@ -209,7 +209,7 @@ def searched(arch, part):
                 yield from ((dtype, tiles) for tiles in entry)
 
 
-@pytest.mark.skipif(not ALL, reason="five minutes: ci/test.sh --all")
+@pytest.mark.long
 @pytest.mark.parametrize("arch", ARCHES)
 def test_search_space(arch):
     """Registers and spills leave room, so that the search meets no tiles that cannot win."""

@@ -385,10 +385,9 @@ print(time.process_time() - start)
 """
 
 
+@pytest.mark.long
 def test_code_is_kept(tmp_path):
     """Processes that start at once share a folder; one that starts later compiles nothing."""
-    if os.environ.get("MOE_LORA_ALL") != "1":
-        pytest.skip("compiles the kernels twice, 15 s: MOE_LORA_ALL=1")
     env = {**os.environ, "VLLM_CACHE_ROOT": str(tmp_path)}
     command = [sys.executable, "-c", _TIMED]
     both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in "ab"]

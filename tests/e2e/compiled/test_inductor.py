@@ -58,7 +58,7 @@ def _without_gate(case, answers):
     return all(torch.equal(*pair) for pair in zip(*answers, strict=True))
 
 
-@pytest.mark.skipif(os.environ.get("MOE_LORA_ALL") != "1", reason="takes 40 s: MOE_LORA_ALL=1")
+@pytest.mark.long
 @pytest.mark.skipif(os.environ.get("VLLM_MOE_LORA") == "0", reason="patches cannot be switched off")
 def test_the_key_is_why(started):
     """With the key of upstream the older version's code is taken, and the gate's LoRA is lost."""

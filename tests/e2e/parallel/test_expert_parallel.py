@@ -6,7 +6,6 @@ ids for local ones.
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from vllm_moe_lora.tiny import oracle
 
 pytestmark = pytest.mark.cpu_engine
-more = pytest.mark.skipif(os.environ.get("MOE_LORA_ALL") != "1", reason="with MOE_LORA_ALL=1")
+more = pytest.mark.long
 FILE = "adapter_model.safetensors"
 FP32 = {"dtype": "float32", "enable_expert_parallel": True}
 UPSTREAM = Path(__file__).with_name("upstream_experts.py")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
+from pathlib import Path
 
 import layouts
 import pytest
 import torch
 from engine_cases import PROMPTS, compare_fp32, compare_low_precision
-from processes import FORKED, run
+from processes import FORKED, PROCESSES, run
 from safetensors.torch import load_file, save_file
 
 from vllm_moe_lora.tiny import engine, oracle
@@ -86,3 +89,55 @@ def test_gated_delta_net(make_case):
     alone, mixed, _, _ = run(case, [None, "all"], dtype="bfloat16")
     compare_low_precision(alone["all"], case, "all")
     compare_low_precision(mixed["all"], case, "all")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "glm4_moe"])
+def test_families(make_case, family):
+    """All modules and lm_head, and the router gate alone; batches of one and of all of them."""
+    case = make_case(family)
+    case.add("all", seed=1)
+    case.add("gate", lambda name: name.endswith(".gate"), seed=2, rank=3, size=0.5)
+    names = [None, "all", "gate"]
+    if family == "qwen3_moe":
+        case.add("head", lambda name: name.endswith("q_proj"), seed=3, rank=4)
+        _add_lm_head(case.adapters["head"])
+        names.append("head")
+    alone, mixed, _, _ = run(case, names, dtype="float32")
+    for name in names:
+        compare_fp32(alone[name], case, name)
+        compare_fp32(mixed[name], case, name)
+
+
+def _add_lm_head(folder):
+    tensors, g = load_file(folder / FILE), torch.Generator().manual_seed(7)
+    name = "base_model.model.lm_head.lora_{}.weight"
+    tensors[name.format("A")] = 0.1 * torch.randn(4, 128, generator=g)
+    tensors[name.format("B")] = 0.1 * torch.randn(512, 4, generator=g)
+    save_file(tensors, folder / FILE)
+
+
+def test_traffic(make_case):
+    """Adapters are loaded, refused and removed while others answer; calls get their own replies."""
+    case = make_case("qwen2_moe")
+    for seed, name in enumerate("abc", start=1):
+        case.add(name, seed=seed)
+    case.adapters["damaged"] = _damaged(case, "a")
+    job = {"model": str(case.model), "adapters": {n: str(p) for n, p in case.adapters.items()}}
+    done = engine.launch(
+        [sys.executable, str(Path(__file__).with_name("traffic.py")), json.dumps(job)],
+        env={**os.environ, **engine.SETTINGS, **PROCESSES, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    line = next((one for one in done.stdout.splitlines() if one.startswith("@")), None)
+    assert line is not None, done.stdout[-2000:] + done.stderr[-3000:]
+    found = json.loads(line[1:])
+    for name, tokens in zip([None, "a", "b", "c"], found["alone"], strict=True):
+        want = case.forced(name, PROMPTS[1], tokens)
+        chosen = want.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert (want.max(1).values - chosen).max() <= 1e-3, name
+    for at in range(0, 20, 5):
+        assert found["traffic"][at : at + 4] == found["alone"], at
+        assert "layers.1.mlp.experts.3.down_proj" in found["traffic"][at + 4]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -10,12 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [
-    pytest.mark.cpu_engine,
-    pytest.mark.skipif(
-        os.environ.get("MOE_LORA_ALL") != "1", reason="two trainings take minutes: MOE_LORA_ALL=1"
-    ),
-]
+pytestmark = [pytest.mark.cpu_engine, pytest.mark.long]
 EXAMPLE = Path(__file__).parents[3] / "examples" / "rl_loop.py"
 LINE = re.compile(r"(\w+): reward ([\d.]+) -> ([\d.]+), mismatch (\S+), with R3 (\S+)")
 

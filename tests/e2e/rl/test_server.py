@@ -14,12 +14,7 @@ from vllm_moe_lora.adapters.errors import AdapterError
 from vllm_moe_lora.rl import push
 from vllm_moe_lora.tiny.oracle import load_tensors
 
-pytestmark = [
-    pytest.mark.cpu_engine,
-    pytest.mark.skipif(
-        os.environ.get("MOE_LORA_ALL") != "1", reason="a server takes 30 s to start: MOE_LORA_ALL=1"
-    ),
-]
+pytestmark = [pytest.mark.cpu_engine, pytest.mark.long]
 LIMIT = 1e-3
 
 

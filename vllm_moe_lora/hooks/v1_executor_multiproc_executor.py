@@ -1,0 +1,42 @@
+"""vllm/v1/executor/multiproc_executor.py: calls of all workers, one of which fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..patching import Hook
+
+
+def _collective_rpc(original: Callable[..., Any]) -> Callable[..., Any]:
+    def collective_rpc(self: Any, *args: Any, **more: Any) -> Any:
+        config = self.vllm_config
+        queues = getattr(self, "response_mqs", None)
+        if config.lora_config is None or not config.model_config.is_moe or not queues:
+            return original(self, *args, **more)
+        from ..loading.replies import of_all_ranks
+
+        if more.get("unique_reply_rank") is not None:
+            return original(self, *args, **more)
+        self.response_mqs = of_all_ranks(queues)
+        try:
+            return original(self, *args, **more)
+        finally:
+            self.response_mqs = queues
+
+    return collective_rpc
+
+
+HOOKS = (
+    Hook(
+        feature="safe-loading",
+        target="vllm.v1.executor.multiproc_executor:MultiprocExecutor.collective_rpc",
+        make=_collective_rpc,
+        releases=">=0.29,<0.34",
+        why="after the workers of several ranks have refused an adapter, the next call gets the "
+        "error of the second rank, because upstream raises the first and leaves the others in "
+        "their queues",
+        upstream="",
+        until="upstream reads the replies of all ranks before it raises an error",
+    ),
+)

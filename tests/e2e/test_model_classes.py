@@ -200,7 +200,7 @@ def test_mimo_v2(make_case):
 
 
 def test_mimo_v2_bf16(make_case):
-    """Its gates have fp32 weights and are called with fp32. The GPU: tests/releases."""
+    """Its gates have fp32 weights and are called with fp32."""
     case = make_case("mimo_v2_flash")
     case.add("all")
     got = case.ask("all", dtype="bfloat16")

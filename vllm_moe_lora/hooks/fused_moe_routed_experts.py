@@ -53,7 +53,7 @@ _COMMON: dict[str, Any] = {
 
 def _weight_loader(original: Callable[..., Any]) -> Callable[..., Any]:
     # Upstream marks the function, and inspects its parameters.
-    @functools.wraps(original)
+    @functools.wraps(original, assigned=("__name__",))
     def weight_loader(self: Any, param: Any, *args: Any, **more: Any) -> Any:
         kernel = getattr(self.quant_method, "moe_kernel", None)
         prepare = getattr(getattr(kernel, "fused_experts", None), "before_load", None)

@@ -22,7 +22,7 @@ def _get_kv_cache_configs(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _collective_rpc(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)  # the core counts its parameters
+    @functools.wraps(original, assigned=("__name__",))  # the core counts its parameters
     def collective_rpc(self: Any, *args: Any, **more: Any) -> Any:
         config = self.vllm_config
         if config.lora_config is None or not config.model_config.is_moe:

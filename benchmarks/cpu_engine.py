@@ -268,6 +268,39 @@ def measure(folder: Path, quant: str, args: argparse.Namespace) -> dict[str, dic
     return found
 
 
+NAMES = {
+    "a": "bare vLLM, eager",
+    "b": "LoRA enabled, no adapter loaded",
+    "b'": "four loaded, none in the batch",
+    "c1": "one adapter",
+    "c4": "four adapters in the batch",
+    "c1e": "one adapter, eager",
+}
+
+
+def svg(rows: dict[str, dict[str, float]]) -> str:
+    """Return bars: the speed of each row as a share of vLLM's as started by default."""
+    shown, left, width, line = [row for row in NAMES if row in rows], 200, 300, 16
+    parts, y = (
+        ['<text x="4" y="14">speed, as a share of bare vLLM as started by default</text>'],
+        40,
+    )
+    for case in CASES:
+        parts.append(f'<text x="4" y="{y}" font-weight="bold">{case}</text>')
+        for row in shown:
+            y += line
+            share = rows[row][f"{case} share"]
+            bar = f'x="{left}" y="{y - 10}" width="{width * min(share, 1.1):.0f}" height="11"'
+            colour = "#888888" if row == "a" else "#1f77b4"
+            parts.append(f'<text x="16" y="{y}">{NAMES[row]}</text><rect {bar} fill="{colour}"/>')
+            parts.append(f'<text x="{left + width * share + 6:.0f}" y="{y}">{share:.2f}</text>')
+        y += 26
+    one = left + width
+    parts.append(f'<path d="M{one} 24 V{y - 20}" stroke="#000" stroke-dasharray="3"/>')
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{one + 60}" height="{y}"'
+    return f'{head} font-family="sans-serif" font-size="11">{"".join(parts)}</svg>\n'
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quant", nargs="+", default=["bf16", "int4"], choices=["bf16", "int4"])
@@ -276,6 +309,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=["a", "b", "b'", "c1", "c4", "c1e"])
     parser.add_argument("--folder", type=Path, help="keep model and adapters here for another run")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--svg", type=Path, help="draw the shares of the first --quant here")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -289,6 +323,8 @@ def main() -> None:
                 write_adapter(folder / f"adapter{i}", args.layers, seed=i)
         for quant in args.quant:
             results[quant] = measure(folder, quant, args)
+    if args.svg:
+        args.svg.write_text(svg(results[args.quant[0]]))
     if args.json:
         print(json.dumps(results, indent=1))
         return

@@ -10,12 +10,12 @@ case "${1:-}" in --quick | --all) mode="${1#--}" && shift ;; esac
 ci/install.sh
 python="${VIRTUAL_ENV:-$PWD/.venv}/bin/python"
 
-# Nearly all of a test is what one core does: two at a time, each of them and of the engines they
-# start with one thread.
+# Nearly all of a test is what one core does, or waiting: three at a time on two cores, each of them
+# and of the engines they start with one thread.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export VLLM_CPU_OMP_THREADS_BIND="${VLLM_CPU_OMP_THREADS_BIND:-nobind}"
 # In the order of the files: the short tests come last, and no worker waits for a long one.
-run=("$python" -m pytest --numprocesses "${WORKERS:-2}" --dist loadscope --no-loadscope-reorder)
+run=("$python" -m pytest --numprocesses "${WORKERS:-3}" --dist loadscope --no-loadscope-reorder)
 
 if [ "$mode" = quick ]; then
   ci/lint.sh

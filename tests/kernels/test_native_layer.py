@@ -73,6 +73,7 @@ class Layer:
         self.experts = _experts()
         self.experts.process_weights_after_loading(self.module)
         context = SimpleNamespace(
+            local_token_lora_mapping=None,
             punica_wrapper=self.punica,
             max_loras=slots,
             local_num_experts=EXPERTS,

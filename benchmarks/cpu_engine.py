@@ -280,6 +280,8 @@ NAMES = {
 
 def svg(rows: dict[str, dict[str, float]]) -> str:
     """Return bars: the speed of each row as a share of vLLM's as started by default."""
+    from vllm_moe_lora import report
+
     shown, left, width, line = [row for row in NAMES if row in rows], 200, 300, 16
     parts, y = (
         ['<text x="4" y="14">speed, as a share of bare vLLM as started by default</text>'],
@@ -297,8 +299,7 @@ def svg(rows: dict[str, dict[str, float]]) -> str:
         y += 26
     one = left + width
     parts.append(f'<path d="M{one} 24 V{y - 20}" stroke="#000" stroke-dasharray="3"/>')
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{one + 60}" height="{y}"'
-    return f'{head} font-family="sans-serif" font-size="11">{"".join(parts)}</svg>\n'
+    return report.svg(parts, one + 60, y)
 
 
 def main() -> None:

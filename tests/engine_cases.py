@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,3 +90,18 @@ def compare_low_precision(got: list[torch.Tensor], case: Case, name: str) -> Non
         effects.append((base[-1] - want[-1])[top].abs().mean())
     difference, effect = torch.stack(differences).mean(), torch.stack(effects).mean()
     assert difference <= SHARE * effect, f"{name}: {difference:.4f} of an effect of {effect:.4f}"
+
+
+def told(script: Path, *arguments: str, **env: str) -> dict:
+    """What a child process prints after "@", as JSON."""
+    done = engine.launch(
+        [sys.executable, str(script), *arguments],
+        env={**os.environ, **engine.SETTINGS, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    line = next((one for one in done.stdout.splitlines() if one.startswith("@")), None)
+    assert line is not None, done.stdout[-2000:] + done.stderr[-3000:]
+    return json.loads(line[1:])

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-
-import torch
 
 from vllm_moe_lora.tiny import engine
 
@@ -23,21 +17,7 @@ def run(case, rounds, env=None, **options):
         "options": options,
         "rounds": rounds,
     }
-    spec, result = case.folder / "job.json", case.folder / "result.pt"
-    result.unlink(missing_ok=True)
-    spec.write_text(json.dumps(job))
-    done = engine.launch(
-        [sys.executable, str(SCRIPT), str(spec), str(result)],
-        env={**os.environ, **engine.SETTINGS, **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    if done.returncode or not result.exists():
-        raise engine.EngineError(done.stdout)
-    return torch.load(result, weights_only=True)
+    return engine.saved_by(SCRIPT, job, env)[0]
 
 
 def request(prompt, adapter=None, max_tokens=6, **more):

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -167,16 +166,12 @@ def write(record: Record, where: Path | None = None) -> Path:
     where.mkdir(parents=True, exist_ok=True)
     path = where / file_name(record.conditions, record.shape)
     text = json.dumps({"version": VERSION, **asdict(record)}, indent=1)
-    handle, part = tempfile.mkstemp(dir=where, suffix=".part")
+    part = path.with_suffix(f".{os.getpid()}.part")  # `files` does not see it
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text + "\n")
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(part).chmod(0o666 & ~umask)
-        Path(part).replace(path)
+        part.write_text(text + "\n")
+        part.replace(path)
     except BaseException:
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
     return path
 

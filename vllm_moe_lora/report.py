@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 
@@ -20,6 +21,18 @@ class Finding:
     well: bool
     what: str
     cure: str = ""
+
+
+def svg(parts: Iterable[str], width: float, height: float, font_size: int = 11) -> str:
+    """Return a drawing.
+
+    Args:
+        parts: its elements, as SVG.
+        width, height: in pixels.
+        font_size: of its text, in pixels.
+    """
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}"'
+    return f'{head} font-family="sans-serif" font-size="{font_size}">{"".join(parts)}</svg>\n'
 
 
 def show(findings: list[Finding], command: str | None, args: argparse.Namespace) -> int:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from engine_cases import PROMPTS, compare_fp32
+from engine_cases import PROMPTS, compare_fp32, told
 from safetensors.torch import load_file, save_file
 
 from vllm_moe_lora.tiny import engine, oracle
@@ -23,17 +21,7 @@ FILE = "adapter_model.safetensors"
 def tell(story, case, *names, **more):
     """The answer of one of the stories of ordinary.py."""
     job = {"model": str(case.model), "adapters": {n: str(case.adapters[n]) for n in names}, **more}
-    done = engine.launch(
-        [sys.executable, str(SCRIPT), story, json.dumps(job)],
-        env={**os.environ, **engine.SETTINGS},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    line = next((one for one in done.stdout.splitlines() if one.startswith("@")), None)
-    assert line is not None, done.stdout[-2000:] + done.stderr[-3000:]
-    return json.loads(line[1:])
+    return told(SCRIPT, story, json.dumps(job))
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from itertools import groupby
 from pathlib import Path
 
 from vllm_moe_lora import supported
-from vllm_moe_lora.patchset.mail import SUBJECTS
+from vllm_moe_lora.patchset.mail import in_words
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- from supported.toml -->\n", "<!-- end -->\n"
@@ -29,7 +28,7 @@ def table() -> str:
     features = supported.releases()
     lines = ["| feature | *engine* | *import* | *source* |", "|---|---|---|---|"]
     for name in sorted({name for found in features.values() for name in found}):
-        what = re.sub(r"^(\[\w+\])+ ", "", SUBJECTS[name])
+        what = in_words(name)
         cells = " | ".join(ranges(features, name, word) for word in WORDS)
         lines.append(f"| `{name}`: {what[0].lower()}{what[1:]} | {cells} |")
     return "\n".join(lines) + "\n"

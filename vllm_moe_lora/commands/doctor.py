@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from vllm_moe_lora import records, supported
 from vllm_moe_lora.commands import plan
 from vllm_moe_lora.models.rows import ROWS
-from vllm_moe_lora.patchset.mail import SUBJECTS
+from vllm_moe_lora.patchset.mail import in_words
 from vllm_moe_lora.report import Finding, show
 
 
@@ -93,8 +92,8 @@ def _environment() -> list[Finding]:
         cure = "" if harmless else "upgrade vllm-moe-lora to a release made for this vLLM"
         if "VLLM_MOE_LORA" in state:
             cure = "unset VLLM_MOE_LORA"
-        what = re.sub(r"^(\[\w+\])+ ", "", SUBJECTS.get(feature, ""))
-        findings.append(Finding(harmless, f"{feature}: {state}. {what}".rstrip(". "), cure))
+        what = f"{feature}: {state}. {in_words(feature)}".rstrip(". ")
+        findings.append(Finding(harmless, what, cure))
     if facts["status"].get("model-classes") == "on":
         findings.append(Finding(True, _classes(facts["vllm"])))
     for target, owner in facts["replaced_by_others"].items():

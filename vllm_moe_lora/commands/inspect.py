@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vllm_moe_lora import report
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", type=Path, help="folder of the adapter")
@@ -142,9 +144,8 @@ def _heat_map(layers: list[Any]) -> str:
             parts.append(f"<rect {place} {style}><title>{title}</title></rect>")
     ticks = range(0, columns, max(1, columns // 8))
     parts += [f'<text x="{left + one * cell}" y="{top - 6}">{one}</text>' for one in ticks]
-    size = f'width="{left + columns * cell + 10}" height="{top + len(layers) * cell + 10}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" '
-    return f'{head}font-size="9">{"".join(parts)}</svg>\n'
+    width, height = left + columns * cell + 10, top + len(layers) * cell + 10
+    return report.svg(parts, width, height, font_size=9)
 
 
 def _table(rows: list[dict[str, Any]]) -> None:

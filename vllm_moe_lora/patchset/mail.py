@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import textwrap
 from collections.abc import Callable, Iterable
 
@@ -42,6 +43,11 @@ Adds vllm/lora/moe_lora with `seam`, a decorator that replaces the function it s
 that calls it. It changes nothing by itself: each of the following patches adds one fix, with the
 seams it needs and the code behind them. Importing vllm.lora.moe_lora loads nothing of vLLM, so
 every module may do so."""
+
+
+def in_words(feature: str) -> str:
+    """Return what a feature does: its subject without vLLM's tags; "" for an unknown one."""
+    return re.sub(r"^(\[\w+\])+ ", "", SUBJECTS.get(feature, ""))
 
 
 def subject(patch: Patch) -> str:

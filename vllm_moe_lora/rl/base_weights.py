@@ -75,8 +75,8 @@ def process_again(method: Any, layer: Any) -> None:
         context = getattr(before, "_lora_context", None)
         if context is not None:
             now.set_lora_context(context)
-        if hasattr(before, "_ranks"):
-            now._ranks = before._ranks
+        if hasattr(before, "take_slots"):
+            now.take_slots(before)
     method.moe_kernel.impl = new.impl
     inner.moe_kernel = method.moe_kernel
     method.moe_quant_config = inner.moe_quant_config

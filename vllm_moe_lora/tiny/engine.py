@@ -111,13 +111,40 @@ def run(
     Raises:
         EngineError: the child failed or took too long.
     """
+    (answers, outcomes), log = saved_by(script, asdict(job), env, timeout)
+    return answers, outcomes, log
+
+
+def saved_by(
+    script: str | Path,
+    job: dict[str, Any],
+    env: dict[str, str] | None = None,
+    timeout: float = 300,
+    first: Sequence[str] = (),
+) -> tuple[Any, str]:
+    """Run ``script`` in a child process, with a job to read and a file to save its result to.
+
+    Args:
+        script: the file. Its arguments are ``first``, the job's file (JSON) and the result's file,
+            which `torch.load` reads.
+        job: what to do.
+        env: environment variables to add to `SETTINGS` and those of this process.
+        timeout: seconds to wait.
+        first: arguments before the two files.
+
+    Returns:
+        The result, and what the child printed.
+
+    Raises:
+        EngineError: the child failed or took too long.
+    """
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
         spec, result = Path(folder, "job.json"), Path(folder, "result.pt")
-        spec.write_text(json.dumps(asdict(job)))
+        spec.write_text(json.dumps(job))
         # By the file's path: `python -m` would import our package, and that is up to the job.
-        command = [sys.executable, str(script), str(spec), str(result)]
+        command = [sys.executable, str(script), *first, str(spec), str(result)]
         try:
             done = launch(
                 command,
@@ -134,8 +161,7 @@ def run(
             raise EngineError(f"{text}\nTimeoutError: not finished in {timeout} s") from error
         if done.returncode or not result.exists():
             raise EngineError(done.stdout)
-        answers, outcomes = torch.load(result, weights_only=True)
-    return answers, outcomes, done.stdout
+        return torch.load(result, weights_only=True), str(done.stdout)
 
 
 def main(spec: str, result: str) -> None:

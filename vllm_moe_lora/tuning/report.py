@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vllm_moe_lora import report
 from vllm_moe_lora.records import KINDS, Record
 
 if TYPE_CHECKING:
@@ -76,6 +77,4 @@ def svg(records: Sequence[Record]) -> str:
         for us in (min(times), max(times)):
             parts.append(f'<text x="2" y="{y(us):.1f}">{us:.0f} µs</text>')
         panels.append(f'<g transform="translate(0,{number * height})">{"".join(parts)}</g>')
-    size = f'width="{width:.0f}" height="{height * max(1, len(records)):.0f}"'
-    style = 'font-family="sans-serif" font-size="11"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{"".join(panels)}</svg>\n'
+    return report.svg(panels, width, height * max(1, len(records)))

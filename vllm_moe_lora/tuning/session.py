@@ -68,6 +68,12 @@ class Session:
         if not self.base:
             self.refused["tail"] = "the experts are quantised, or there is no memory for them"
 
+    @property
+    def wrong(self) -> bool:
+        """Whether kernels that support the layer gave a wrong number or failed."""
+        kinds = {"ours", "tail"} if self.base else {"ours"}
+        return self.factors is not None and not kinds.isdisjoint(self.refused)
+
     def check(self) -> None:
         """Compare all kinds with fp32 on all kinds of batches. One wrong number refuses a kind."""
         total = len(self.checked) * len(cases.KINDS)

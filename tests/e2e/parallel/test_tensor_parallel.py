@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
 from pathlib import Path
 
 import layouts
 import pytest
 import torch
-from engine_cases import PROMPTS, compare_fp32, compare_low_precision
+from engine_cases import PROMPTS, compare_fp32, compare_low_precision, told
 from processes import FORKED, PROCESSES, run
 from safetensors.torch import load_file, save_file
 
@@ -123,17 +121,9 @@ def test_traffic(make_case):
         case.add(name, seed=seed)
     case.adapters["damaged"] = _damaged(case, "a")
     job = {"model": str(case.model), "adapters": {n: str(p) for n, p in case.adapters.items()}}
-    done = engine.launch(
-        [sys.executable, str(Path(__file__).with_name("traffic.py")), json.dumps(job)],
-        env={**os.environ, **engine.SETTINGS, **PROCESSES, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    line = next((one for one in done.stdout.splitlines() if one.startswith("@")), None)
-    assert line is not None, done.stdout[-2000:] + done.stderr[-3000:]
-    found = json.loads(line[1:])
+    script = Path(__file__).with_name("traffic.py")
+    env = {**PROCESSES, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    found = told(script, json.dumps(job), **env)
     for name, tokens in zip([None, "a", "b", "c"], found["alone"], strict=True):
         want = case.forced(name, PROMPTS[1], tokens)
         chosen = want.gather(1, torch.tensor(tokens)[:, None])[:, 0]

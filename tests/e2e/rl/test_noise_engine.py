@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,20 +21,7 @@ POST = {"norms": ["post_attention_layernorm"]}
 def _run(case, steps, adapter=None, dtype="float32", **options):
     job = {"model": str(case.model), "adapter": adapter and str(case.adapters[adapter])}
     job |= {"steps": steps, "prompts": PROMPTS, "dtype": dtype, "options": options}
-    spec, result = case.folder / "job.json", case.folder / "result.pt"
-    spec.write_text(json.dumps(job))
-    done = engine.launch(
-        [sys.executable, str(SCRIPT), str(spec), str(result)],
-        env={**os.environ, **engine.SETTINGS},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    if done.returncode or not result.exists():
-        raise engine.EngineError(done.stdout)
-    return torch.load(result, weights_only=True)
+    return engine.saved_by(SCRIPT, job)[0]
 
 
 def _noised(checkpoint, step, norms, compensated, offset=0.0, start=5e-2):

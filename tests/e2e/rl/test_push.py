@@ -3,13 +3,9 @@ nothing, prefixes and requests keep to their version."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 from engine_cases import PROMPTS, compare_fp32
 
 from vllm_moe_lora.tiny import engine
@@ -28,24 +24,13 @@ REFUSED = {
 }
 
 
-def tell(tmp_path, story, case, **env):
+def tell(story, case, **env):
     """The answer of one of the stories of pushing.py, which deletes the adapters' files."""
-    spec, result = tmp_path / f"{story}.json", tmp_path / f"{story}.pt"
     adapters = {name: str(path) for name, path in case.adapters.items()}
-    spec.write_text(
-        json.dumps({"model": str(case.model), "prompts": PROMPTS, "adapters": adapters})
-    )
-    done = engine.launch(
-        [sys.executable, str(SCRIPT), story, str(spec), str(result)],
-        env={**os.environ, **engine.SETTINGS, **env},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.exists(), done.stdout[-2000:] + done.stderr[-4000:]
-    assert "resource_tracker" not in done.stderr
-    return torch.load(result, weights_only=True)
+    job = {"model": str(case.model), "prompts": PROMPTS, "adapters": adapters}
+    found, log = engine.saved_by(SCRIPT, job, env, first=[story])
+    assert "resource_tracker" not in log
+    return found
 
 
 @pytest.fixture
@@ -57,8 +42,8 @@ def case(make_case):
     return case
 
 
-def test_versions(case, tmp_path):
-    found = tell(tmp_path, "steps", case)
+def test_versions(case):
+    found = tell("steps", case)
     compare_fp32(list(found["base"]), case, None)
     # Pushed to the engine, then inside of the worker, then in place of requests that it aborted.
     for name, answers in zip([*"abc", *"ab", "a"], found["versions"], strict=True):
@@ -78,10 +63,10 @@ def test_versions(case, tmp_path):
     assert found["opened"] == []
 
 
-def test_while_others_are_served(case, tmp_path):
+def test_while_others_are_served(case):
     """An `AsyncLLM` with its core in a process of its own, so through shared memory."""
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
-    found = tell(tmp_path, "serve", case, **env)
+    found = tell("serve", case, **env)
     for version, name in ((found["one"], "a"), (found["two"], "b")):
         tokens, _ = version
         expected = case.forced(name, PROMPTS[2], tokens)

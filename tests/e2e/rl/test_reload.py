@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -18,24 +17,12 @@ pytestmark = pytest.mark.cpu_engine
 SCRIPT = Path(__file__).with_name("reload.py")
 
 
-def run(tmp_path, model, case, rounds, dtype="float32"):
+def run(model, case, rounds, dtype="float32"):
     """One tensor [names, prompts, vocab] for each round of reload.py."""
-    spec, result = tmp_path / "job.json", tmp_path / "result.pt"
-    result.unlink(missing_ok=True)
     job = {"model": str(model), "dtype": dtype, "prompts": PROMPTS}
     job["adapters"] = {name: str(path) for name, path in case.adapters.items()}
     job["rounds"] = [(way, str(folder), names) for way, folder, names in rounds]
-    spec.write_text(json.dumps(job))
-    done = engine.launch(
-        [sys.executable, str(SCRIPT), str(spec), str(result)],
-        env={**os.environ, **engine.SETTINGS},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.exists(), done.stdout[-2000:] + done.stderr[-4000:]
-    found = torch.load(result, weights_only=True)
+    found, _ = engine.saved_by(SCRIPT, job)
     return [one.view(-1, len(PROMPTS), one.shape[-1]) for one in found]
 
 
@@ -78,13 +65,13 @@ def test_unquantised(make_case, tmp_path):
         ("half", case.model, names),
         ("named", case.model, names),
     ]
-    found = run(tmp_path, case.model, case, rounds)
+    found = run(case.model, case, rounds)
     for again, truth in ((found[1], other), (found[2], case), (found[3], other)):
         for name, rows in zip(names, again, strict=True):
             compare_fp32(list(rows), truth, name)
     assert torch.equal(found[1], found[3])
     assert not torch.equal(found[3], found[4]), "one expert of layer 1 does something"
-    (fresh,) = run(tmp_path, end, case, [("nothing", end, names)])
+    (fresh,) = run(end, case, [("nothing", end, names)])
     assert torch.equal(found[-1], fresh)
     assert (found[-1] - found[3]).abs().amax(2).min() > 0.02
 
@@ -103,9 +90,9 @@ def test_int4(make_case, tmp_path):
         ("whole", other.model, names),
         ("half", case.model, names),
     ]
-    found = run(tmp_path, case.model, case, rounds, "bfloat16")
+    found = run(case.model, case, rounds, "bfloat16")
     compare_low_precision(list(found[1][1]), other, "a")
-    (fresh,) = run(tmp_path, end, case, [("nothing", end, names)], "bfloat16")
+    (fresh,) = run(end, case, [("nothing", end, names)], "bfloat16")
     assert torch.equal(found[-1], fresh)
     assert (found[-1] - found[1]).abs().amax(2).min() > 0.02
 

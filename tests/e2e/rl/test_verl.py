@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from pathlib import Path
 
 import layouts
@@ -22,20 +20,11 @@ PUSHES = 20
 
 
 def run(tmp_path, case, adapters, order, bad, env, **options):
-    spec, result, file = (tmp_path / name for name in ("job.json", "result.pt", "pushed.pt"))
+    file = tmp_path / "pushed.pt"
     torch.save(adapters, file)
     job = {"model": str(case.model), "prompts": PROMPTS, "adapters": str(file), "order": order}
-    spec.write_text(json.dumps({**job, "bad": bad, "options": options}))
-    done = engine.launch(
-        [sys.executable, str(SCRIPT), str(unpacked.other("verl-0.9.1")), str(spec), str(result)],
-        env={**os.environ, **engine.SETTINGS, **env},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.exists(), done.stdout[-2000:] + done.stderr[-4000:]
-    return torch.load(result, weights_only=True)
+    job |= {"bad": bad, "options": options}
+    return engine.saved_by(SCRIPT, job, env, first=[str(unpacked.other("verl-0.9.1"))])[0]
 
 
 def check(found, order, oracles, base):

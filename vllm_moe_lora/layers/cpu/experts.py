@@ -118,6 +118,10 @@ class CPULoRAExperts:
         self._ranks = ranks.index_fill(0, torch.tensor([slot]), rank)
         self.highest_rank = int(self._ranks.max())
 
+    def take_slots(self, other: CPULoRAExperts) -> None:
+        """Take over from ``other``, in whose place these experts are, what its slots hold."""
+        self._ranks, self.highest_rank = other._ranks, other.highest_rank
+
     def batch_slots(self, num_tokens: int) -> torch.Tensor | None:
         """Return the adapter slot of each token; None if the batch has no LoRA on these experts.
 

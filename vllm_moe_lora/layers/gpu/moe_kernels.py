@@ -324,9 +324,7 @@ def add_w2(
             instead, because they need their own routing.
     """
     routing, factors = batch.routing, batch.layer.w2
-    if batch.kind != "tail":
-        base_product.flush()
-    product = base_product.deferred_for(y, x)
+    product = base_product.deferred_for(y, x) if batch.kind == "tail" else None
     if product is not None and product.topk_weights is not None:
         from ...kernels.triton.grouped import Lora
 

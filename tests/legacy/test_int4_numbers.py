@@ -20,20 +20,6 @@ LIMIT = 2e-3
 SLOTS, RANKS = 2, (8, 3)
 
 
-@pytest.fixture(scope="module")
-def config():
-    with quantised.parallel() as config:
-        yield config
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    import cuda_in_torch  # it imports vLLM, which may be another release's
-
-    cuda_in_torch.install(monkeypatch)
-    return cuda_in_torch
-
-
 class Shared(torch.nn.Module):
     """Shared experts as vLLM's models have them: its own merged and row-parallel layers."""
 

@@ -21,20 +21,6 @@ KINDS = ["gptq", "gptq act-order", "gptq channel", "ct", "ct channel", "ct-trito
 EVERY = range(quantised.EXPERTS)
 
 
-@pytest.fixture(scope="module")
-def config():
-    with quantised.parallel() as config:
-        yield config
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    import cuda_in_torch
-
-    cuda_in_torch.install(monkeypatch)
-    return cuda_in_torch
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_int4_experts(kind, config, cuda, monkeypatch):
     """Base and two adapters side by side: the numbers of merged, dequantised weights."""

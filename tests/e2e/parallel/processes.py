@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
+import layouts
 from engine_cases import PROMPTS
+from safetensors.torch import load_file, save_file
 
-from vllm_moe_lora.tiny import engine
+from vllm_moe_lora.tiny import engine, oracle
+
+FILE = "adapter_model.safetensors"
 
 PROCESSES = {
     "VLLM_CPU_OMP_THREADS_BIND": "0|1",
@@ -55,3 +60,27 @@ def run(case, names, load=(), script=FORKED, said=(), **options):
         for i, name in enumerate(names)
     }
     return alone, mixed, outcomes, answers
+
+
+def add_3d_layouts(case, inner):
+    """Give a case of gpt-oss an adapter in each of three layouts, with oracles."""
+    tied, untied = (layouts.Truth(seed=i, tied=i == 1, inner=inner) for i in (1, 2))
+    for name, truth, tensors in (
+        ("flat", tied, layouts.flat(tied, interleaved=True)),
+        ("per-expert", untied, layouts.per_expert(untied)),
+        ("packed", tied, layouts.packed(tied, interleaved=True)),
+    ):
+        case.adapters[name] = layouts.save(case.folder / name, tensors, truth)
+        merged = layouts.merge(case.plain, truth, case.folder / f"{name}-truth")
+        case.oracles[name] = oracle.log_probs(merged, PROMPTS)
+
+
+def without(case, name, missing):
+    """A copy of an adapter without the tensors whose names ``missing`` accepts."""
+    folder = case.folder / f"{name}-less"
+    shutil.copytree(case.adapters[name], folder)
+    tensors = load_file(folder / FILE)
+    left = {k: t for k, t in tensors.items() if not missing(k)}
+    assert len(left) < len(tensors)
+    save_file(left, folder / FILE)
+    return folder

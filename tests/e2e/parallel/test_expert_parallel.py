@@ -6,32 +6,17 @@ ids for local ones.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-import layouts
 import pytest
 import torch
-from engine_cases import PROMPTS, compare_fp32, compare_low_precision
-from processes import run
-from safetensors.torch import load_file, save_file
-
-from vllm_moe_lora.tiny import oracle
+from engine_cases import compare_fp32, compare_low_precision
+from processes import add_3d_layouts, run, without
 
 pytestmark = pytest.mark.cpu_engine
 more = pytest.mark.long
-FILE = "adapter_model.safetensors"
 FP32 = {"dtype": "float32", "enable_expert_parallel": True}
 UPSTREAM = Path(__file__).with_name("upstream_experts.py")
-
-
-def without(case, name, missing):
-    """A copy of an adapter without the tensors whose names ``missing`` accepts."""
-    folder = case.folder / f"{name}-less"
-    shutil.copytree(case.adapters[name], folder)
-    tensors = load_file(folder / FILE)
-    save_file({k: t for k, t in tensors.items() if not missing(k)}, folder / FILE)
-    return folder
 
 
 def check(case, names, compare=compare_fp32, **how):
@@ -82,15 +67,7 @@ def test_round_robin(make_case):
 def test_layouts_of_3d_experts(make_case):
     """gpt-oss: fused and interleaved gate and up, with biases, in three layouts."""
     case = make_case("gpt_oss", intermediate_size=96)
-    tied, untied = (layouts.Truth(seed=i, tied=i == 1) for i in (1, 2))
-    for name, truth, tensors in (
-        ("flat", tied, layouts.flat(tied, interleaved=True)),
-        ("per-expert", untied, layouts.per_expert(untied)),
-        ("packed", tied, layouts.packed(tied, interleaved=True)),
-    ):
-        case.adapters[name] = layouts.save(case.folder / name, tensors, truth)
-        merged = layouts.merge(case.plain, truth, case.folder / f"{name}-truth")
-        case.oracles[name] = oracle.log_probs(merged, PROMPTS)
+    add_3d_layouts(case, 96)
     check(case, [None, *case.adapters], **FP32)
 
 

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
-import layouts
 import pytest
 import torch
 from engine_cases import PROMPTS, compare_fp32, compare_low_precision, told
-from processes import FORKED, PROCESSES, run
+from processes import FILE, FORKED, PROCESSES, add_3d_layouts, run, without
 from safetensors.torch import load_file, save_file
 
-from vllm_moe_lora.tiny import engine, oracle
+from vllm_moe_lora.tiny import engine
 
 pytestmark = pytest.mark.cpu_engine
-FILE = "adapter_model.safetensors"
 
 
 def _damaged(case, name):
     """A copy of an adapter with an expert's lora_B missing on the second layer."""
-    folder = case.folder / f"{name}-damaged"
-    shutil.copytree(case.adapters[name], folder)
-    tensors = load_file(folder / FILE)
-    del tensors[next(k for k in tensors if "layers.1.mlp.experts.3.down_proj.lora_B" in k)]
-    save_file(tensors, folder / FILE)
-    return folder
+    return without(case, name, lambda key: "layers.1.mlp.experts.3.down_proj.lora_B" in key)
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["", "fully-sharded"])
@@ -55,15 +47,7 @@ def test_layouts_of_3d_experts(make_case):
     """gpt-oss: fused and interleaved gate and up, in three layouts."""
     inner = 128  # vLLM's CPU experts want multiples of 32 on each rank
     case = make_case("gpt_oss", intermediate_size=inner)
-    tied, untied = (layouts.Truth(seed=i, tied=i == 1, inner=inner) for i in (1, 2))
-    for name, truth, tensors in (
-        ("flat", tied, layouts.flat(tied, interleaved=True)),
-        ("per-expert", untied, layouts.per_expert(untied)),
-        ("packed", tied, layouts.packed(tied, interleaved=True)),
-    ):
-        case.adapters[name] = layouts.save(case.folder / name, tensors, truth)
-        merged = layouts.merge(case.plain, truth, case.folder / f"{name}-truth")
-        case.oracles[name] = oracle.log_probs(merged, PROMPTS)
+    add_3d_layouts(case, inner)
     names = [None, "flat", "per-expert", "packed"]
     alone, mixed, _, _ = run(case, names, dtype="float32")
     for name in names:

@@ -7,7 +7,6 @@ hold in their slots is from their parts of the adapter ("slots"), relative to th
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import json
@@ -301,7 +300,7 @@ def main(cases=parallel_cases.cases, run=run, stand_in=parallel_cases.stand_in, 
     for who in list(results)[1:]:
         if who == "ours":
             os.environ["VLLM_MOE_LORA"] = "1"
-            with as_cuda():
+            with stage.as_cuda():
                 vllm_moe_lora.register()
             vllm_0_11.on_cpu = lambda wrapper: False
         os.environ["VLLM_MOE_LORA_KERNELS"] = "ours" if who == "kernels" else "upstream"
@@ -314,15 +313,6 @@ def main(cases=parallel_cases.cases, run=run, stand_in=parallel_cases.stand_in, 
     print(json.dumps(results))
     sys.stdout.flush()
     os._exit(0)
-
-
-@contextlib.contextmanager
-def as_cuda():
-    """The plugin is asked for what it does beside a GPU; the CPU has experts of its own."""
-    from vllm.platforms import current_platform
-
-    with mock.patch.object(type(current_platform), "device_type", "cuda"):
-        yield
 
 
 if __name__ == "__main__":

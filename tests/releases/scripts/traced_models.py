@@ -41,7 +41,7 @@ def main(*checkpoints):
 
     os.environ["VLLM_MOE_LORA"] = "1"
     torch_experts.is_monolithic = lambda runner: False  # 0.24 to 0.27 on a CPU
-    with as_cuda():
+    with stage.as_cuda():
         vllm_moe_lora.register()
     results = {"release": Version(vllm.__version__).base_version, "models": {}}
     results["status"] = vllm_moe_lora.status()
@@ -51,14 +51,6 @@ def main(*checkpoints):
     print(json.dumps(results))
     sys.stdout.flush()
     os._exit(0)
-
-
-@contextlib.contextmanager
-def as_cuda():
-    from vllm.platforms import current_platform
-
-    with mock.patch.object(type(current_platform), "device_type", "cuda"):
-        yield
 
 
 def traced(torch, checkpoint):

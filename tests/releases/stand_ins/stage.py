@@ -14,6 +14,7 @@ import socket
 import sys
 import traceback
 import types
+from unittest import mock
 
 import packages
 import torch
@@ -245,3 +246,12 @@ class Punica:
 
     def _add_lora_fused_moe(self, given):
         self._add(given, weighted=given.mul_routed_weight)
+
+
+@contextlib.contextmanager
+def as_cuda():
+    """The plugin is asked for what it does beside a GPU; the CPU has experts of its own."""
+    from vllm.platforms import current_platform
+
+    with mock.patch.object(type(current_platform), "device_type", "cuda"):
+        yield

@@ -24,6 +24,13 @@ MARK = "__vllm_moe_lora__"  # attribute that every replacement has; its value is
 _MISSING = object()
 
 
+def contains(releases: str, release: str) -> bool:
+    """Return whether a PEP 440 specifier contains ``release`` (such as "0.32.0")."""
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(releases).contains(release, prereleases=True)
+
+
 @dataclass(frozen=True)
 class Hook:
     """One function, property, class or constant of vLLM that the plugin replaces.
@@ -65,9 +72,7 @@ class Hook:
 
     def made_for(self, release: str) -> bool:
         """Return whether `releases` contains ``release`` (such as "0.32.0")."""
-        from packaging.specifiers import SpecifierSet
-
-        return SpecifierSet(self.releases).contains(release, prereleases=True)
+        return contains(self.releases, release)
 
     def shares_platform(self, other: Hook) -> bool:
         """Return whether some platform gets both hooks."""

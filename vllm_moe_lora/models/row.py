@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from ..patching import contains
+
 
 @dataclass(frozen=True)
 class Row:
@@ -61,9 +63,7 @@ class Row:
 
     def made_for(self, release: str) -> bool:
         """Return whether `releases` contains ``release`` (such as "0.32.0")."""
-        from packaging.specifiers import SpecifierSet
-
-        return SpecifierSet(self.releases).contains(release, prereleases=True)
+        return contains(self.releases, release)
 
 
 def target_of(kind: type[object]) -> str:

@@ -19,6 +19,7 @@ CHECKED = (1, 3, 33, 257, 1025, 8192)  # tokens: below, at and above the limits 
 SEARCHED = (1, 32, 512)  # tokens of the batches by which tiles are chosen
 CLOSE = 0.97  # another kind than upstream's must need less than this share of upstream's time
 
+Checked = tuple[cases.Batch, Expected, str]  # a batch, what it must give, its name
 Say = Callable[[str, float], None]  # (what is done, share of the session that is done)
 
 
@@ -83,24 +84,30 @@ class Session:
                 done = (number * len(cases.KINDS) + index + 1) / total
                 self.say(f"numbers of {tokens} tokens, adapters: {kind}", 0.3 * done)
 
-    def _check_batch(self, tokens: int, kind: str, only: str = "") -> None:
-        """Check one batch; with ``only`` one kind of kernels."""
+    def _prepared(self, tokens: int, kind: str) -> Checked:
+        """Make a batch, with what all kinds must return for it."""
         batch = cases.batch(self.shape, tokens, kind, self.device, seed=tokens)
-        expected = Expected(self.layer, batch)
-        case = f"{tokens} tokens, adapters: {kind}"
-        if "ours" not in self.refused and only in ("", "ours"):
-            for how in ("store", "add"):
-                out = sides.Outputs.of(self.layer, batch)
-                start = self._start(out, torch.nan if how == "store" else 1.0)
-                call = sides.ours(self.layer, self.factors, batch, out, how == "add")
-                self._judge("ours", call, out, expected, start, how, case)
-        if "tail" not in self.refused and only in ("", "tail"):
+        return batch, Expected(self.layer, batch), f"{tokens} tokens, adapters: {kind}"
+
+    def _check_batch(self, tokens: int, kind: str) -> None:
+        """Check all kinds on one batch."""
+        batch, expected, case = self._prepared(tokens, kind)
+        if "ours" not in self.refused:
+            self._check_ours(batch, expected, case)
+        if "tail" not in self.refused:
             self._check_tail(batch, expected, case)
-        if self.on_gpu and not only:
+        if self.on_gpu:
             out = sides.Outputs.of(self.layer, batch)
             start = self._start(out, 1.0)
             call = sides.upstream(self.layer, batch, out)
             self._judge("upstream", call, out, expected, start, "add", case)
+
+    def _check_ours(self, batch: cases.Batch, expected: Expected, case: str) -> None:
+        for how in ("store", "add"):
+            out = sides.Outputs.of(self.layer, batch)
+            start = self._start(out, torch.nan if how == "store" else 1.0)
+            call = sides.ours(self.layer, self.factors, batch, out, how == "add")
+            self._judge("ours", call, out, expected, start, how, case)
 
     def _check_tail(self, batch: cases.Batch, expected: Expected, case: str) -> None:
         out = sides.Outputs.of(self.layer, batch)
@@ -155,8 +162,9 @@ class Session:
             return
         dtype = getattr(torch, self.shape.dtype)
         arch = self.conditions.arch
+        checked = [self._prepared(tokens, "all") for tokens in (3, 257)]
         best: tuple[config.Tiles, ...] = ()
-        best_us = self._score(best)
+        best_us = self._score(best, checked)
         for part in range(2):
             space = config.search_space(arch, dtype, self.shape.rank)[part]
             for number, tiles in enumerate(space[1:]):
@@ -164,7 +172,7 @@ class Session:
                     break
                 if part and best:  # the best shrink with another expand
                     tiles = _joined(best, tiles)
-                us = self._score(tiles)
+                us = self._score(tiles, checked)
                 done = (part + (number + 1) / len(space)) / 2
                 self.say(f"tiles: best {best_us:.1f} us, tried {us:.1f} us", 0.3 + 0.2 * done)
                 if us < CLOSE * best_us:
@@ -176,13 +184,18 @@ class Session:
         dtype = getattr(torch, self.shape.dtype)
         config.use(self.conditions.arch, dtype, self.shape.rank, tiles)
 
-    def _score(self, tiles: tuple[config.Tiles, ...]) -> float:
-        """Return the microseconds that `SEARCHED` batches need with ``tiles``; inf if they fail."""
+    def _score(self, tiles: tuple[config.Tiles, ...], checked: Sequence[Checked]) -> float:
+        """Return the microseconds that `SEARCHED` batches need with ``tiles``; inf if they fail.
+
+        Args:
+            tiles: for `config.use`.
+            checked: batches on which the numbers must be right.
+        """
         self._use(tiles)
         refused = dict(self.refused)
         try:
-            for tokens in (3, 257):
-                self._check_batch(tokens, "all", only="ours")
+            for one in checked:
+                self._check_ours(*one)
             if self.refused != refused:
                 return float("inf")
             total = 0.0

@@ -15,6 +15,7 @@ engine of its own:
   c4       requests spread over four adapters
   c1e      c1 with --enforce-eager
   peft     PEFT in transformers, one adapter (only if asked for, and bf16 only); see peft_row.py
+  llama    llama.cpp without LoRA, and llama1 with one adapter (the same); see llama_row.py
 
 The engine of row "default" is there all the time. Each other row is measured in turns with it, so
 that the machine is the same for both, and its speed is a share of "default" in those turns.
@@ -110,10 +111,15 @@ def write_adapter(folder: Path, layers: int, seed: int) -> None:
 
 def child(spec: dict[str, Any]) -> None:
     """One engine: for each name of a case on stdin, print how long its steps take."""
-    if spec["peft"]:
+    if spec["by"] == "peft":
         import peft_row
 
         peft_row.child(spec, CASES, PEFT_STEPS)
+        return
+    if spec["by"] == "llama":
+        import llama_row
+
+        llama_row.child(spec, CASES, STEPS)
         return
     import torch
     from vllm import LLM, SamplingParams
@@ -232,7 +238,7 @@ def measure(folder: Path, quant: str, args: argparse.Namespace) -> dict[str, dic
     (model / "config.json").write_text(json.dumps(config(args.layers, quant)))
     adapters = [str(folder / f"adapter{i}") for i in range(4)]
     bare: dict[str, Any] = {"adapters": [], "active": 0, "warm": False, "eager": False}
-    bare["peft"] = False
+    bare["by"] = "vllm"
     lora = {**bare, "adapters": adapters}
     rows: dict[str, dict[str, Any]] = {
         "a": {**bare, "eager": True},
@@ -241,7 +247,9 @@ def measure(folder: Path, quant: str, args: argparse.Namespace) -> dict[str, dic
         "c1": {**lora, "active": 1},
         "c4": {**lora, "active": 4},
         "c1e": {**lora, "active": 1, "eager": True},
-        "peft": {**bare, "peft": True},
+        "peft": {**bare, "by": "peft"},
+        "llama": {**bare, "by": "llama"},
+        "llama1": {**bare, "by": "llama", "active": 1},
     }
     lift = quant == "int4" and not torch.cpu._is_amx_tile_supported()
 

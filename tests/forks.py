@@ -31,9 +31,9 @@ from pathlib import Path
 
 # What is read while modules are imported; anything else may differ from fork to fork.
 AT_IMPORT = ("PYTHON", "OMP_", "TORCH", "TRITON_", "HF_", "LD_", "VLLM_LOGGING")
-# Seconds without a job after which a parent ends. Each takes 500 MB: those of eight releases may
-# stay, which are asked again in each file of tests/releases.
-IDLE = 60
+# Seconds without a job after which a parent ends. Each takes 500 MB, and 5 s to start. Those of
+# eight releases may stay, which are asked again in each file of tests/releases.
+IDLE = 240
 IDLE_RELEASE = 60 if os.environ.get("MOE_LORA_ALL") == "1" else 900
 PRELOADED = (
     "torch",

@@ -13,7 +13,7 @@ from vllm_moe_lora.sources import find, module_file, parse, read
 MODELS = "vllm.model_executor.models"
 # Lists in vLLM's registry whose classes may be served with LoRA.
 LISTS = ("_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS")
-MOE = re.compile(r"FusedMoE|get_expert_mapping|expert_params_mapping|SharedFusedMoE")
+MOE = re.compile(r"FusedMoE|get_expert_mapping|expert_params_mapping|\b\w*Mo[eE]\w*\(")
 
 
 @dataclass
@@ -120,12 +120,18 @@ def _packed(node: ast.ClassDef) -> list[dict[str, list[str]]]:
             continue
         for value in ast.walk(one.value) if one.value is not None else ():
             if isinstance(value, ast.Dict):
-                try:
-                    found.append(ast.literal_eval(value))
-                except ValueError:
-                    continue
+                found.append(_entries(value))
         if isinstance(targets[0], ast.Subscript) and isinstance(one.value, ast.List):
             found.append({ast.literal_eval(targets[0].slice): ast.literal_eval(one.value)})
+    return found
+
+
+def _entries(node: ast.Dict) -> dict[str, list[str]]:
+    """The entries of a dictionary that are literals."""
+    found = {}
+    for key, value in zip(node.keys, node.values, strict=True):
+        if isinstance(key, ast.Constant) and isinstance(value, ast.List):
+            found[key.value] = ast.literal_eval(value)
     return found
 
 
@@ -156,11 +162,27 @@ def stacked(text: str) -> dict[str, set[str]]:
 def _add(found: dict[str, set[str]], whole: object, part: object, shard: object) -> None:
     if not (isinstance(whole, str) and isinstance(part, str) and isinstance(shard, int | str)):
         return
-    if str(shard).endswith("_proj"):  # three names, not a name's place in another
+    if "proj" in str(shard):  # three names, not a name's place in another
         return
     last = [name.strip(".").removesuffix(".weight").split(".")[-1] for name in (whole, part)]
     if last[0] != last[1] and all(re.fullmatch(r"\w+", name) for name in last):
         found.setdefault(last[0], set()).add(last[1])
+
+
+@functools.cache
+def merged(text: str) -> set[str]:
+    """Attributes that a file makes merged linear layers.
+
+    vLLM has LoRA on them only if a class has them in its ``packed_modules_mapping``.
+    """
+    return {
+        target.attr
+        for node in ast.walk(parse(text))
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Call)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Attribute)
+        and re.search(r"^(Merged\w*|QKV)ParallelLinear$", ast.unparse(node.value.func))
+    }
 
 
 # Functions that run while a model is built or loaded.

@@ -62,6 +62,14 @@ HASHES: dict[str, dict[str, tuple[str, str]]] = {
         "ede0d383d0a3376b": ("0.14.0", "0.15.1"),
         "f46ef77cfe6862f9": ("0.29.0", "0.32.0"),
     },
+    "vllm.model_executor.models.granitemoeshared:GraniteMoeSharedForCausalLM": {
+        "084a108cc80e500d": ("0.33.0", "0.33.0"),
+        "132133c7a0cf0331": ("0.29.0", "0.32.0"),
+        "264789519548e861": ("0.12.0", "0.15.1"),
+        "26c5cf770a718c54": ("0.16.0", "0.27.1"),
+        "6d35874d15b96051": ("0.28.0", "0.28.0"),
+        "e32beca4d864c728": ("0.11.1", "0.11.2"),
+    },
     "vllm.model_executor.models.grok1:GrokForCausalLM": {
         "5377b5f2f78e4179": ("0.14.0", "0.24.0"),
     },
@@ -190,5 +198,14 @@ HASHES: dict[str, dict[str, tuple[str, str]]] = {
     },
     "vllm.models.muse_spark.nvidia.multimodal:MuseSparkForConditionalGeneration": {
         "af1d05e21d25d3a4": ("0.33.0", "0.33.0"),
+    },
+    "vllm.models.qwen4_exp.nvidia.model:Qwen4ExpForCausalLM": {
+        "99c3ba5c90d83408": ("0.31.0", "0.31.0"),
+        "cd34f3ff8686ffeb": ("0.32.0", "0.33.0"),
+    },
+    "vllm.models.qwen4_exp.nvidia.model:Qwen4ExpForConditionalGeneration": {
+        "01ff58f921cf47c2": ("0.33.0", "0.33.0"),
+        "0813569b56bd1b48": ("0.31.0", "0.31.0"),
+        "ea966d67c7bf7a7a": ("0.32.0", "0.32.0"),
     },
 }

@@ -35,7 +35,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         targets=(f"{_ME}step3p5:Step3p5ForCausalLM",),
         releases=">=0.15.1,<0.34",
-        known="source",
+        known="engine",
         packed={**_QKV, **_GATE_UP},
         config="model.config",
     ),
@@ -75,7 +75,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         targets=(f"{_ME}aria:AriaForConditionalGeneration",),
         releases=">=0.11.1,<0.34",
-        known="source",
+        known="engine",
         packed={**_QKV, **_GATE_UP},
         language_model="language_model",
         connector="multi_modal_projector",
@@ -116,6 +116,14 @@ ROWS: tuple[Row, ...] = (
         extends=True,
         packed=_QKV_A,
         until="upstream's packed_modules_mapping has fused_qkv_a_proj",
+    ),
+    Row(
+        targets=(f"{_ME}granitemoeshared:GraniteMoeSharedForCausalLM",),
+        releases=">=0.11.1,<0.34",
+        known="source",
+        extends=True,
+        packed={"input_linear": ("input_linear",)},  # gate and up of shared experts, fused
+        until="upstream's packed_modules_mapping has input_linear",
     ),
     Row(
         targets=(f"{_ME}grok1:GrokForCausalLM",),
@@ -212,6 +220,21 @@ ROWS: tuple[Row, ...] = (
         extends=True,
         ignored={"router": _MULTIPLIED},
         until="upstream multiplies the router's output, and calls the router on all GPUs",
+    ),
+    Row(
+        targets=tuple(
+            f"{_V}qwen4_exp.nvidia.model:Qwen4ExpFor{kind}"
+            for kind in ("CausalLM", "ConditionalGeneration")
+        ),
+        releases=">=0.31,<0.34",
+        known="source",
+        extends=True,
+        ignored=dict.fromkeys(
+            ("input_mix_weight_down", "block_inject_weight"),
+            "on some GPUs a kernel of vLLM's reads its weight directly, and the adapter would be "
+            "ignored there",
+        ),
+        until="upstream's hyperconnections call this module for all batches",
     ),
     Row(
         targets=(f"{_ME}alice_ai:AliceAIForCausalLM",),

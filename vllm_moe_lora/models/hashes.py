@@ -70,9 +70,6 @@ HASHES: dict[str, dict[str, tuple[str, str]]] = {
         "6d35874d15b96051": ("0.28.0", "0.28.0"),
         "e32beca4d864c728": ("0.11.1", "0.11.2"),
     },
-    "vllm.model_executor.models.grok1:GrokForCausalLM": {
-        "5377b5f2f78e4179": ("0.14.0", "0.24.0"),
-    },
     "vllm.model_executor.models.kimi_k25:KimiK25ForConditionalGeneration": {
         "165624aeece44d91": ("0.32.0", "0.33.0"),
         "296cc1e6f2863a43": ("0.28.0", "0.29.0"),

@@ -67,7 +67,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         targets=(f"{_ME}step3p7:Step3p7ForConditionalGeneration",),
         releases=">=0.23,<0.34",
-        known="source",
+        known="engine",
         language_model="language_model",
         connector="vit_large_projector",
         tower="vision_model",
@@ -85,13 +85,13 @@ ROWS: tuple[Row, ...] = (
     Row(  # Ling-2.5 and Ring-2.5
         targets=(f"{_ME}bailing_moe_linear:BailingMoeV25ForCausalLM",),
         releases=">=0.20,<0.34",
-        known="source",
+        known="engine",
         packed={**_GATE_UP, **_QKV_A, "query_key_value": ("query_key_value",)},
     ),
     Row(  # Ling-3
         targets=(f"{_ME}bailing_moe_v3:BailingMoeV3ForCausalLM",),
         releases=">=0.28,<0.34",
-        known="source",
+        known="engine",
         packed=_QKV_A,
         ignored={f"{word}_conv1d": _READ_DIRECTLY for word in "qkv"},
     ),
@@ -120,18 +120,10 @@ ROWS: tuple[Row, ...] = (
     Row(
         targets=(f"{_ME}granitemoeshared:GraniteMoeSharedForCausalLM",),
         releases=">=0.11.1,<0.34",
-        known="source",
+        known="engine",
         extends=True,
         packed={"input_linear": ("input_linear",)},  # gate and up of shared experts, fused
         until="upstream's packed_modules_mapping has input_linear",
-    ),
-    Row(
-        targets=(f"{_ME}grok1:GrokForCausalLM",),
-        releases=">=0.14,<0.25",
-        known="source",
-        extends=True,
-        packed=_GATE_UP,
-        until="0.25 is the oldest supported release",
     ),
     Row(  # DeepSeek-V3.2 and GLM-5.x
         targets=(

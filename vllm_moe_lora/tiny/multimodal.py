@@ -51,6 +51,7 @@ _STEP: dict[str, Any] = {
     "more": {"image_token_id": 500},
     "text_config": {
         "model_type": "step3p5",
+        "architectures": ["Step3p5ForCausalLM"],
         "num_attention_groups": 2,
         "moe_num_experts": 8,
         "moe_top_k": 2,

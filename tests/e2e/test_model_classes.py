@@ -197,7 +197,7 @@ def write_config(model, name, code):
     (model / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": name}}))
 
 
-@pytest.mark.parametrize("family", ["step3p5", "step3p7"])
+@pytest.mark.parametrize("family", ["step3p5", pytest.param("step3p7", marks=pytest.mark.long)])
 def test_step(make_case, no_torchvision, family):
     """transformers' names differ from the published ones, and experts are fused in both."""
     case = make_case(family)
@@ -287,6 +287,7 @@ class LingConfig(PretrainedConfig):
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("version", ["2_5", "3"])
 def test_ling(make_case, version):
     """With full attention in all layers it computes what DeepSeek-V3 computes: the oracle.

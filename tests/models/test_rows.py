@@ -27,8 +27,9 @@ NOT_MERGED = {
 NO_INDEXER = ("DeepseekForCausalLM", "DeepseekV2ForCausalLM", "MistralLarge3ForCausalLM")
 # Of vision towers, which upstream may leave without LoRA. An adapter with it is refused by name.
 TOWERS = {"qkv"}
-# Not decided here: the map is a name from elsewhere, or changed when the model is built.
-MAP_ELSEWHERE = ("Step5ForCausalLM", "MuseSparkForConditionalGeneration")
+# Not decided here: the map is a name from elsewhere, or changed when the model is built, or the
+# class makes instances of others (Grok's).
+MAP_ELSEWHERE = ("Step5ForCausalLM", "MuseSparkForConditionalGeneration", "GrokForCausalLM")
 
 
 def rows_of(release):

@@ -21,13 +21,8 @@ SINCE = {
 }
 
 
-@pytest.mark.parametrize(
-    "release",
-    [
-        pytest.param(release, marks=[] if release == "0.32.0" else pytest.mark.long)
-        for release in unpacked.available()
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("release", unpacked.available())
 def test_rows(release):
     told = unpacked.results(release, "declared_classes.py")
     found = told["found"]

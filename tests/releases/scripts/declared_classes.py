@@ -102,8 +102,11 @@ def stand_in_for_torchvision():
 
 def main():
     stand_in_for_torchvision()
-    _, release = stage.begin(torch.bfloat16)
+    _, version = stage.begin(torch.bfloat16)
+    from vllm_moe_lora import supported
     from vllm_moe_lora.models.rows import ROWS
+
+    release = supported.release_of(version)
 
     found, failed = {}, {}
     for row in ROWS:

@@ -162,7 +162,7 @@ def stacked(text: str) -> dict[str, set[str]]:
 def _add(found: dict[str, set[str]], whole: object, part: object, shard: object) -> None:
     if not (isinstance(whole, str) and isinstance(part, str) and isinstance(shard, int | str)):
         return
-    if "proj" in str(shard):  # three names, not a name's place in another
+    if shard == "" or "proj" in str(shard):  # three names, not a name's place in another
         return
     last = [name.strip(".").removesuffix(".weight").split(".")[-1] for name in (whole, part)]
     if last[0] != last[1] and all(re.fullmatch(r"\w+", name) for name in last):

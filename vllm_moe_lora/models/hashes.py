@@ -159,12 +159,15 @@ HASHES: dict[str, dict[str, tuple[str, str]]] = {
         "0424e61bc7429deb": ("0.32.0", "0.33.0"),
         "28065647c23b0223": ("0.31.0", "0.31.0"),
     },
+    "vllm.models.glm5next.nvidia.model:Glm5NextForConditionalGeneration": {
+        "5855c831aaec8b0c": ("0.30.0", "0.30.0"),
+    },
     "vllm.models.hy_v4.amd.model:HYV4ForCausalLM": {
         "115ebfbe64c165f5": ("0.33.0", "0.33.0"),
         "9e17018c305f8a50": ("0.31.0", "0.32.0"),
     },
     "vllm.models.hy_v4.nvidia.model:HYV4ForCausalLM": {
-        "9e17018c305f8a50": ("0.30.0", "0.33.0"),
+        "9e17018c305f8a50": ("0.29.0", "0.33.0"),
     },
     "vllm.models.minimax_m3.amd.model:MiniMaxM3SparseForCausalLM": {
         "51b9a1ebadd126df": ("0.25.0", "0.32.0"),

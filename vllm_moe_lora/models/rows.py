@@ -139,8 +139,11 @@ ROWS: tuple[Row, ...] = (
         until="upstream's packed_modules_mapping has wk_weights_proj",
     ),
     Row(  # GLM-5.3-Flash
-        targets=(f"{_V}glm5next.common.model:Glm5NextForConditionalGeneration",),
-        releases=">=0.31,<0.34",
+        targets=(
+            f"{_V}glm5next.common.model:Glm5NextForConditionalGeneration",
+            f"{_V}glm5next.nvidia.model:Glm5NextForConditionalGeneration",  # 0.30
+        ),
+        releases=">=0.30,<0.34",
         known="source",
         extends=True,
         packed={
@@ -238,7 +241,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         targets=(f"{_V}hy_v4.nvidia.model:HYV4ForCausalLM", f"{_V}hy_v4.amd.model:HYV4ForCausalLM"),
-        releases=">=0.30,<0.34",
+        releases=">=0.29,<0.34",
         known="source",
         extends=True,
         ignored={

@@ -13,7 +13,7 @@ from vllm_moe_lora.sources import find, module_file, parse, read
 MODELS = "vllm.model_executor.models"
 # Lists in vLLM's registry whose classes may be served with LoRA.
 LISTS = ("_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS")
-MOE = re.compile(r"FusedMoE|get_expert_mapping|expert_params_mapping|SharedFusedMoE")
+MOE = re.compile(r"FusedMoE|get_expert_mapping|expert_params_mapping|\b\w*Mo[eE]\w*\(")
 
 
 @dataclass
@@ -120,32 +120,69 @@ def _packed(node: ast.ClassDef) -> list[dict[str, list[str]]]:
             continue
         for value in ast.walk(one.value) if one.value is not None else ():
             if isinstance(value, ast.Dict):
-                try:
-                    found.append(ast.literal_eval(value))
-                except ValueError:
-                    continue
+                found.append(_entries(value))
         if isinstance(targets[0], ast.Subscript) and isinstance(one.value, ast.List):
             found.append({ast.literal_eval(targets[0].slice): ast.literal_eval(one.value)})
     return found
 
 
+def _entries(node: ast.Dict) -> dict[str, list[str]]:
+    """The entries of a dictionary that are literals."""
+    found = {}
+    for key, value in zip(node.keys, node.values, strict=True):
+        if isinstance(key, ast.Constant) and isinstance(value, ast.List):
+            found[key.value] = ast.literal_eval(value)
+    return found
+
+
 @functools.cache
 def stacked(text: str) -> dict[str, set[str]]:
-    """Merged module -> its parts, of all literal lists of (module, part, shard) in a file."""
+    """Merged module -> its parts, as a file's literals say it in one of two ways.
+
+    (".qkv_proj", ".q_proj", "q") in a list, or ".q_proj": (".qkv_proj", "q") in a dictionary.
+    """
     found: dict[str, set[str]] = {}
     for node in ast.walk(parse(text)):
-        if not isinstance(node, ast.Tuple) or len(node.elts) != 3:
-            continue
-        words = [one.value for one in node.elts[:2] if isinstance(one, ast.Constant)]
-        if len(words) != 2 or not all(isinstance(word, str) for word in words):
-            continue
-        shard = node.elts[2]
-        if not isinstance(shard, ast.Constant) or not isinstance(shard.value, int | str):
-            continue
-        whole, part = (word.strip(".").removesuffix(".weight").split(".")[-1] for word in words)
-        if whole != part and re.fullmatch(r"\w+", whole) and re.fullmatch(r"\w+", part):
-            found.setdefault(whole, set()).add(part)
+        entries: list[list[ast.expr]] = []
+        if isinstance(node, ast.Tuple) and len(node.elts) == 3:
+            entries = [node.elts]
+        elif isinstance(node, ast.Dict):
+            pairs = zip(node.keys, node.values, strict=True)
+            entries = [
+                [value.elts[0], key, value.elts[1]]
+                for key, value in pairs
+                if key is not None and isinstance(value, ast.Tuple) and len(value.elts) == 2
+            ]
+        for whole, part, shard in entries:
+            if all(isinstance(one, ast.Constant) for one in (whole, part, shard)):
+                _add(found, whole.value, part.value, shard.value)
     return found
+
+
+def _add(found: dict[str, set[str]], whole: object, part: object, shard: object) -> None:
+    if not (isinstance(whole, str) and isinstance(part, str) and isinstance(shard, int | str)):
+        return
+    if shard == "" or "proj" in str(shard):  # three names, not a name's place in another
+        return
+    last = [name.strip(".").removesuffix(".weight").split(".")[-1] for name in (whole, part)]
+    if last[0] != last[1] and all(re.fullmatch(r"\w+", name) for name in last):
+        found.setdefault(last[0], set()).add(last[1])
+
+
+@functools.cache
+def merged(text: str) -> set[str]:
+    """Attributes that a file makes merged linear layers.
+
+    vLLM has LoRA on them only if a class has them in its ``packed_modules_mapping``.
+    """
+    return {
+        target.attr
+        for node in ast.walk(parse(text))
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Call)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Attribute)
+        and re.search(r"^(Merged\w*|QKV)ParallelLinear$", ast.unparse(node.value.func))
+    }
 
 
 # Functions that run while a model is built or loaded.

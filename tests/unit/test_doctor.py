@@ -47,6 +47,10 @@ def test_environment(capsys, monkeypatch):
     assert code == 0, said
     assert "adapters: on. Read every layout of routed experts, account for every tensor" in said
     assert any("entry point" in what for what in said)
+    (classes,) = [what for what in said if what.startswith("model-classes: LoRA is added to")]
+    served, refused = classes.split("; refused with the reason: ")
+    assert "KimiK25ForConditionalGeneration (engine)" in served
+    assert "DbrxForCausalLM" in refused
     monkeypatch.setenv("VLLM_MOE_LORA", "0")
     code, out = doctor(capsys)
     assert code == 1

@@ -13,6 +13,7 @@ _SYNONYMS = {
     "moe": "mlp",  # Step-3.5 in vLLM and in its published checkpoints
     "share_expert": "shared_experts",  # the same
     "attn": "self_attn",  # gpt-oss in vLLM; Tinker
+    "attention": "self_attn",  # the published checkpoints of Ling and Ring
     "unembed_tokens": "lm_head",  # Tinker
 }
 
@@ -34,6 +35,10 @@ def core(name: str) -> str:
     rest = [_SYNONYMS.get(word, word) for word in words[start:]]
     if rest[2:3] == ["shared_experts"]:  # a layer's own in Step-3.5's published checkpoints
         rest.insert(2, "mlp")
+    if rest[2:4] == ["self_attn", "dense"]:  # Ling's and Ring's; vLLM has o_proj in some layers
+        rest[3] = "o_proj"
+    if rest[2:4] == ["mlp", "router"]:  # Granite's in transformers; vLLM calls it a gate
+        rest[3:] = ["gate"]
     return ".".join(rest) if rest and rest[0] in ("layers", "lm_head", "embed_tokens") else name
 
 

@@ -17,7 +17,7 @@ def _create_lora_modules(original: Callable[..., Any]) -> Callable[..., Any]:
         from ..fitting.moe_layers import in_group, punica_wrappers, serves_moe
         from ..layers.shared_experts import aliases, gates
         from ..loading import memory
-        from ..models.repair import cast_inputs, resize_v
+        from ..models.repair import cast_inputs, resize_v, whole_batches
 
         flush_deferred()
         # Up to 0.13 this gate is a torch.nn.Linear, for which vLLM has no LoRA layer.
@@ -33,6 +33,7 @@ def _create_lora_modules(original: Callable[..., Any]) -> Callable[..., Any]:
                 wrapper.moe_lora_group = wrapper.token_mapping_meta.moe_lora_group = True
         resize_v(self)
         cast_inputs(self.model, self.modules)
+        whole_batches(self.model)
         aliases.drop_duplicates(self.modules)
         moved = aliases.rewire(self.model, self.modules)
         if moved:

@@ -175,6 +175,8 @@ def why_ignored(model: Any, module: str) -> str:
     if row is None:
         return ""
     table = {**row.ignored, **_for_config(model, row.ignored_if)}
+    if row.ignored_on:
+        table |= row.ignored_on.get(_device_type(), {})
     if row.not_sharded and _tensor_parallel_size() > 1:
         table |= dict.fromkeys(
             row.not_sharded,
@@ -182,6 +184,13 @@ def why_ignored(model: Any, module: str) -> str:
             "checked there. Serve with --tensor-parallel-size 1, or train without this module",
         )
     return next((table[end] for end in ends_of(module) if end in table), "")
+
+
+def _device_type() -> str:
+    """The name of vLLM's platform. ROCm's is "rocm", although torch calls its devices "cuda"."""
+    from vllm.platforms import current_platform
+
+    return "rocm" if current_platform.is_rocm() else str(current_platform.device_type)
 
 
 def _tensor_parallel_size() -> int:

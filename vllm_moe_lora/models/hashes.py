@@ -5,6 +5,25 @@ HASHES: dict[str, dict[str, tuple[str, str]]] = {
     "vllm.model_executor.models.alice_ai:AliceAIForCausalLM": {
         "f8f913723ef9a642": ("0.33.0", "0.33.0"),
     },
+    "vllm.model_executor.models.aria:AriaForConditionalGeneration": {
+        "05f34a488e5d4810": ("0.11.1", "0.12.0"),
+        "39b31c4e3dba596b": ("0.22.0", "0.30.0"),
+        "587d047cc66fdb19": ("0.16.0", "0.21.0"),
+        "b33bce0a0d97ed01": ("0.31.0", "0.31.0"),
+        "d6bb8307c085d9c8": ("0.13.0", "0.13.0"),
+        "dd31c6d698680c16": ("0.14.0", "0.14.1"),
+        "f4be20560c48218f": ("0.15.0", "0.15.1"),
+        "f7030d0e30212e9b": ("0.32.0", "0.33.0"),
+    },
+    "vllm.model_executor.models.bailing_moe_linear:BailingMoeV25ForCausalLM": {
+        "2282d72bb6a7a439": ("0.20.0", "0.20.0"),
+        "6994250976a77004": ("0.28.0", "0.33.0"),
+        "7ff51d543733818d": ("0.20.1", "0.27.1"),
+    },
+    "vllm.model_executor.models.bailing_moe_v3:BailingMoeV3ForCausalLM": {
+        "9bcf3114010d5a42": ("0.33.0", "0.33.0"),
+        "eae58843c45b3e9d": ("0.28.0", "0.32.0"),
+    },
     "vllm.model_executor.models.cohere2_moe:Cohere2MoeForCausalLM": {
         "16bbfc1a10738cb2": ("0.21.0", "0.24.0"),
         "63ba978a8338364f": ("0.31.0", "0.33.0"),
@@ -33,8 +52,23 @@ HASHES: dict[str, dict[str, tuple[str, str]]] = {
         "b858b7d7ec42251b": ("0.20.0", "0.27.1"),
         "ec5a57a438abc71a": ("0.11.1", "0.12.0"),
     },
-    "vllm.model_executor.models.grok1:GrokForCausalLM": {
-        "5377b5f2f78e4179": ("0.14.0", "0.24.0"),
+    "vllm.model_executor.models.gpt_oss:GptOssForCausalLM": {
+        "4d2934fee9f7b3cf": ("0.12.0", "0.13.0"),
+        "77cd4a4fb2e5dab4": ("0.33.0", "0.33.0"),
+        "b039b5c165c4e4ad": ("0.17.0", "0.17.1"),
+        "b9f0cc7e4b7d8002": ("0.11.1", "0.11.2"),
+        "c5e6377015d0cdd0": ("0.18.0", "0.28.0"),
+        "d731aaf32b891a0b": ("0.16.0", "0.16.0"),
+        "ede0d383d0a3376b": ("0.14.0", "0.15.1"),
+        "f46ef77cfe6862f9": ("0.29.0", "0.32.0"),
+    },
+    "vllm.model_executor.models.granitemoeshared:GraniteMoeSharedForCausalLM": {
+        "084a108cc80e500d": ("0.33.0", "0.33.0"),
+        "132133c7a0cf0331": ("0.29.0", "0.32.0"),
+        "264789519548e861": ("0.12.0", "0.15.1"),
+        "26c5cf770a718c54": ("0.16.0", "0.27.1"),
+        "6d35874d15b96051": ("0.28.0", "0.28.0"),
+        "e32beca4d864c728": ("0.11.1", "0.11.2"),
     },
     "vllm.model_executor.models.kimi_k25:KimiK25ForConditionalGeneration": {
         "165624aeece44d91": ("0.32.0", "0.33.0"),
@@ -125,12 +159,15 @@ HASHES: dict[str, dict[str, tuple[str, str]]] = {
         "0424e61bc7429deb": ("0.32.0", "0.33.0"),
         "28065647c23b0223": ("0.31.0", "0.31.0"),
     },
+    "vllm.models.glm5next.nvidia.model:Glm5NextForConditionalGeneration": {
+        "5855c831aaec8b0c": ("0.30.0", "0.30.0"),
+    },
     "vllm.models.hy_v4.amd.model:HYV4ForCausalLM": {
         "115ebfbe64c165f5": ("0.33.0", "0.33.0"),
         "9e17018c305f8a50": ("0.31.0", "0.32.0"),
     },
     "vllm.models.hy_v4.nvidia.model:HYV4ForCausalLM": {
-        "9e17018c305f8a50": ("0.30.0", "0.33.0"),
+        "9e17018c305f8a50": ("0.29.0", "0.33.0"),
     },
     "vllm.models.minimax_m3.amd.model:MiniMaxM3SparseForCausalLM": {
         "51b9a1ebadd126df": ("0.25.0", "0.32.0"),
@@ -155,5 +192,20 @@ HASHES: dict[str, dict[str, tuple[str, str]]] = {
         "8f4d7a8270ed5f88": ("0.31.0", "0.33.0"),
         "96fa31d4f60206d7": ("0.25.0", "0.25.1"),
         "b55e2543b4184831": ("0.29.0", "0.30.0"),
+    },
+    "vllm.models.muse_spark.amd.multimodal:MuseSparkForConditionalGeneration": {
+        "668388eac4759786": ("0.33.0", "0.33.0"),
+    },
+    "vllm.models.muse_spark.nvidia.multimodal:MuseSparkForConditionalGeneration": {
+        "af1d05e21d25d3a4": ("0.33.0", "0.33.0"),
+    },
+    "vllm.models.qwen4_exp.nvidia.model:Qwen4ExpForCausalLM": {
+        "99c3ba5c90d83408": ("0.31.0", "0.31.0"),
+        "cd34f3ff8686ffeb": ("0.32.0", "0.33.0"),
+    },
+    "vllm.models.qwen4_exp.nvidia.model:Qwen4ExpForConditionalGeneration": {
+        "01ff58f921cf47c2": ("0.33.0", "0.33.0"),
+        "0813569b56bd1b48": ("0.31.0", "0.31.0"),
+        "ea966d67c7bf7a7a": ("0.32.0", "0.32.0"),
     },
 }

@@ -6,10 +6,15 @@ the gate or not.
 
 vLLM's LoRA layer for merged q, k and v takes the size of v for that of k. In MiMo-V2 heads of v are
 smaller. LoRA on v then has a slot of the wrong size, and its rows end behind those of the output.
+
+Ernie 4.5 VL has experts for text and experts for images. In a step with both, each get their rows
+of the batch only, as do the shared experts and the gates. LoRA there would take the adapters of the
+first rows of the batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from .declare import ATTRIBUTE
@@ -73,3 +78,36 @@ def resize_v(manager: Any) -> list[str]:
         wrapper.create_lora_weights(manager.lora_slots, manager.lora_config, manager.model.config)
         found.append(name)
     return found
+
+
+def whole_batches(model: Any) -> list[str]:
+    """Give modules that split a batch all its rows twice, and take each row's result.
+
+    Args:
+        model: vLLM's model; nothing is done without its row.
+
+    Returns:
+        The names of the modules that were changed. They take ``hidden_states`` [tokens, hidden] and
+        ``visual_token_mask`` [tokens, 1], which is None without images.
+    """
+    row: Row | None = getattr(model, ATTRIBUTE, None)
+    if row is None or not row.whole_batches:
+        return []
+    found = [n for n, m in model.named_modules() if type(m).__name__ == row.whole_batches]
+    for name in found:
+        module = model.get_submodule(name)
+        module.forward = _on_all_rows(module.forward)
+    return found
+
+
+def _on_all_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(hidden_states: Any, visual_token_mask: Any, **more: Any) -> Any:
+        mask = visual_token_mask
+        if mask is None or mask.all() or not mask.any():
+            return original(hidden_states, mask, **more)
+        of_images = mask.bool()
+        text = original(hidden_states.clone(), None, **more)
+        images = original(hidden_states, of_images.new_ones(of_images.shape), **more)
+        return text.where(~of_images.view(-1, 1), images)
+
+    return forward

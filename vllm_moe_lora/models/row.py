@@ -28,9 +28,13 @@ class Row:
         config: where the config is, seen from the model, if the model has no ``config``.
         cast_inputs: ends of names of modules that the model calls in fp32, whatever its dtype. LoRA
             on them is computed in the adapters' dtype.
+        whole_batches: the class of modules that give their experts and gates the rows of text and
+            those of images apart, so that LoRA takes the adapters of other rows; "" if there is
+            none. `repair.whole_batches` changes them.
         ignored: end of a module's name -> why LoRA there would be ignored. An adapter with LoRA on
             it is refused with this reason.
         ignored_if: a name in the text model's config -> like ``ignored``, where it is set.
+        ignored_on: a device type ("rocm") -> like ``ignored``, on such a device only.
         not_sharded: ends of names of modules whose LoRA is not known to be right under tensor
             parallelism. Refused there.
         refused: why no adapter can be served on the class; "" if adapters can.
@@ -49,8 +53,10 @@ class Row:
     tower: str = ""
     config: str = ""
     cast_inputs: tuple[str, ...] = ()
+    whole_batches: str = ""
     ignored: Mapping[str, str] = field(default_factory=dict)
     ignored_if: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    ignored_on: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     not_sharded: tuple[str, ...] = ()
     refused: str = ""
     upstream: str = ""

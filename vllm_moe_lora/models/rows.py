@@ -10,6 +10,10 @@ _READ_DIRECTLY = (
     "vLLM's attention reads its weight directly, so the adapter would be ignored there. Merge the "
     "adapter into the model, or train without this module"
 )
+_MULTIPLIED = (
+    "vLLM multiplies its weight by the config's output_multiplier after loading, and an adapter "
+    "would not be multiplied. Merge the adapter into the model, or train without this module"
+)
 _QKV = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 _GATE_UP = {"gate_up_proj": ("gate_proj", "up_proj")}
 _QKV_A = {"fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")}
@@ -31,7 +35,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         targets=(f"{_ME}step3p5:Step3p5ForCausalLM",),
         releases=">=0.15.1,<0.34",
-        known="source",  # vLLM 0.32 on a CPU has no routing by sigmoid without groups
+        known="engine",
         packed={**_QKV, **_GATE_UP},
         config="model.config",
     ),
@@ -60,15 +64,38 @@ ROWS: tuple[Row, ...] = (
         releases=">=0.21,<0.34",
         known="engine",
     ),
-    # -- source --
     Row(
         targets=(f"{_ME}step3p7:Step3p7ForConditionalGeneration",),
         releases=">=0.23,<0.34",
-        known="source",
+        known="engine",
         language_model="language_model",
         connector="vit_large_projector",
         tower="vision_model",
     ),
+    Row(
+        targets=(f"{_ME}aria:AriaForConditionalGeneration",),
+        releases=">=0.11.1,<0.34",
+        known="engine",
+        packed={**_QKV, **_GATE_UP},
+        language_model="language_model",
+        connector="multi_modal_projector",
+        tower="vision_tower",
+        ignored={"mlp.router": "in vLLM its weight is no module that takes LoRA"},
+    ),
+    Row(  # Ling-2.5 and Ring-2.5
+        targets=(f"{_ME}bailing_moe_linear:BailingMoeV25ForCausalLM",),
+        releases=">=0.20,<0.34",
+        known="engine",
+        packed={**_GATE_UP, **_QKV_A, "query_key_value": ("query_key_value",)},
+    ),
+    Row(  # Ling-3
+        targets=(f"{_ME}bailing_moe_v3:BailingMoeV3ForCausalLM",),
+        releases=">=0.28,<0.34",
+        known="engine",
+        packed=_QKV_A,
+        ignored={f"{word}_conv1d": _READ_DIRECTLY for word in "qkv"},
+    ),
+    # -- source --
     Row(
         targets=(f"{_ME}kimi_vl:KimiVLForConditionalGeneration",),
         releases=">=0.11.1,<0.34",
@@ -91,12 +118,12 @@ ROWS: tuple[Row, ...] = (
         until="upstream's packed_modules_mapping has fused_qkv_a_proj",
     ),
     Row(
-        targets=(f"{_ME}grok1:GrokForCausalLM",),
-        releases=">=0.14,<0.25",
-        known="source",
+        targets=(f"{_ME}granitemoeshared:GraniteMoeSharedForCausalLM",),
+        releases=">=0.11.1,<0.34",
+        known="engine",
         extends=True,
-        packed=_GATE_UP,
-        until="0.25 is the oldest supported release",
+        packed={"input_linear": ("input_linear",)},  # gate and up of shared experts, fused
+        until="upstream's packed_modules_mapping has input_linear",
     ),
     Row(  # DeepSeek-V3.2 and GLM-5.x
         targets=(
@@ -112,8 +139,11 @@ ROWS: tuple[Row, ...] = (
         until="upstream's packed_modules_mapping has wk_weights_proj",
     ),
     Row(  # GLM-5.3-Flash
-        targets=(f"{_V}glm5next.common.model:Glm5NextForConditionalGeneration",),
-        releases=">=0.31,<0.34",
+        targets=(
+            f"{_V}glm5next.common.model:Glm5NextForConditionalGeneration",
+            f"{_V}glm5next.nvidia.model:Glm5NextForConditionalGeneration",  # 0.30
+        ),
+        releases=">=0.30,<0.34",
         known="source",
         extends=True,
         packed={
@@ -136,6 +166,7 @@ ROWS: tuple[Row, ...] = (
         connector="resampler_model",
         tower="vision_model",
         cast_inputs=("mlp.text_experts_gate", "mlp.vision_experts_gate"),
+        whole_batches="Ernie4_5_VLMoeMoE",
         until="upstream's class has get_mm_mapping, and its gates take the model's dtype",
     ),
     Row(
@@ -156,6 +187,51 @@ ROWS: tuple[Row, ...] = (
         until="upstream's attention calls these modules",
     ),
     Row(
+        targets=(f"{_ME}gpt_oss:GptOssForCausalLM",),
+        releases=">=0.11.1,<0.34",
+        known="source",
+        extends=True,
+        ignored_on={
+            "rocm": {
+                "mlp.router": "on AMD's GPUs vLLM multiplies with its weight directly, so the "
+                "adapter would be ignored there. Merge the adapter into the model, or train "
+                "without this module"
+            }
+        },
+        until="upstream's MLPBlock calls its router on ROCm",
+    ),
+    Row(
+        targets=(f"{_V}muse_spark.nvidia.multimodal:MuseSparkForConditionalGeneration",),
+        releases=">=0.33,<0.34",
+        known="source",
+        extends=True,
+        ignored_if={"output_multiplier": {"router": _MULTIPLIED}},
+        until="upstream multiplies the router's output",
+    ),
+    Row(  # On some of AMD's GPUs a kernel also reads a copy of the router's weight.
+        targets=(f"{_V}muse_spark.amd.multimodal:MuseSparkForConditionalGeneration",),
+        releases=">=0.33,<0.34",
+        known="source",
+        extends=True,
+        ignored={"router": _MULTIPLIED},
+        until="upstream multiplies the router's output, and calls the router on all GPUs",
+    ),
+    Row(
+        targets=tuple(
+            f"{_V}qwen4_exp.nvidia.model:Qwen4ExpFor{kind}"
+            for kind in ("CausalLM", "ConditionalGeneration")
+        ),
+        releases=">=0.31,<0.34",
+        known="source",
+        extends=True,
+        ignored=dict.fromkeys(
+            ("input_mix_weight_down", "block_inject_weight"),
+            "on some GPUs a kernel of vLLM's reads its weight directly, and the adapter would be "
+            "ignored there",
+        ),
+        until="upstream's hyperconnections call this module for all batches",
+    ),
+    Row(
         targets=(f"{_ME}alice_ai:AliceAIForCausalLM",),
         releases=">=0.33,<0.34",
         known="source",
@@ -165,7 +241,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         targets=(f"{_V}hy_v4.nvidia.model:HYV4ForCausalLM", f"{_V}hy_v4.amd.model:HYV4ForCausalLM"),
-        releases=">=0.30,<0.34",
+        releases=">=0.29,<0.34",
         known="source",
         extends=True,
         ignored={

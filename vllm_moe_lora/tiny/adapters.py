@@ -13,9 +13,11 @@ from vllm_moe_lora.tiny.oracle import load_tensors
 if TYPE_CHECKING:
     import torch
 
-# The weights that an adapter can target: all matrices of attention, MLPs, experts and gates.
+# The weights that an adapter can target: all matrices of attention, MLPs, experts and gates, and
+# those of LLaVA's tower and connector.
 _TARGET = re.compile(
-    r"\.layers\.\d+\..*(_proj|_proj_with_mqa|\.w[123]|\.gate|shared_expert_gate|in_proj_\w+)\.weight$"
+    r"(\.layers\.\d+\..*(_proj|_proj_with_mqa|\.w[123]|\.gate|\.wg|\.router|shared_expert_gate|"
+    r"in_proj_\w+|put_linear|\.fc[12])|multi_modal_projector\.linear_[12])\.weight$"
 )
 
 

@@ -161,7 +161,93 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_layer_types": ["dense", "sparse"],
         },
     ),
-    # The text model of multimodal.WRAPPERS.
+    # Its published names are those of transformers 4: see OWN_NAMES.
+    "granitemoe": (
+        "GraniteMoe",
+        {
+            "num_local_experts": EXPERTS,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 128,
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "granitemoeshared": (
+        "GraniteMoeShared",
+        {
+            "num_local_experts": EXPERTS,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 128,
+            "shared_intermediate_size": 96,
+            "attention_multiplier": 0.2,
+        },
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {
+            "moe_num_experts": EXPERTS,
+            "moe_k": 2,
+            "moe_num_shared_experts": 2,
+            "intermediate_size": 128,
+            "moe_intermediate_size": 128,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": 1,
+        },
+    ),
+    "exaone_moe": (
+        "ExaoneMoe",
+        {
+            **_MOE,
+            **_GROUPS,
+            "intermediate_size": 128,
+            "head_dim": 32,
+            "first_k_dense_replace": 1,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "jamba": (
+        "Jamba",
+        {
+            "num_experts": EXPERTS,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 128,
+            # All layers have attention: vLLM on a CPU has no operator for Mamba-1.
+            "attn_layer_period": 1,
+            "attn_layer_offset": 0,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+        },
+    ),
+    "hunyuan_v1_moe": (
+        "HunYuanMoEV1",
+        {"num_experts": EXPERTS, "moe_topk": 2, "intermediate_size": 128, "head_dim": 32},
+    ),
+    "dots1": (
+        "Dots1",
+        {
+            **_ROUTED,
+            **_GROUPS,
+            "intermediate_size": 128,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "head_dim": 32,
+        },
+    ),
+    # The next two are text models of multimodal.WRAPPERS.
+    "aria_text": (
+        "AriaText",
+        {
+            "moe_num_experts": EXPERTS,
+            "moe_topk": 2,
+            "moe_num_shared_experts": 2,
+            "intermediate_size": 128,
+            "head_dim": 32,
+        },
+    ),
     "step3p7_text": (
         "Step3p7Text",
         {
@@ -187,6 +273,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+
+# Families whose modules transformers calls otherwise than their checkpoints do.
+OWN_NAMES = ("granitemoe", "granitemoeshared")
 
 
 def build(family: str, folder: Path, seed: int = 0, **overrides: Any) -> Path:
@@ -229,6 +318,7 @@ def build(family: str, folder: Path, seed: int = 0, **overrides: Any) -> Path:
     model.save_pretrained(folder)
     if family in multimodal.WRAPPERS:
         multimodal.as_published(multimodal.WRAPPERS[family], folder)
+    if family in multimodal.WRAPPERS or family in OWN_NAMES:
         multimodal.write_twin(model, folder / multimodal.TWIN)
     return folder
 

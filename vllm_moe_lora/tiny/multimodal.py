@@ -51,6 +51,7 @@ _STEP: dict[str, Any] = {
     "more": {"image_token_id": 500},
     "text_config": {
         "model_type": "step3p5",
+        "architectures": ["Step3p5ForCausalLM"],
         "num_attention_groups": 2,
         "moe_num_experts": 8,
         "moe_top_k": 2,
@@ -98,6 +99,21 @@ WRAPPERS = {
             (r"^model\.mm_projector\.", "mm_projector."),
             (r"^vision_tower\.encoder\.patch_embed\.", "vision_tower.patch_embed."),
         ),
+    ),
+    "aria": Wrapper(
+        "aria_text",
+        "AriaConfig",
+        "AriaForConditionalGeneration",
+        vision={
+            "model_type": "idefics3_vision",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+        more={"image_token_index": 500, "projector_patch_to_query_dict": {"16": 4}},
     ),
     "step3p7": Wrapper(architecture="Step3p7ForConditionalGeneration", **_STEP),
     "step3p5": Wrapper(

@@ -52,8 +52,9 @@ def merge(checkpoint: Path, adapter: Path, target: Path) -> Path:
 
     config = json.loads((adapter / "adapter_config.json").read_text())
     weights, lora = load_tensors(checkpoint), load_tensors(adapter)
-    # Fused experts are [experts, in, out] in gpt-oss, and [experts, out, in] in all other families.
-    in_first = json.loads((checkpoint / "config.json").read_text())["model_type"] == "gpt_oss"
+    # Fused experts are [experts, in, out] in these two, and [experts, out, in] in all others.
+    model_type = json.loads((checkpoint / "config.json").read_text())["model_type"]
+    in_first = model_type in ("gpt_oss", "aria")
     for key in lora:
         match = _A.match(key)
         if match is None:

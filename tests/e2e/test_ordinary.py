@@ -84,6 +84,27 @@ def test_a_batch_that_needs_the_slot_of_a_pinned_adapter(case):
     assert a != b
     assert 1 in found["held"], "the pinned adapter stays in memory when others need room"
     assert found["pinned"] == [1], "and is pinned to a slot again"
+    assert found["removed"] == [], "but not what has its id after it was removed"
+
+
+@pytest.mark.long
+def test_new_weights_under_an_old_name(case):
+    """Offline; bare vLLM finds the prefixes that were computed with the old weights."""
+    found = tell("replaced", case, "a", "b")
+    assert found["found"] == found["want"]
+    assert found["want"][0] != found["want"][1]
+
+
+@pytest.mark.long
+def test_slots_pinned_and_files_lost_online(case):
+    found = tell("pinned_online", case, "a", "b")
+    a, b = found["before"]
+    assert a != b
+    assert found["pinned"][::2] == [a, a]
+    assert "all 1 slots hold pinned adapters" in found["pinned"][1]
+    assert found["removed"] == [b, a], "nothing is pinned any more"
+    assert "LoRA adapter 3" in found["lost"][0]
+    assert found["lost"][1] == b, "the engine goes on"
 
 
 def test_seeded_requests_in_chunks(case):

@@ -21,6 +21,11 @@ from vllm_moe_lora.hooks import all_hooks
 from vllm_moe_lora.patching import MARK, _Binding, digest, source_text
 from vllm_moe_lora.sources import target_text
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: run ci/install.sh"
 )
@@ -49,6 +54,18 @@ def test_record_is_complete(hook):
     assert named <= where or not hook.hashed, (
         f"no hash for {sorted(named - where)}: run ci/record_hashes.py"
     )
+
+
+def test_each_hook_of_the_newest_release_names_its_test():
+    """`ci/upstream.sh hooks` runs them: each fails without its hook."""
+    folder = Path(__file__).parents[2]
+    rows = tomllib.loads(Path(__file__).with_name("each_hook.toml").read_text())
+    newest = list(supported.releases())[-1]
+    named = {(feature, target) for feature, tests in rows.items() for target in tests}
+    assert named == {(hook.feature, hook.target) for hook in HOOKS if hook.made_for(newest)}
+    for test in {test for tests in rows.values() for test in tests.values()}:
+        file, _, name = test.split()[0].partition("::")
+        assert f"def {name.partition('[')[0]}" in (folder / file).read_text(), test
 
 
 def test_no_hash_without_a_hook():

@@ -145,16 +145,6 @@ def _remove_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     return remove_adapter
 
 
-_STAGING: dict[str, Any] = {
-    "feature": "safe-loading",
-    "make": _add_adapter,
-    "releases": ">=0.29,<0.34",
-    "why": "an adapter is read and packed on the thread that runs the model, so no request gets a "
-    "token meanwhile",
-    "upstream": "",
-    "until": "upstream reads adapters in a thread of their own",
-}
-
 HOOKS = (
     Hook(
         feature="adapters",
@@ -197,6 +187,14 @@ HOOKS = (
         upstream="",
         until="upstream's scheduler counts the slots of pinned adapters",
     ),
-    Hook(target=f"{_FILE}:WorkerLoRAManager.add_adapter", **_STAGING),
-    Hook(target=f"{_FILE}:LRUCacheWorkerLoRAManager.add_adapter", **_STAGING),
+    Hook(
+        feature="safe-loading",
+        target=f"{_FILE}:LRUCacheWorkerLoRAManager.add_adapter",
+        make=_add_adapter,
+        releases=">=0.29,<0.34",
+        why="an adapter is read and packed on the thread that runs the model, so no request gets a "
+        "token meanwhile",
+        upstream="",
+        until="upstream reads adapters in a thread of their own",
+    ),
 )

@@ -87,11 +87,11 @@ def _config() -> Any:
 
 def _supported() -> bool:
     """Whether our hooks keep the slots of all ranks equal: from vLLM 0.30 on, if they are on."""
-    from vllm.lora.worker_manager import WorkerLoRAManager
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
     from vllm.platforms import current_platform
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
-    hooked = [WorkerLoRAManager.add_adapter]
+    hooked = [LRUCacheWorkerLoRAManager.add_adapter]
     hooked.append(getattr(LoRAModelRunnerMixin, "maybe_setup_dummy_loras", None))  # type: ignore[arg-type]
     if current_platform.device_type != "cpu":
         from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU

@@ -51,7 +51,8 @@ def run(case, names, load=(), script=FORKED, said=(), **options):
     )
     answers, outcomes, log = engine.run(job, PROCESSES, timeout=120, script=script)
     # Spawned workers each say so; forked ones have it from the process that did.
-    assert log.count("vllm-moe-lora on vLLM") >= (1 if script == FORKED else 2) or not any(names)
+    if any(names) and os.environ.get("VLLM_MOE_LORA") != "0":  # as on patched trees
+        assert log.count("vllm-moe-lora on vLLM") >= (1 if script == FORKED else 2)
     for text in said:
         assert text in log, log[-3000:]
     alone = {name: [lp[-1] for _, lp in answers[i]] for i, name in enumerate(names)}

@@ -7,6 +7,7 @@ files are read once and then deleted).
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
 import shutil
@@ -18,9 +19,11 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from vllm_moe_lora.rl import push
 from vllm_moe_lora.tiny.oracle import load_tensors
 
+# On a patched tree without the plugin (ci/patched.sh), what is patched in.
+HOME = "vllm.lora.moe_lora" if os.environ.get("VLLM_MOE_LORA") == "0" else "vllm_moe_lora"
+push = importlib.import_module(f"{HOME}.rl").push
 VOCAB = 512
 OPTIONS = {
     "skip_tokenizer_init": True,
@@ -34,7 +37,7 @@ OPTIONS = {
     "max_cpu_loras": 2,
     "max_lora_rank": 16,
     "block_size": 32,
-    "worker_extension_cls": "vllm_moe_lora.rl.Worker",
+    "worker_extension_cls": f"{HOME}.rl.Worker",
 }
 opened = []  # files of adapters that anybody opened
 

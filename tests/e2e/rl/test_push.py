@@ -59,7 +59,7 @@ def test_versions(case):
     assert (found["abort"], found["left"]) == ("", False)
     assert "'policy' was pushed from memory and is not held any more" in found["gone"]
     assert found["kept"]
-    assert "worker_extension_cls='vllm_moe_lora.rl.Worker'" in found["off"]
+    assert "moe_lora.rl.Worker'" in found["off"]
     assert found["opened"] == []
 
 

@@ -216,6 +216,7 @@ def ask(model, adapters, options=None, cli=None, without=""):
         "raw": raw_references(network, worker._adapter_manager.modules),
         "adapters": {name: load(worker, number, path) for number, (name, path) in paths},
         "failing": load_failing(worker, adapters),
+        "registered": len(adapters) + 1 in worker.list_adapters(),
     }
 
 

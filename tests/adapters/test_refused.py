@@ -155,6 +155,15 @@ def test_refused_by_name(change, words):
         assert word in str(error.value)
 
 
+def test_what_peft_stores_beside_the_factors_is_not_refused():
+    """VeLoRA computes what LoRA computes; its vector is for the backward pass."""
+    truth = layouts.Truth(seed=2, tied=False)
+    tensors = layouts.per_expert(truth)
+    tensors[EXPERT_3.replace("lora_A.weight", "lora_velora_embed")] = torch.ones(64)
+    slots, _ = staged(tensors, truth, {})
+    assert worst(slots, truth, False, False) < 1e-6
+
+
 @pytest.mark.parametrize("name", ["flat", "packed", "stacked", "rows", "shared_outer"])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_every_tensor_of_every_layout_must_have_its_shape(name, axis):

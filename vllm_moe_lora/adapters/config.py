@@ -226,6 +226,7 @@ def _check_fields(raw: Mapping[str, Any]) -> None:
         ("use_bdlora", "PEFT makes a factor block-diagonal"),
         ("kasa_config", "PEFT truncates the base model's weights"),
         ("monteclora_config", "PEFT samples the factors"),
+        ("arrow_config", "PEFT chooses among other adapters for each token"),
     ):
         if raw.get(name):
             raise AdapterError(

@@ -89,7 +89,7 @@ def group(tensors: Mapping[str, torch.Tensor]) -> Grouped:
 def refuse_what_is_not_lora(found: Grouped) -> None:
     """Refuse an adapter with tensors that vLLM cannot serve.
 
-    Copies of the base model's embeddings (`EMBEDDING_COPIES`) are accepted and ignored.
+    What no product uses (`UNUSED`) is accepted and ignored.
 
     Raises:
         AdapterError: the adapter has DoRA magnitudes, biases or whole weights. The message names
@@ -98,7 +98,7 @@ def refuse_what_is_not_lora(found: Grouped) -> None:
     for what, tensors in (("DoRA magnitudes", found.magnitude), ("LoRA biases", found.bias)):
         if tensors:
             raise AdapterError(f"{what} on {listed(tensors)}. {_MERGE}")
-    lost = [key for key in found.full if not key.endswith(EMBEDDING_COPIES)]
+    lost = [key for key in found.full if not key.endswith(UNUSED)]
     if lost:
         near = any(".experts" in key for key in lost)
         raise AdapterError(
@@ -107,8 +107,13 @@ def refuse_what_is_not_lora(found: Grouped) -> None:
         )
 
 
-# PEFT stores these with LoRA on an embedding. They are the base model's weights, unchanged.
-EMBEDDING_COPIES = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
+# PEFT stores these beside the factors: with LoRA on an embedding the base model's weights,
+# unchanged; with VeLoRA the vector that compresses activations for the backward pass.
+UNUSED = (
+    ".embed_tokens.base_layer.weight",
+    ".lm_head.base_layer.weight",
+    ".lora_velora_embed",
+)
 
 
 def _put_dense(out: Grouped, key: str, name: Name, tensor: torch.Tensor) -> None:

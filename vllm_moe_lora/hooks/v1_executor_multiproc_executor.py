@@ -1,4 +1,4 @@
-"""vllm/v1/executor/multiproc_executor.py: calls of all workers, one of which fails."""
+"""vllm/v1/executor/multiproc_executor.py: calls of all workers, one of which fails or ends."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from ..patching import Hook
 def _collective_rpc(original: Callable[..., Any]) -> Callable[..., Any]:
     def collective_rpc(self: Any, *args: Any, **more: Any) -> Any:
         config = self.vllm_config
-        queues = getattr(self, "response_mqs", None)
-        if config.lora_config is None or not config.model_config.is_moe or not queues:
+        if config.lora_config is None or not config.model_config.is_moe:
             return original(self, *args, **more)
-        from ..loading.replies import of_all_ranks
+        from ..loading import replies
 
-        if more.get("unique_reply_rank") is not None:
-            return original(self, *args, **more)
-        self.response_mqs = of_all_ranks(queues)
+        queues = mine = getattr(self, "response_mqs", None)
+        if queues and more.get("unique_reply_rank") is None:
+            self.response_mqs = mine = replies.of_all_ranks(queues)
         try:
             return original(self, *args, **more)
+        except Exception as error:
+            if self.is_failed:
+                raise RuntimeError(replies.WORKER_ENDED) from error
+            raise
         finally:
-            self.response_mqs = queues
+            if mine is not queues and self.response_mqs is mine:  # not if a worker ended meanwhile
+                self.response_mqs = queues
 
     return collective_rpc
 

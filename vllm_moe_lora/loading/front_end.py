@@ -25,6 +25,7 @@ from ..adapters import folder
 from ..adapters.errors import AdapterError, message_prefix
 from ..targets.target_modules import may_target_experts
 from . import memory
+from .replies import WORKER_ENDED
 from .slots import GroupSlots
 
 MAX_ID = 2**63 - 1  # vLLM keeps the ids of a batch as int64
@@ -341,12 +342,17 @@ def unwrapped_error(error: BaseException, versioned: Any, request: Any) -> BaseE
         request: the caller's LoRARequest.
 
     Returns:
-        An `AdapterError` if that was the cause, else ``error``, which names the caller's path.
+        An `AdapterError` if that was the cause, vLLM's `EngineDeadError` if a worker ended, else
+        ``error``, which names the caller's path.
     """
     text = str(error).replace(versioned.lora_path, request.lora_path)
     found = re.search(r"LoRA adapter \d+: .*", text, re.DOTALL)
     if isinstance(error, AdapterError):
         return error
+    if WORKER_ENDED in text:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        return EngineDeadError()
     if found is not None:
         return AdapterError(re.sub(r"['\"], please check.*$", "", found[0], flags=re.DOTALL))
     if text != str(error):

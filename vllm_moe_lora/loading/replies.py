@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+WORKER_ENDED = "A worker process of this engine has ended, so the engine ends."
+
 
 class _Reply:
     """In place of one rank's queue of replies."""
@@ -21,6 +23,10 @@ class _Reply:
         if not self._read:
             self._read.extend(queue.dequeue(timeout=timeout) for queue in self._queues)
         return self._read[self._rank]
+
+    def shutdown(self) -> None:
+        """vLLM's thread that sees a worker die ends the queues, while another one reads them."""
+        self._queues[self._rank].shutdown()
 
 
 def of_all_ranks(queues: Sequence[Any]) -> list[_Reply]:

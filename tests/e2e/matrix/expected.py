@@ -51,9 +51,6 @@ def prepare(case: Case) -> Case:
     ):
         case.adapters[name] = layouts.save(case.folder / name, tensors, truth)
         layouts.merge(case.plain, truth, case.folder / f"{name}-merged")
-    for name in drawn.ADAPTERS:
-        if not (case.folder / f"{name}-merged").exists():
-            oracle.merge(case.plain, case.adapters[name], case.folder / f"{name}-merged")
     case.adapters[drawn.BAD] = shutil.copytree(case.adapters["all"], case.folder / drawn.BAD)
     tensors = load_file(case.adapters[drawn.BAD] / FILE)
     next(t for k, t in tensors.items() if "layers.1.mlp.experts.3.up_proj" in k)[0, 0] = torch.nan
@@ -77,21 +74,26 @@ class Oracle:
     """transformers' fp32 answers of the base model (None) and of each merged adapter."""
 
     def __init__(self, case: Case) -> None:
-        folders = {n: case.folder / f"{n}-merged" for n in drawn.ADAPTERS}
-        self._models = {
-            name: AutoModelForCausalLM.from_pretrained(
+        self.case = case
+        self._models: dict = {}
+        self._known: dict = {}
+
+    def _model(self, name: str | None) -> torch.nn.Module:
+        if name not in self._models:
+            folder = self.case.plain if name is None else self.case.folder / f"{name}-merged"
+            if not folder.exists():
+                oracle.merge(self.case.plain, self.case.adapters[name], folder)
+            self._models[name] = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, attn_implementation="eager"
             ).eval()
-            for name, folder in {None: case.plain, **folders}.items()
-        }
-        self._known: dict = {}
+        return self._models[name]
 
     def __call__(self, name: str | None, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [tokens, vocab], and the last token's hidden state [hidden] of length 1."""
         key = (name, tuple(ids))
         if key not in self._known:
             with torch.no_grad():
-                found = self._models[name](
+                found = self._model(name)(
                     torch.tensor([ids]), use_cache=False, output_hidden_states=True
                 )
             last = found.hidden_states[-1][0, -1].float()
@@ -114,7 +116,7 @@ def refusals(options: dict, name: str | None, pinned: set[str]) -> list[str]:
     targets = lora.get("lora_target_modules")
     if targets and not words <= set(targets):
         found.append("lora-target-modules")
-    if "lm_head" in words and (options["family"] == "qwen2_moe" or "runner" in options):
+    if "lm_head" in words and (options["family"] != "qwen3_moe" or "runner" in options):
         found.append("lm_head")
     if "experts" in words and lora["enable_moe_shared_loras"] and name != "shared-outer":
         found.append("experts have different lora_A, but this engine stores one")

@@ -16,7 +16,7 @@ import torch
 from .. import sizes
 from ..canonical import Experts, Part, pick
 from ..errors import AdapterError, listed
-from ..group import EMBEDDING_COPIES
+from ..group import UNUSED
 from ..names import PREFIX, PROJECTIONS, parse, place
 from ..spelling import Spellings
 from .convert import Adapter, Progress, replacing
@@ -144,7 +144,7 @@ class Plan:
             scale, _ = config.scale(module, rank)
             self._change(f"{module}.bias", _add_bias(bias, scale), f"{module}.lora_B.bias")
         for key, tensor in found.full.items():
-            if not key.endswith(EMBEDDING_COPIES):
+            if not key.endswith(UNUSED):
                 name = key.removeprefix(PREFIX).replace(".modules_to_save.default.", ".")
                 self._change(name.replace(".modules_to_save.", "."), _replace(tensor), key)
 

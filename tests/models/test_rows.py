@@ -116,6 +116,7 @@ READ_AND_RIGHT = {
         (f"{name}ForConditionalGeneration", "proj"): "of the vision tower"
         for name in ("Glm5Next", "Ernie4_5_VLMoe", "Glm4v", "Glm4vMoe", "GlmOcr")
     },
+    ("Qwen3NextForCausalLM", "conv1d"): "a convolution: factors with three dimensions are refused",
     ("Glm5NextForConditionalGeneration", "wk_weights_proj"): "weights_proj is refused, wk is right",
 }
 
@@ -135,7 +136,7 @@ def whole_of(one, row):
     return {whole for whole, names in parts.items() if names and names <= refused}
 
 
-@pytest.mark.parametrize("release", [r for r in SOME if Version(r) >= Version("0.32")])
+@pytest.mark.parametrize("release", [r for r in SOME if r == "0.32.0" or len(SOME) > 2])
 def test_modules_that_are_read_directly_are_refused(release):
     """LoRA around a module has no effect where the model reads the module's weight itself."""
     rows, missing = rows_of(release), []

@@ -1,6 +1,7 @@
 """A plugin of pytest: turns vLLM's plugins on, and writes each test's outcome to $OUTCOMES.
 
-As JSON: test -> [when, outcome, the last line of what was raised].
+One line of JSON for each: [test, when, outcome, the last line of what was raised]. The last line of
+a test counts. With pytest-xdist the process that hears of all of them writes.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-FOUND: dict[str, list[str]] = {}
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """As an engine does; many of these tests use vLLM's classes without one."""
+    if not WORKER and config.getoption("numprocesses", None):
+        return
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
@@ -26,8 +29,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _keep(name: str, when: str, report: object) -> None:
-    said = str(report.longrepr or "").strip().splitlines()
-    FOUND[name] = [when, report.outcome, said[-1] if said else ""]
+    if not WORKER:
+        said = str(report.longrepr or "").strip().splitlines()
+        with Path(os.environ["OUTCOMES"]).open("a") as file:
+            print(json.dumps([name, when, report.outcome, said[-1] if said else ""]), file=file)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -38,7 +43,3 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_collectreport(report: pytest.CollectReport) -> None:
     if report.outcome != "passed":
         _keep(report.nodeid, "collect", report)
-
-
-def pytest_sessionfinish() -> None:
-    Path(os.environ["OUTCOMES"]).write_text(json.dumps(FOUND, indent=0, sort_keys=True))

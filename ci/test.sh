@@ -25,7 +25,8 @@ fi
 # Releases whose wheels are small, and verl's pin: about 200 MB once, 150 MB kept; and the Triton of
 # releases with torch 2.11, 190 MB once, 640 MB kept. What cannot be fetched is not tested.
 releases=(0.11.1 0.12.0 0.13.0 0.14.1 0.15.1 0.16.0 0.24.0)
-others=(verl==0.9.1)  # a trainer whose own files run in tests/e2e/rl
+# A trainer whose own files run in tests/e2e/rl, and a platform's with the vLLM it is made for.
+others=(verl==0.9.1 vllm_ascend==0.23.0.post1)
 if [ "$mode" = all ]; then
   export MOE_LORA_ALL=1
   mapfile -t releases < <("$python" -c "

@@ -45,14 +45,16 @@ def register() -> None:
             f"vLLM {version} is not a supported release (supported: {known})",
             "upgrade vllm-moe-lora, or set VLLM_MOE_LORA_ALLOW_UNVERIFIED=1 to try",
         )
+    from vllm_moe_lora import platforms
     from vllm_moe_lora.hooks import all_hooks
 
     first = _status is None
+    hooks, hashes = platforms.for_platform(current_platform, version)
     _status = patching.apply(
-        supported.made_for(version, all_hooks()),
+        supported.made_for(version, all_hooks()) + hooks,
         version=version,
         platform=current_platform.device_type,
-        hashes=supported.hashes(version),
+        hashes=supported.hashes(version) | hashes,
         out_of_tree=current_platform.is_out_of_tree(),
         allow_unverified=unverified,
         disabled=envs.disabled_features(),

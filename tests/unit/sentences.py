@@ -10,7 +10,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "vllm_moe_lora"
 # Rooms whose errors and warnings end up in a user's log. The commands print cures of their own, and
 # what kernels/ raises is caught and logged by layers/gpu.
-ROOMS = ("adapters", "fitting", "hooks", "layers", "loading", "models", "rl", "targets")
+ROOMS = ("adapters", "fitting", "hooks", "layers", "loading", "models", "platforms", "rl")
+ROOMS += ("targets",)
 FILES = ("envs.py", "plugin.py", "trigger.py")
 CALLERS = ("rl/convert_routes.py",)  # errors of a trainer's own call, shown where it is made
 HOOK_DATA = {"why", "upstream", "until", "target", "releases"}

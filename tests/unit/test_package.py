@@ -26,6 +26,7 @@ ROOMS = [
     "trigger",
     "plugin",
     "seams",
+    "platforms",
     "hooks",
     "rl",
     "layers",

@@ -30,7 +30,8 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 CONFIGS = []  # of the models, in the order they were built
 
 
-def build(checkpoint, options=None, cli=None, monolithic=False):
+def build(checkpoint, options=None, cli=None, monolithic=False, fill=lambda config, model: None):
+    """The release's model and its LoRA manager; ``fill`` is called between the two."""
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -57,6 +58,7 @@ def build(checkpoint, options=None, cli=None, monolithic=False):
 
         torch.set_default_dtype(torch.float32)
         model = initialize_model(config)
+        fill(config, model)
         if config.lora_config is None:
             return model, None
         from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager

@@ -79,7 +79,7 @@ def config(layers: int, quant: str) -> dict[str, Any]:
     return built
 
 
-def write_adapter(folder: Path, layers: int, seed: int) -> None:
+def write_adapter(folder: Path, layers: int, seed: int, rank: int = 16) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -87,7 +87,7 @@ def write_adapter(folder: Path, layers: int, seed: int) -> None:
     tensors = {}
 
     def add(name: str, out: int, inn: int) -> None:
-        for part, shape in (("A", (16, inn)), ("B", (out, 16))):
+        for part, shape in (("A", (rank, inn)), ("B", (out, rank))):
             draw = torch.randn(shape, generator=generator) * 0.01
             tensors[f"base_model.model.{name}.lora_{part}.weight"] = draw.to(torch.bfloat16)
 
@@ -105,7 +105,9 @@ def write_adapter(folder: Path, layers: int, seed: int) -> None:
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "r": 16, "lora_alpha": 16, "target_modules": ["up_proj"]})
+        json.dumps(
+            {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["up_proj"]}
+        )
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from vllm_moe_lora.models.declare import declare
 from vllm_moe_lora.plugin import status
+from vllm_moe_lora.records import layer_shapes
 from vllm_moe_lora.targets import data_parallel, target_modules
 from vllm_moe_lora.targets.supports_lora import takes_lora
 
@@ -52,6 +53,9 @@ class Answer:
         weights: the size of the model's weights.
         slot: the size of one LoRA slot (the buffers for one adapter), over all modules.
         slot_experts: the part of ``slot`` that belongs to routed experts.
+        own_rank: whether a slot of routed experts takes only the rank of its adapter, and nothing
+            if it is empty (our CPU experts). ``slot_experts`` is then for rank max_lora_rank.
+        widened: bytes by which the experts' weights grow for such an adapter.
         memory: the device's total memory.
         error: why vLLM refuses the model, or "". If it is set, the other fields mean nothing.
         wrapped: the number of MoE layers whose routed experts get LoRA.
@@ -79,6 +83,8 @@ class Answer:
     placement: list[str] = field(default_factory=list)
     sent: int = 0
     sent_for_lora: int = 0
+    own_rank: bool = False
+    widened: int = 0
 
 
 def ask(question: Question, timeout: float = 600) -> Answer:
@@ -142,9 +148,13 @@ def answer(question: Question) -> Answer:
     if not wrapped:
         spread |= {"refused": "", "sent_for_lora": 0}
     sizes = (weights, slot, slot_experts, memory)
-    shapes = _layer_shapes(moe_layers, config)
+    shapes = layer_shapes(moe_layers, config)
     found = Answer(dict(names), takes, *sizes, wrapped=wrapped, layers=shapes, **spread)
     found.model_class = f"{row.name} ({row.known})" if row is not None else ""
+    if wrapped and current_platform.is_cpu() and status().get("cpu-experts") == "on":
+        from vllm_moe_lora.layers.cpu.slots import widened
+
+        found.own_rank, found.widened = True, widened(moe_layers, config)
     return found
 
 
@@ -351,35 +361,6 @@ def _slot_bytes(model: Any, config: Any) -> tuple[int, int, list[tuple[Any, int]
         rows = min(packed, slices) * moe.hidden_dim + slices * inner + inner + moe.hidden_dim
         experts += config.lora_config.max_loras * moe.num_local_experts * rank * rows * width
     return dense, experts, found
-
-
-def _layer_shapes(layers: list[tuple[Any, int]], config: Any) -> list[dict[str, Any]]:
-    """Return the distinct shapes of MoE layers, see `Answer.layers`.
-
-    Args:
-        layers: from `_slot_bytes`.
-        config: vLLM's.
-    """
-    lora, found = config.lora_config, []
-    for layer, packed in layers:
-        moe = layer.moe_config
-        fused = 2 if moe.is_act_and_mul else 1
-        shape = {
-            "experts": moe.num_local_experts,
-            "top_k": moe.experts_per_token,
-            "hidden": moe.hidden_dim,
-            "inner": moe.intermediate_size_per_partition,
-            "slices": min(packed, fused),
-            "fused": fused,
-            "slots": lora.max_loras,
-            "rank": lora.max_lora_rank,
-            "dtype": str(lora.lora_dtype).removeprefix("torch."),
-            "base": type(layer.quant_method).__name__.startswith("Unquantized")
-            and not getattr(moe, "has_bias", False),
-        }
-        if shape not in found:
-            found.append(shape)
-    return found
 
 
 def main() -> None:

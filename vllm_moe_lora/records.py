@@ -291,3 +291,32 @@ def kernels_hash() -> str:
     for path in sorted((PACKAGE / "kernels" / "triton").glob("*.py")):
         found.update(path.name.encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:16]
+
+
+def layer_shapes(layers: list[tuple[Any, int]], config: Any) -> list[dict[str, Any]]:
+    """Return the distinct shapes of MoE layers, see `probe.Answer.layers`.
+
+    Args:
+        layers: each MoE layer with the number of its packed modules.
+        config: vLLM's.
+    """
+    lora, found = config.lora_config, []
+    for layer, packed in layers:
+        moe = layer.moe_config
+        fused = 2 if moe.is_act_and_mul else 1
+        shape = {
+            "experts": moe.num_local_experts,
+            "top_k": moe.experts_per_token,
+            "hidden": moe.hidden_dim,
+            "inner": moe.intermediate_size_per_partition,
+            "slices": min(packed, fused),
+            "fused": fused,
+            "slots": lora.max_loras,
+            "rank": lora.max_lora_rank,
+            "dtype": str(lora.lora_dtype).removeprefix("torch."),
+            "base": type(layer.quant_method).__name__.startswith("Unquantized")
+            and not getattr(moe, "has_bias", False),
+        }
+        if shape not in found:
+            found.append(shape)
+    return found

@@ -1,6 +1,6 @@
 """A child that says how an engine runs its routed experts, and what LoRA does in each batch.
 
-Prints "EXPERTS [classes of experts, wrapped layers, bytes of their stacks]" once the engine has
+Prints "EXPERTS [classes of experts, wrapped layers, size of their stacks]" once the engine has
 its model, and "CALLS n" after each batch: how often functions of LoRA on experts were entered.
 """
 
@@ -44,7 +44,7 @@ _counted("expand_add", cpu_unquantized, cpu_int4)
 
 
 def _experts(model):
-    """[classes of experts, wrapped layers, bytes of stacks]"""
+    """[classes of experts, wrapped layers, numbers that their stacks may hold]"""
     from vllm.lora.layers.fused_moe import FusedMoEWithLoRA
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
@@ -60,7 +60,7 @@ def _experts(model):
         for one in getattr(wrapper, name)
     ]
     kinds = {type(m.quant_method.moe_kernel.fused_experts).__name__ for m in layers}
-    return sorted(kinds), len(wrappers), sum(one.nbytes for one in stacks)
+    return sorted(kinds), len(wrappers), sum(one.shape.numel() for one in stacks)
 
 
 _made, _generate = LLM.__init__, LLM.generate

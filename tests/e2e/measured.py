@@ -8,6 +8,7 @@ import torch
 from vllm.lora.layers.fused_moe import FusedMoEWithLoRA
 from vllm.lora.model_manager import LoRAModelManager
 
+from vllm_moe_lora.kernels.slot_stack import SlotStack
 from vllm_moe_lora.tiny import engine
 
 _made = LoRAModelManager.__init__
@@ -22,7 +23,9 @@ def _measured(self, *args, **more):
         if moe:  # its lora_a_stacked are views of the others
             names = [n for n in names if n.startswith("w")]
         found = [value for n in names for value in getattr(module, n) if value is not None]
-        size = sum(t.nbytes for t in found if isinstance(t, torch.Tensor))
+        # The experts' slots take memory only for what an adapter has: here what they may hold.
+        found = [t for t in found if isinstance(t, torch.Tensor | SlotStack)]
+        size = sum(t.shape.numel() * t.dtype.itemsize for t in found)
         total, experts = total + size, experts + size * moe
     classes = {
         type(module._moe_kernel.fused_experts).__name__

@@ -48,3 +48,5 @@ def test_backend_and_bytes(make_case, quant, flag):
     else:
         assert all("WithLoRA" not in name for name in said.backends)
     assert (said.slot * 3, said.slot_experts * 3) == (total, experts)
+    assert said.own_rank == (flag is None)
+    assert bool(said.widened) == (flag is None and quant is None)

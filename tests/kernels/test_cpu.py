@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_moe_lora.kernels import cpu, cpu_dense
+from vllm_moe_lora.kernels.slot_stack import SlotStack
 
 
 def _random(*shape, generator):
@@ -43,7 +44,12 @@ def test_shrink_and_expand(tokens, experts, top_k, slots, rank, shared, foreign,
     pairs = x[plan.tokens()]
     y = torch.full((len(plan), 9), float("nan"))
     y[:, :7] = 1.0  # a strided view of wider, poisoned rows
-    cpu.expand_add(y[:, :7], cpu.shrink(pairs, lora_a, plan), lora_b, plan)
+    ranks = [int(r) for r in torch.randint(1, rank + 1, (slots,), generator=g)]
+    for slot, own in enumerate(ranks):
+        lora_a[slot, :, own:] = 0
+    stacks = SlotStack.of(lora_a, ranks, 1), SlotStack.of(lora_b, ranks, 2)
+    z = cpu.shrink(pairs, stacks[0], plan, max(ranks))
+    cpu.expand_add(y[:, :7], z, stacks[1], plan)
     here = (topk_ids[plan.rows] >= 0) & (topk_ids[plan.rows] < experts)
     assert torch.equal(plan.by_token(plan.tokens()), plan.rows[:, None] * here)
     covered = [i for _, start, stop in plan.expert_slices() for i in range(start, stop)]

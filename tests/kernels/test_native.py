@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from vllm_moe_lora.kernels import cpu_dense
 from vllm_moe_lora.kernels.native import build, calls, pairs
+from vllm_moe_lora.kernels.slot_stack import SlotStack
 
 pytest.importorskip("numba", reason="the native kernels need numba: ci/install.sh")
 # Here they have to compile: a failure must not look like a machine that cannot have them.
@@ -190,14 +191,15 @@ def _through(found, ranks, x, a, b, weights, seed):
     hidden = x.shape[1]
     first, more = _columns(ranks, 2)
     before = torch.full((len(found), hidden + more), torch.nan).to(x.dtype)
-    assert found.before(x, before, first, a)
+    assert found.before(x, before, first, [SlotStack.of(f, ranks, 1) for f in a])
     second, more = _columns(ranks, 1)
     # What the base gives depends on the pair alone, so that rows can be compared between batches.
     rows = x[found.rows].repeat_interleave(len(found) // max(1, found.rows.numel()), 0)
     seeds = torch.cos(torch.arange(hidden + more).float() * (1 + found.ids))
     after = (seeds * rows.float().sum(1, keepdim=True)).to(x.dtype)
     out = torch.full_like(x, torch.nan)
-    assert found.after(after, out, second, b, max(ranks), weights)
+    lora_b = SlotStack.of(b, ranks, 2)
+    assert found.after(after, out, second, lora_b, max(ranks), weights)
     return before, after, out
 
 
@@ -280,12 +282,13 @@ def test_routed_refuses():
     slots[:] = torch.tensor([0, 1, -1, 7, 0])  # 7 is not a slot here: like no adapter
     found = pairs.make_pairs(slots, ranks, ids, 4)
     assert found.rows.tolist() == [0, 1, 4]
-    wide = torch.empty(6, 60)
+    wide, few = torch.empty(6, 60), [SlotStack.of(f[:1], [4], 1) for f in a]
+    a, b = [SlotStack.of(f, [4, 4], 1) for f in a], SlotStack.of(b, [4, 4], 2)
     assert not found.before(x.half(), wide, [0, 8], a)
     assert not found.before(x, wide.half(), [0, 8], a)
     assert not found.before(x, wide[:5], [0, 8], a)
     assert not found.before(x[:4], wide, [0, 8], a)
-    assert not found.before(x, wide, [0, 8], [f[:1] for f in a])
+    assert not found.before(x, wide, [0, 8], few)
     assert not found.after(wide, x[:4], [0, 4], b, 4, weights)
     assert found.after(wide, x, [0, 4], b, 4, weights.double())
     assert pairs.make_pairs(slots[:4], ranks, ids, 4) is None
@@ -301,6 +304,8 @@ def test_pairs_in_the_order_of_experts(shared):
     slots, ids, x, a, b, _ = _routed(torch.float32, 40, 3, 6, ranks, 24, shared, True, 5)
     for factor in a:
         factor[1, :, 5:] = 0
+    stacks_a = [SlotStack.of(f, ranks, 1) for f in a]
+    stacks_b = [SlotStack.of(b, ranks, 2)] * 2
     found = pairs.make_pairs(slots, torch.tensor(ranks), ids, 6)
     order, segments = found.sorted()
     tokens = found.rows[order // 3]
@@ -315,14 +320,13 @@ def test_pairs_in_the_order_of_experts(shared):
     assert merged == sorted(set(own.tolist()))
     y = torch.randn(len(keys), 48)
     got, pairs_x = y.clone(), x[tokens]
-    assert pairs.add_lora_to_pairs(got, pairs_x, a, (b, b), segments)
+    assert pairs.add_lora_to_pairs(got, pairs_x, stacks_a, stacks_b, segments)
     for i, (expert, slot) in enumerate(keys):
         e = 0 if shared else expert
         deltas = [b[slot, e].double() @ f[slot, e].double() @ pairs_x[i].double() for f in a]
         assert torch.allclose(got[i].double(), y[i] + torch.cat(deltas), atol=1e-5)
-    odd = [f.transpose(0, 1).contiguous().transpose(0, 1) for f in a]
-    if not shared:
-        assert not pairs.add_lora_to_pairs(got, pairs_x, odd, (b, b), segments)
+    half = [SlotStack.of(f.half(), ranks, 1) for f in a]
+    assert not pairs.add_lora_to_pairs(got, pairs_x, half, stacks_b, segments)
 
 
 @pytest.mark.parametrize("how", ["missing", "fails"])

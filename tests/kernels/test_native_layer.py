@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vllm_moe_lora.kernels.slot_stack import SlotStack
+
 pytestmark = pytest.mark.cpu_engine
 
 EXPERTS, TOP_K, HIDDEN, INNER, RANKS = (
@@ -72,15 +74,18 @@ class Layer:
         self.punica = SimpleNamespace()
         self.experts = _experts()
         self.experts.process_weights_after_loading(self.module)
+        stacks_a, stacks_b = (
+            [SlotStack.of(f, RANKS, i) for f in fs] for i, fs in ((1, self.a), (2, self.b))
+        )
         context = SimpleNamespace(
             local_token_lora_mapping=None,
             punica_wrapper=self.punica,
             max_loras=slots,
             local_num_experts=EXPERTS,
-            w13_lora_a_stacked=tuple(self.a),
-            w13_lora_b_stacked=tuple(self.b),
-            w2_lora_a_stacked=(self.a2,),
-            w2_lora_b_stacked=(self.b2,),
+            w13_lora_a_stacked=tuple(stacks_a),
+            w13_lora_b_stacked=tuple(stacks_b),
+            w2_lora_a_stacked=(SlotStack.of(self.a2, RANKS, 1),),
+            w2_lora_b_stacked=(SlotStack.of(self.b2, RANKS, 2),),
         )
         self.experts.set_lora_context(context)
         wrapper = SimpleNamespace(**vars(context), intermediate_size_per_partition=INNER)

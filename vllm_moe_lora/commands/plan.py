@@ -221,10 +221,12 @@ def _check_device(
         findings.append(Finding(True, f"{parallel}: no routed experts"))
     memory = args.memory * GIB if args.memory else found.memory
     free = memory * args.gpu_memory_utilization - found.weights
-    slots = max_loras * found.slot
+    findings += _check_own_rank(parallel, found, max_loras, rank)
+    slots = max_loras * (found.slot + found.widened)
+    experts = found.slot_experts + found.widened
     what = (
-        f"{parallel}: a LoRA slot of rank {rank} takes {found.slot / 2**20:,.1f} MiB per device "
-        f"({found.slot_experts / 2**20:,.1f} for routed experts), {max_loras} take "
+        f"{parallel}: a LoRA slot of rank {rank} takes {slots / max_loras / 2**20:,.1f} MiB per "
+        f"device ({experts / 2**20:,.1f} for routed experts), {max_loras} take "
         f"{slots / GIB:,.2f} GiB; weights: {found.weights / GIB:,.2f} of {memory / GIB:,.1f} GiB"
     )
     if slots < free:
@@ -235,10 +237,32 @@ def _check_device(
             Finding(
                 False,
                 f"{what}: this does not fit",
-                _smaller_setting(found.slot, free, rank, needed, size),
+                _smaller_setting(found.slot + found.widened, free, rank, needed, size),
             )
         )
     return findings
+
+
+def _check_own_rank(parallel: str, found: Answer, max_loras: int, rank: int) -> list[Finding]:
+    """Say what an adapter takes where slots of routed experts have its own rank.
+
+    Args:
+        parallel: the beginning of each finding.
+        found: vLLM's answer.
+        max_loras, rank: the settings --max-loras and --max-lora-rank.
+    """
+    if not found.own_rank:
+        return []
+    dense = max_loras * found.slot_experts
+    what = (
+        f"{parallel}: {max_loras} dense slots of rank {rank} would take {dense / GIB:,.2f} GiB for "
+        "routed experts; here an adapter takes "
+        f"{found.slot_experts / rank / 2**20:,.2f} MiB for each of its own ranks, in memory once"
+    )
+    if found.widened:
+        more = found.widened / rank / 2**20
+        what += f" (and {more:,.2f} MiB in the experts' weights while it is in a slot)"
+    return [Finding(True, what + ", and an empty slot takes nothing")]
 
 
 def _check_spread(parallel: str, found: Answer) -> list[Finding]:

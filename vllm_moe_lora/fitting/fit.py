@@ -15,9 +15,10 @@ from ..adapters.errors import AdapterError, listed, prefixed
 from ..adapters.group import Tensors
 from ..adapters.layouts.recognise import resolve
 from ..adapters.spelling import Spellings
+from ..kernels.slot_stack import SlotStack
 from ..log import get_logger
 from ..targets import supports_lora
-from . import merged_projections, strict
+from . import budget, merged_projections, strict
 from .memory import PausedGC
 from .moe_layers import dims_of, for_set_lora, is_experts, serves_moe, slots_of
 from .stage import stage
@@ -79,12 +80,20 @@ def fit(manager: Any, lora: Any) -> None:
 def _stage_warm_up(manager: Any, lora: Any) -> None:
     """Replace the experts of vLLM's warm-up adapter by zeros for the experts on this device.
 
+    They are left out where a slot takes memory only for what an adapter has (CPU): the experts'
+    weights would be widened for nothing.
+
     If gate and up are fused, the warm-up adapter of vLLM up to 0.32 holds only the experts of one
     device, but vLLM then splits it by the number of all experts.
     """
     staged = {}
     for name, wrapper in manager.modules.items():
-        if is_experts(wrapper) and lora.loras.pop(f"{name}.base_layer", None) is not None:
+        if not is_experts(wrapper):
+            continue
+        fused = lora.loras.pop(f"{name}.base_layer", None) is not None
+        if any(isinstance(one, SlotStack) for one in getattr(wrapper, "w13_lora_a_stacked", ())):
+            lora.loras.pop(name, None)
+        elif fused:
             nothing = stage(Experts(name, "warm-up"), slots_of(manager, wrapper))
             staged[name] = for_set_lora(manager, wrapper, nothing)
     _put_staged(lora, staged)
@@ -119,14 +128,19 @@ def _fit(manager: Any, lora: Any, pending: PendingExperts | None) -> None:
         dims = dims_of(manager, next(iter(wrappers.values())))
         layers = {prefix: pending.layers[prefix] for prefix in fitted}
         resolved, notes = resolve(layers, dims, pending.config)
-        staged = {}
-        for found in resolved:
+        staged, limit, size = {}, budget.budget_of(manager), 0
+        for count, found in enumerate(resolved, start=1):
             wrapper = wrappers[fitted[found.prefix]]
             tensors = stage(found, slots_of(manager, wrapper))
+            size += budget.size_of(tensors)
+            if limit is not None:
+                limit.check(size * len(resolved) // count)
             staged[fitted[found.prefix]] = for_set_lora(manager, wrapper, tensors)
         for note in notes:
             logger.warning("LoRA adapter %d: %s", lora.id, note)
         logger.debug("LoRA adapter %d: %s", lora.id, {found.layout for found in resolved})
+        if limit is not None:
+            limit.add(lora, size)
         _put_staged(lora, staged)
     if not lora.loras:
         raise AdapterError("none of its tensors is for this model. Was it trained on another one?")

@@ -2,7 +2,7 @@
 
 `set_lora` writes an adapter into a slot of a LoRA layer, and `reset_lora` clears a slot. The CPU
 experts (layers/cpu) and our Triton kernels (layers/gpu/moe_kernels.py) keep data of their own for
-each slot. These hooks update it.
+each slot. These hooks update it. And on a CPU a slot has its adapter's own rank.
 """
 
 from __future__ import annotations
@@ -26,6 +26,19 @@ def _notify_experts(wrapper: Any, event: str, *args: Any) -> None:
         # outside of it later.
         with torch.inference_mode(False), torch.no_grad():
             handler(*args)
+
+
+def _create(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the stacks of lora_a or lora_b on a CPU, as `SlotStack`."""
+
+    @functools.wraps(original)
+    def create_lora_weights(self: Any, *args: Any, **more: Any) -> None:
+        from ..layers.cpu.slots import created
+
+        with created(self):
+            original(self, *args, **more)
+
+    return create_lora_weights
 
 
 def _set_lora(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,7 +103,30 @@ _KERNELS: dict[str, Any] = {
     "adapter in each slot",
 }
 
+_STACKS: dict[str, Any] = {
+    "feature": "cpu-experts",
+    "make": _create,
+    "releases": ">=0.30,<0.34",
+    "platforms": ("cpu",),
+    "upstream": "",
+    "until": "upstream allocates the factors of an adapter when it is loaded",
+    "why": "factors are allocated for max_loras adapters of max_lora_rank, whether they are there "
+    "or not, and each adapter is copied there although its tensors stay in memory",
+    "layers": True,
+}
+
+
+_STACK_HOOKS = tuple(
+    Hook(target=f"{_FILE}:{name}", **_STACKS)
+    for name in (
+        "FusedMoEWithLoRA._create_lora_a_weights",
+        "FusedMoEWithLoRA._create_lora_b_weights",
+        "FusedMoE3DWithLoRA._create_lora_b_weights",
+    )
+)
+
 HOOKS = (
+    *_STACK_HOOKS,
     Hook(target=f"{_FILE}:FusedMoEWithLoRA.set_lora", make=_set_lora, **_COMMON),
     Hook(target=f"{_FILE}:FusedMoE3DWithLoRA.set_lora", make=_set_lora, **_COMMON),
     Hook(target=f"{_FILE}:FusedMoEWithLoRA.reset_lora", make=_reset_lora, **_COMMON),

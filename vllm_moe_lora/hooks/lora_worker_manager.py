@@ -110,13 +110,15 @@ def _keeping_removed(original: Callable[..., Any], worker: Any, request: Any) ->
 
 def _apply_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
     def _apply_adapters(self: Any, lora_requests: Any) -> None:
+        from ..fitting.budget import unlimited
         from ..fitting.moe_layers import serves_moe
         from ..loading.pinned import places_for
 
         manager = self._adapter_manager
         if not lora_requests or not serves_moe(manager):
             return original(self, lora_requests)
-        with places_for(manager, {one.lora_int_id for one in lora_requests if one}):
+        ids = {one.lora_int_id for one in lora_requests if one}
+        with unlimited(manager), places_for(manager, ids):
             return original(self, lora_requests)
 
     return _apply_adapters

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .slot_stack import SlotStack
+
 # Up to this many pairs a batch counts as small. Gathering copies rank * in elements per pair, so
 # beyond it the loop over segments is faster (benchmarks/cpu_engine.py, 2-core EPYC, rank 16, hidden
 # size 2048).
@@ -127,29 +129,29 @@ def make_plan(
     return PairPlan(rows, top_k, order if here is None else here[order], slots, experts, segments)
 
 
-def shrink(x: torch.Tensor, lora_a: torch.Tensor, plan: PairPlan) -> torch.Tensor:
+def shrink(x: torch.Tensor, lora_a: SlotStack, plan: PairPlan, rank: int) -> torch.Tensor:
     """Compute z[p] = lora_a[slot of p, expert of p] x[p] for each pair p.
 
     Args:
         x: [pairs, in], one row per pair, in the plan's order.
         lora_a: [slots, experts or 1, rank, in]. 1 means that all experts share the factor.
         plan: from `make_plan`.
+        rank: the highest rank of the batch.
 
     Returns:
-        [pairs, rank] in x's dtype.
+        [pairs, rank] in x's dtype, with zeros beyond the rank of the pair's own adapter.
     """
-    a = lora_a if lora_a.dtype == x.dtype else lora_a.to(x.dtype)
-    shared = a.shape[1] == 1
-    z = x.new_empty(len(plan), a.shape[2])
+    z = x.new_zeros(len(plan), rank)
     if not plan.segments:
-        picked = a[plan.slots, 0 if shared else plan.experts]
+        picked = _pick(lora_a, plan, rank).to(x.dtype)
         torch.bmm(picked, x.unsqueeze(-1), out=z.unsqueeze(-1))
     for slot, expert, start, stop in plan.segments:
-        torch.mm(x[start:stop], a[slot, 0 if shared else expert].t(), out=z[start:stop])
+        a = lora_a.factor(slot, expert).to(x.dtype)
+        torch.mm(x[start:stop], a.t(), out=z[start:stop, : a.shape[0]])
     return z
 
 
-def expand_add(y: torch.Tensor, z: torch.Tensor, lora_b: torch.Tensor, plan: PairPlan) -> None:
+def expand_add(y: torch.Tensor, z: torch.Tensor, lora_b: SlotStack, plan: PairPlan) -> None:
     """Compute y[p] += lora_b[slot of p, expert of p] z[p] for each pair p, in place.
 
     Args:
@@ -158,10 +160,24 @@ def expand_add(y: torch.Tensor, z: torch.Tensor, lora_b: torch.Tensor, plan: Pai
         lora_b: [slots, experts or 1, out, rank]. 1 means that all experts share the factor.
         plan: from `make_plan`.
     """
-    b = lora_b if lora_b.dtype == y.dtype else lora_b.to(y.dtype)
-    shared = b.shape[1] == 1
     if not plan.segments:
-        picked = b[plan.slots, 0 if shared else plan.experts]
+        picked = _pick(lora_b, plan, z.shape[1]).to(y.dtype)
         y += torch.bmm(picked, z.unsqueeze(-1)).squeeze(-1)
     for slot, expert, start, stop in plan.segments:
-        y[start:stop].addmm_(z[start:stop], b[slot, 0 if shared else expert].t())
+        b = lora_b.factor(slot, expert).to(y.dtype)
+        y[start:stop].addmm_(z[start:stop, : b.shape[1]], b.t())
+
+
+def _pick(factor: SlotStack, plan: PairPlan, rank: int) -> torch.Tensor:
+    """Copy each pair's factor: [pairs, rank, in] or [pairs, out, rank], 0 beyond its own rank."""
+    slots = plan.slot_set()
+    if len(slots) == 1 and factor.slot(slots[0]).shape[factor.rank_axis] == rank:
+        return factor.factors(slots[0], plan.experts)
+    size = list(factor.shape[2:])
+    size[factor.rank_axis - 1] = rank
+    picked = torch.zeros(len(plan), *size, dtype=factor.dtype)
+    for slot in slots:
+        pairs = plan.pairs_of(slot)
+        own = factor.factors(slot, plan.experts[pairs])
+        picked.narrow(factor.rank_axis, 0, own.shape[factor.rank_axis])[pairs] = own
+    return picked

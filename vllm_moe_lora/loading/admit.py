@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from ..adapters.errors import AdapterError
+from ..fitting.budget import FULL
 from ..log import get_logger
 from . import front_end
 from .assigned import with_slot
@@ -95,7 +96,7 @@ async def load(engine: Any, request: Any) -> bool:
         # Other front ends may be using it. The workers then drop one themselves, and keep it.
         if dropped is not None and not held.shared:
             await core.remove_lora_async(dropped)
-        await _stage(core, versioned)
+        await _stage_in_memory(engine, versioned)
         if replaces:
             await _wait_until_unused(engine, versioned)
             await _stage(core, versioned)  # after a long wait it may have expired
@@ -236,6 +237,32 @@ async def _stage(core: Any, request: Any) -> None:
         await asyncio.sleep(POLL_SECONDS)
 
 
+async def _stage_in_memory(engine: Any, request: Any) -> None:
+    """Have an adapter staged; drop idle ones while VLLM_MOE_LORA_MEMORY is full.
+
+    If none is idle, it waits for one, for at most `ROOM_SECONDS`.
+
+    Raises:
+        Exception: the adapter is refused, perhaps because there is no room.
+    """
+    held, lora_id, core = engine.moe_lora_held, request.lora_int_id, engine.engine_core
+    end = time.monotonic() + ROOM_SECONDS
+    while True:
+        try:
+            return await _stage(core, request)
+        except Exception as error:
+            # Other front ends may be using what is idle here.
+            if FULL not in str(error) or held.shared:
+                raise
+            dropped = held.drop_idle(lora_id, front_end.busy(engine))
+            while dropped is None:
+                if time.monotonic() > end or await engine.is_paused():
+                    raise
+                await asyncio.sleep(POLL_SECONDS)
+                dropped = held.drop_idle(lora_id, front_end.busy(engine))
+            await core.remove_lora_async(dropped)
+
+
 def load_sync(engine: Any, request: Any) -> bool:
     """Load an adapter by an `LLMEngine`, the offline engine.
 
@@ -270,7 +297,14 @@ def load_sync(engine: Any, request: Any) -> bool:
     with _loading(held, request) as versioned:
         if dropped is not None:
             engine.engine_core.remove_lora(dropped)
-        return bool(engine.engine_core.add_lora(versioned))
+        while True:
+            try:
+                return bool(engine.engine_core.add_lora(versioned))
+            except Exception as error:
+                dropped = held.drop_idle(lora_id, used) if FULL in str(error) else None
+                if dropped is None:
+                    raise
+                engine.engine_core.remove_lora(dropped)
 
 
 @contextmanager

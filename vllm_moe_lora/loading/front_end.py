@@ -181,6 +181,14 @@ class HeldAdapters:
             del self._held[dropped]
         return dropped
 
+    def drop_idle(self, lora_id: int, in_flight: Counter[int]) -> int | None:
+        """Forget an idle adapter other than this one; see `make_room` for what is returned."""
+        ids = (i for i in self._unpinned() if i != lora_id and self._held[i].ready)
+        dropped = next((i for i in ids if not in_flight[i]), None)
+        if dropped is not None:
+            del self._held[dropped]
+        return dropped
+
     def begin(self, request: Any) -> tuple[Any, Version]:
         """Begin a load. It takes one place of the capacity until `done` or `failed` is called.
 

@@ -38,7 +38,8 @@ def slept(llm, checkpoint):
             for name, value in vars(module).items():
                 if name.endswith(("lora_a_stacked", "lora_b_stacked")):
                     for stack in value if isinstance(value, tuple | list) else (value,):
-                        stack.fill_(7.0)
+                        if isinstance(stack, torch.Tensor):  # on a CPU the experts' slots have none
+                            stack.fill_(7.0)
 
     llm.collective_rpc(forget)
     whole(llm, checkpoint)

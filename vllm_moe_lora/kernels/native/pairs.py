@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..slot_stack import SlotStack
 from . import build, pool
 from .calls import DTYPES, SMALL, Ranges, add_lora, address, fit
 
@@ -55,11 +56,15 @@ class Pairs:
         ]
         return scratch[tokens : tokens + count], segments
 
-    def _fit(self, wide: torch.Tensor, x: torch.Tensor, factors: Sequence[torch.Tensor]) -> bool:
+    def _fit(self, wide: torch.Tensor, x: torch.Tensor, factors: Sequence[SlotStack]) -> bool:
         """Return whether the kernels take these tensors."""
         tokens, slots = self._table[24], self._table[32]
         rows = wide.shape[0] == len(self) and x.shape[0] == tokens and wide.shape[1] >= x.shape[1]
-        return rows and fit(wide, x, *factors) and all(f.shape[0] >= slots for f in factors)
+        return (
+            rows
+            and fit(wide, x)
+            and all(f.dtype == x.dtype and f.shape[0] >= slots for f in factors)
+        )
 
     def _run(
         self,
@@ -67,26 +72,23 @@ class Pairs:
         x: torch.Tensor,
         wide: torch.Tensor,
         columns: Sequence[int],
-        factors: Sequence[torch.Tensor],
+        factors: Sequence[SlotStack],
         hidden: int,
         z: torch.Tensor | None,
         weights: torch.Tensor | None,
     ) -> None:
-        first = factors[0]
-        table, parts = self._table, array("q")
-        for factor in factors:
-            parts.extend((factor.data_ptr(), factor.stride(0), factor.stride(1)))
+        table, parts = self._table, array("q", [factor.table() for factor in factors])
         places = array("q", columns)
         del table[_HALF:]
         table[0] = table[8] = table[16] = 0
         table.extend((DTYPES[wide.dtype], x.data_ptr(), x.stride(0), hidden))
         table.extend((wide.data_ptr(), wide.stride(0), address(places)))
-        table.extend((len(factors), address(parts), first.stride(2)))
+        table.extend((len(factors), address(parts), 0))
         table.extend((0, 0) if z is None else (z.data_ptr(), z.shape[1]))
-        table.append(int(first.shape[1] == 1))
+        table.append(0)
         table.extend((0, 0) if weights is None else (weights.data_ptr(), weights.stride(0)))
         table.extend((x.data_ptr(), x.stride(0), wide.shape[1]))
-        work = len(self) * hidden * first.shape[-2 if z is None else -1]
+        work = len(self) * hidden * factors[0].highest_rank
         pool.run(kernel, address(table), work < SMALL)
 
     def before(
@@ -94,7 +96,7 @@ class Pairs:
         hidden_states: torch.Tensor,
         wide: torch.Tensor,
         columns: Sequence[int],
-        lora_a: Sequence[torch.Tensor],
+        lora_a: Sequence[SlotStack],
     ) -> bool:
         """Fill the rows that the base experts get; return whether it was possible.
 
@@ -103,14 +105,12 @@ class Pairs:
             wide: [pairs, hidden and more], is overwritten: hidden states, then lora_a x of each
                 slice in the columns of the pair's slot, then zeros.
             columns: the first column of each slot, counted from ``hidden``.
-            lora_a: one tensor a slice, [slots, experts or 1, rank, hidden].
+            lora_a: one stack a slice, [slots, experts or 1, rank, hidden].
         """
         if not self._fit(wide, hidden_states, lora_a):
             return False
-        if any(a.stride(2) != lora_a[0].stride(2) for a in lora_a):
-            return False
         hidden = hidden_states.shape[1]
-        if any(a.shape[-1] != hidden or a.shape[1] != lora_a[0].shape[1] for a in lora_a):
+        if any(a.shape[-1] != hidden for a in lora_a):
             return False
         x, before = hidden_states, self._kernels.before
         self._run(before, x, wide, columns, lora_a, hidden, None, None)
@@ -121,7 +121,7 @@ class Pairs:
         wide: torch.Tensor,
         output: torch.Tensor,
         columns: Sequence[int],
-        lora_b: torch.Tensor,
+        lora_b: SlotStack,
         rank: int,
         topk_weights: torch.Tensor | None,
     ) -> bool:
@@ -207,8 +207,8 @@ def merge_experts(segments: Sequence[Segment]) -> list[tuple[int, int, int]]:
 def add_lora_to_pairs(
     y: torch.Tensor,
     x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
+    lora_a: Sequence[SlotStack],
+    lora_b: Sequence[SlotStack],
     segments: Sequence[Segment],
 ) -> bool:
     """Compute y[pair, slice i] += lora_b[i] (lora_a[i] x[pair]); return whether it was possible.
@@ -216,19 +216,21 @@ def add_lora_to_pairs(
     Args:
         y: [pairs, out of all slices], in the order of `Pairs.sorted`.
         x: [pairs, in], in the same order.
-        lora_a: one tensor a slice, [slots, experts or 1, rank, in].
-        lora_b: one tensor a slice, [slots, experts or 1, out, rank].
+        lora_a: one stack a slice, [slots, experts or 1, rank, in].
+        lora_b: one stack a slice, [slots, experts or 1, out, rank].
         segments: from `Pairs.sorted`.
     """
-    experts = lora_a[0].shape[1]
-    # The kernel for dense layers does it, if it takes each expert of each slot for a slot.
-    if any(
-        f.shape[1] != experts or f.stride(0) != experts * f.stride(1) for f in (*lora_a, *lora_b)
-    ):
+    if not fit(y, x) or any(f.dtype != y.dtype for f in (*lora_a, *lora_b)):
         return False
-    flat_a, flat_b = ([f.flatten(0, 1) for f in side] for side in (lora_a, lora_b))
-    ranges = Ranges(
-        (slot * experts + (0 if experts == 1 else expert), start, stop)
-        for slot, expert, start, stop in segments
-    )
-    return add_lora(y, x, flat_a, flat_b, ranges, 1.0, [b.shape[2] for b in lora_b])
+    by_slot: dict[int, Ranges] = {}
+    for slot, expert, start, stop in segments:
+        by_slot.setdefault(slot, Ranges()).append((expert, start, stop))
+    # The kernel for dense layers does it, if it takes each expert of a slot for a slot.
+    columns = [b.shape[2] for b in lora_b]
+    for slot, own in by_slot.items():
+        count = own[-1][0] + 1  # the experts ascend
+        a, b = ([f.slot(slot) for f in side] for side in (lora_a, lora_b))
+        a, b = ([f.expand(count, -1, -1) if f.shape[0] == 1 else f for f in s] for s in (a, b))
+        if not add_lora(y, x, a, b, own, 1.0, columns):
+            return False
+    return True

@@ -13,13 +13,13 @@ three kernels get the same table (int64, see loops.py), `plan` the first half of
     40  dtype             41  hidden states   42  their row stride     43  hidden size
     44  wide rows (one a pair: [hidden, columns of adapters])          45  their row stride
     46  first column of each slot in a wide row (int64 address)
-    47  slices            48  address of slices (3 a slice: factor, stride of slots, of experts)
-    49  row stride of the factor               50  fp32 scratch z, [pairs, rank]
-    51  highest rank (row stride of z)         52  1 if all experts share a factor
+    47  slices            48  address of slices (one a slice: the address of its factor's slots)
+    50  fp32 scratch z, [pairs, rank]          51  highest rank (row stride of z)
     53  router weights (fp32 address; 0: all 1) 54  their row stride
     55  output            56  its row stride   57  width of a wide row
 
-A segment is a range of pairs, sorted by expert, then slot: (slot, expert, first, number).
+A segment is a range of pairs, sorted by expert, then slot: (slot, expert, first, number). A slot of
+a factor is (address, stride of experts, stride of rows), see `SlotStack.table`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from .vectors import (
     narrow,
 )
 
-SEGMENT, SLICE = 4, 3
+SEGMENT, SLOT = 4, 3
 CHUNK = 64  # pairs of one item
 COLUMN_CHUNK = 64  # columns of the output of one item
 
@@ -145,12 +145,10 @@ def _slot(table, pair):
 
 @compiled
 def _factor(table, slice_, slot, expert):
-    """Return the address of a factor of one slot and expert."""
-    part = get(table, 48) + ((slice_ * SLICE) << 3)
-    place = slot * get(part, 1)
-    if get(table, 52) == 0:
-        place += expert * get(part, 2)
-    return get(part, 0) + (place << (1 if get(table, 40) == BF16 else 2))
+    """Return the address of a factor of one slot and expert, and its row stride."""
+    place = get(get(table, 48), slice_) + ((slot * SLOT) << 3)
+    shift = 1 if get(table, 40) == BF16 else 2
+    return get(place, 0) + ((expert * get(place, 1)) << shift), get(place, 2)
 
 
 @compiled
@@ -188,11 +186,11 @@ def _shrink_item(table, segment, slice_, block, start, xs, z):
     for i in range(m):
         row = get(_rows(table), get(pairs, i) // top_k)
         put(xs, i, get(table, 41) + ((row * get(table, 42)) << shift))
-    slot, stride = get(segment, 0), get(table, 49)
+    slot = get(segment, 0)
     rank, j = get(get(table, 31), slot), block * RANKS
     ranks = min(rank - j, RANKS)
-    a = _factor(table, slice_, slot, get(segment, 1)) + ((j * stride) << shift)
-    shrink(dtype, xs, m, a, stride, ranks, hidden, z, RANKS)
+    a, stride = _factor(table, slice_, slot, get(segment, 1))
+    shrink(dtype, xs, m, a + ((j * stride) << shift), stride, ranks, hidden, z, RANKS)
     first = hidden + get(get(table, 46), slot) + slice_ * rank + j
     for i in range(m):
         wide = get(table, 44) + ((get(pairs, i) * get(table, 45)) << shift)
@@ -269,7 +267,7 @@ def _combine_item(table, item, totals, zs, ys, scales, tile, edge):
     """Compute COLUMN_CHUNK columns of the output of all tokens with an adapter."""
     dtype = get(table, 40)
     shift = 1 if dtype == BF16 else 2
-    top_k, top, stride = get(table, 29), get(table, 51), get(table, 49)
+    top_k, top = get(table, 29), get(table, 51)
     column = item * COLUMN_CHUNK
     stop = min(column + COLUMN_CHUNK, get(table, 43))
     count = get(table, 35)
@@ -279,7 +277,7 @@ def _combine_item(table, item, totals, zs, ys, scales, tile, edge):
         segment = _segments(table) + ((s * SEGMENT) << 3)
         slot, start = get(segment, 0), get(segment, 2)
         rank = get(get(table, 31), slot)
-        b = _factor(table, 0, slot, get(segment, 1))
+        b, stride = _factor(table, 0, slot, get(segment, 1))
         end = start + get(segment, 3)
         while start < end:
             m = min(end - start, CHUNK)

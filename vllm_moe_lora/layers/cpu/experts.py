@@ -1,8 +1,8 @@
 """The common part of the CPU experts classes with LoRA support (vLLM 0.30 to 0.33).
 
-vLLM's LoRA layer (`FusedMoEWithLoRA`) keeps the factors of all adapter slots in its buffers, and
-gives them to its experts as a `MoELoRAContext`. hooks/lora_layers_fused_moe_slots.py calls
-`slot_written` and `slot_cleared` after each change of a slot.
+vLLM's LoRA layer (`FusedMoEWithLoRA`) has the factors of all adapter slots, here in a `SlotStack`
+each, and gives them to its experts as a `MoELoRAContext`. hooks/lora_layers_fused_moe_slots.py
+makes them, and calls `slot_written` and `slot_cleared` after each change of a slot.
 
 `apply` splits a batch. Tokens without an adapter run upstream's own `apply`, so their results are
 bit for bit those without LoRA. Tokens with an adapter run `apply_lora` of the subclass.
@@ -98,13 +98,16 @@ class CPULoRAExperts:
             wrapper.token_mapping_meta = SlotsToSend(wrapper._token_lora_indices.numel())
 
     def slot_written(self, wrapper: Any, slot: int, rank: int) -> None:
-        """Take over an adapter that the LoRA layer has just written into its buffers.
+        """Take over an adapter that the LoRA layer has just written into its stacks.
 
         Args:
             wrapper: the `FusedMoEWithLoRA`.
             slot: of the adapter, from 0.
             rank: the highest rank of its factors on this layer.
         """
+        for name in ("w13_lora_a", "w13_lora_b", "w2_lora_a", "w2_lora_b"):
+            for stack in getattr(wrapper, f"{name}_stacked"):
+                stack.set_rank(slot, rank)
         self._set_rank(slot, rank)
 
     def slot_cleared(self, slot: int) -> None:

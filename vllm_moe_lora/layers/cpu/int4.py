@@ -148,7 +148,7 @@ class Int4CPUExperts(CPULoRAExperts):
         assert context is not None
         a13, b13 = context.w13_lora_a_stacked, context.w13_lora_b_stacked
         a2, b2 = context.w2_lora_a_stacked[0], context.w2_lora_b_stacked[0]
-        if not fit(hidden_states, output, *a13, *b13, a2, b2):
+        if not fit(hidden_states, output) or a2.dtype != output.dtype:
             return False
         order, found = pairs.sorted()
         tokens = pairs.rows[order // topk_ids.shape[1]]
@@ -191,12 +191,11 @@ class Int4CPUExperts(CPULoRAExperts):
         start = 0
         for a, b in zip(context.w13_lora_a_stacked, context.w13_lora_b_stacked, strict=True):
             part = gate_up[:, start : start + b.shape[2]]
-            z = shrink(x, a[:, :, :rank], plan)
-            expand_add(part, z, b[:, :, :, :rank], plan)
+            expand_add(part, shrink(x, a, plan, rank), b, plan)
             start += b.shape[2]
         h = gate_up.new_empty(len(plan), gate_up.shape[1] // 2)
         torch.ops._C.silu_and_mul(h, gate_up)
         y = _matmul(h, w2, self.w2_zp, self.w2_scale, slices)
-        z = shrink(h, context.w2_lora_a_stacked[0][:, :, :rank], plan)
-        expand_add(y, z, context.w2_lora_b_stacked[0][:, :, :, :rank], plan)
+        z = shrink(h, context.w2_lora_a_stacked[0], plan, rank)
+        expand_add(y, z, context.w2_lora_b_stacked[0], plan)
         return combine(y, None if router_weight_on_input else topk_weights, plan)

@@ -136,7 +136,7 @@ class WidenedCPUExperts(CPULoRAExperts):
     # -- slots ---------------------------------------------------------------------------------
 
     def slot_written(self, wrapper: Any, slot: int, rank: int) -> None:
-        """Copy B13 and A2 of ``slot`` from the LoRA layer's buffers into the packed weights."""
+        """Copy B13 and A2 of ``slot`` from the LoRA layer's stacks into the packed weights."""
         self.slot_cleared(slot)
         super().slot_written(wrapper, slot, rank)
         self._wrapper = wrapper
@@ -148,7 +148,7 @@ class WidenedCPUExperts(CPULoRAExperts):
         target = blocks(self._layer.w13_weight.data)[:, :, start * PACK_ROWS : stop * PACK_ROWS]
         target.copy_(blocks(pack(b13, self.isa))[:, :, : target.shape[2]])
 
-        a2 = wrapper.w2_lora_a_stacked[0][slot][:, :rank]
+        a2 = wrapper.w2_lora_a_stacked[0].slot(slot)
         first, grows = self._w2_rows.take(slot, _round_up(rank, PACK_ROWS))
         if grows:
             self._grow_w2()
@@ -178,14 +178,14 @@ class WidenedCPUExperts(CPULoRAExperts):
         half, own = rows // 2, wrapper.intermediate_size_per_partition
         interleaved = self._interleaved()
         if len(stacks) == 1:
-            b = stacks[0][slot][:, :, :rank].to(w13.dtype)
+            b = stacks[0].slot(slot).to(w13.dtype)
             if interleaved or b.shape[1] == rows:
                 out[:, : b.shape[1]] = b
             else:
                 out[:, :own], out[:, half : half + own] = b[:, :own], b[:, own:]
             return out
         for index, stack in enumerate(stacks):
-            b = stack[slot][:, :, :rank].to(w13.dtype)
+            b = stack.slot(slot).to(w13.dtype)
             columns = out[:, :, index * rank : (index + 1) * rank]
             if interleaved:
                 columns[:, index : 2 * own : 2] = b
@@ -286,7 +286,7 @@ class WidenedCPUExperts(CPULoRAExperts):
         narrow = x[:, : self._hidden]
         ranks = {slot: self.rank_of(slot) for slot in plan.slot_set()}
         rank = max(ranks.values())
-        z = [shrink(narrow, a[:, :, :rank], plan) for a in context.w13_lora_a_stacked]
+        z = [shrink(narrow, a, plan, rank) for a in context.w13_lora_a_stacked]
         self._write_shrunk(x, z, ranks, plan)
 
         out = x.new_empty(len(plan), self._hidden + self._w2_rows.capacity)
@@ -297,7 +297,7 @@ class WidenedCPUExperts(CPULoRAExperts):
 
         y = out[:, : self._hidden]
         z2 = self._read_shrunk(out, rank, ranks, plan)
-        expand_add(y, z2, context.w2_lora_b_stacked[0][:, :, :, :rank], plan)
+        expand_add(y, z2, context.w2_lora_b_stacked[0], plan)
         return combine(y, None if router_weight_on_input else topk_weights, plan)
 
     def apply_native(

@@ -1,0 +1,85 @@
+"""A slot of experts on a CPU has its adapter's own rank, and is the adapter's own tensor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from engine_cases import PROMPTS
+
+from vllm_moe_lora.tiny import engine
+
+pytestmark = pytest.mark.cpu_engine
+SCRIPT = Path(__file__).with_name("slots.py")
+RANKS = {"a": 2, "b": 8, "c": 3}
+
+
+def _run(case, names, **env):
+    rounds = [[(p, name) for p in PROMPTS for name in batch] for batch in names]
+    paths = {name: str(case.adapters[name]) for name in RANKS}
+    options = {"max_loras": 2, "max_cpu_loras": 2, "max_lora_rank": 512, "dtype": "bfloat16"}
+    job = engine.Job(str(case.model), paths, rounds, max_tokens=3, options=options)
+    answers, _, log = engine.run(job, env, script=SCRIPT)
+    held = [json.loads(t.partition("HELD ")[2]) for t in log.splitlines() if "HELD [" in t]
+    return answers, held
+
+
+@pytest.mark.parametrize("quant", [None, ("gptq", 32, True)], ids=["bf16", "int4"])
+def test_own_rank(make_case, quant):
+    """Loads and evictions; the bits are those of dense stacks of max_lora_rank."""
+    case = make_case("qwen2_moe", quant)
+    for number, (name, rank) in enumerate(RANKS.items()):
+        case.add(name, seed=number, rank=rank)
+    names = [(None,), ("a", None), ("a", "b"), ("c",), ("c", "a"), ("b", None)]
+    answers, held = _run(case, names)
+    # Two of the three adapters are loaded at the end of each batch, and both have a slot.
+    of_rank = held[1][0] / RANKS["a"]
+    wanted = [0, 2, 2 + 8, None, 2 + 3, None]
+    for (slots, adapters), want in zip(held, wanted, strict=True):
+        assert slots == adapters
+        assert want is None or slots == want * of_rank
+    assert held[3][0] in (of_rank * 5, of_rank * 11)
+    dense, held_dense = _run(case, names, MOE_LORA_TEST_DENSE="1")
+    assert len(held_dense) == len(held)
+    for own, other in zip(answers, dense, strict=True):
+        for (tokens, logprobs), (tokens_dense, logprobs_dense) in zip(own, other, strict=True):
+            assert tokens == tokens_dense
+            assert torch.equal(logprobs, logprobs_dense)
+    base, with_a = answers[0][0][1], answers[1][0][1]
+    assert not torch.equal(base, with_a)
+
+
+def test_memory_limit(make_case):
+    """Idle adapters make room; one that is larger than the limit is refused, by name and bytes."""
+    case = make_case("qwen2_moe")
+    for number, (name, rank) in enumerate(RANKS.items()):
+        case.add(name, seed=number, rank=rank)
+    first = [(p, None) for p in PROMPTS]
+    paths = {name: str(case.adapters[name]) for name in RANKS}
+    job = engine.Job(str(case.model), paths, [first], load=["a", "c", "b", "a"])
+    job.options = {"dtype": "bfloat16"}
+    # 2 layers, 8 experts: see the sizes of tiny/models.py.
+    _, held = _run(case, [("a",)])
+    of_rank = held[0][0] / RANKS["a"]
+    limit = int(of_rank * 5.5)
+    answers, outcomes, log = engine.run(job, {"VLLM_MOE_LORA_MEMORY": str(limit)}, script=SCRIPT)
+    assert [one.split(":")[0] for one in outcomes] == ["ok", "ok", "AdapterError", "ok"]
+    assert "VLLM_MOE_LORA_MEMORY" in outcomes[2]
+    assert f"{8 * of_rank / 2**20:,.1f} MiB" in outcomes[2]
+    loaded = [json.loads(t.partition("HELD ")[2])[1] for t in log.splitlines() if "HELD [" in t]
+    assert loaded == [0, 2 * of_rank, 5 * of_rank, 5 * of_rank, 5 * of_rank]
+    for later in answers[1:]:
+        for (tokens, logprobs), (own, ours) in zip(answers[0], later, strict=True):
+            assert tokens == own
+            assert torch.equal(logprobs, ours)
+    small = int(of_rank * 4)  # a makes room for c, and c for a
+    _, outcomes, log = engine.run(
+        engine.Job(**{**vars(job), "load": ["a", "c", "a"]}),
+        {"VLLM_MOE_LORA_MEMORY": str(small)},
+        script=SCRIPT,
+    )
+    assert outcomes == ["ok"] * 3
+    loaded = [json.loads(t.partition("HELD ")[2])[1] for t in log.splitlines() if "HELD [" in t]
+    assert loaded == [0, 2 * of_rank, 3 * of_rank, 2 * of_rank]

@@ -1,0 +1,145 @@
+"""Limits the memory that adapters' factors for routed experts take on a CPU.
+
+Where slots have an adapter's own rank, an adapter takes memory when it is loaded, and no sooner.
+VLLM_MOE_LORA_MEMORY says how much all loaded adapters may take together.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .. import envs
+from ..adapters.errors import AdapterError
+from ..kernels.slot_stack import SlotStack, nbytes
+
+FULL = "allows are taken"  # in the message of an adapter for which others have to make room
+_UNITS = {"": 1, "k": 10, "m": 20, "g": 30, "t": 40}
+_VALUE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
+
+
+def limit(value: str, total: int) -> int:
+    """Return the bytes that a value of VLLM_MOE_LORA_MEMORY means.
+
+    Args:
+        value: a share of the memory, as 0.25, or a size, as 8GiB or 500M (powers of 1024).
+        total: the memory of the device, bytes.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    found = _VALUE.fullmatch(value.strip())
+    if found is None:
+        raise ValueError(
+            f"VLLM_MOE_LORA_MEMORY={value!r}: use a share of the memory, as 0.25, or a size, "
+            "as 8GiB"
+        )
+    number, unit = float(found[1]), found[2].lower()
+    if not unit:
+        return int(number * total) if number <= 1 else int(number)
+    return int(number * 2.0 ** _UNITS[unit])
+
+
+class Budget:
+    """The adapters of one worker that take memory for routed experts.
+
+    Args:
+        limit: bytes that they may take together.
+        value: of the variable, for messages.
+    """
+
+    def __init__(self, limit: int, value: str) -> None:
+        self.limit, self.value = limit, value
+        self.refuses = True
+        self._adapters: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()  # adapters are staged in a thread
+
+    def taken(self) -> tuple[int, int]:
+        """Return the bytes of all adapters that are in memory, and how many these are."""
+        with self._lock:
+            sizes = list(self._adapters.values())
+        return sum(sizes), len(sizes)
+
+    def check(self, size: int) -> None:
+        """Refuse an adapter that does not fit beside those that are in memory.
+
+        Args:
+            size: its bytes.
+
+        Raises:
+            AdapterError: the text says whether others could make room (`FULL`).
+        """
+        if not self.refuses or size + self.taken()[0] <= self.limit:
+            return
+        gc.collect()  # what was removed may still be there
+        taken, count = self.taken()
+        if size + taken <= self.limit:
+            return
+        need = f"its factors for routed experts take about {_mib(size)} MiB"
+        of = f"the {_mib(self.limit)} MiB that VLLM_MOE_LORA_MEMORY={self.value}"
+        if size > self.limit:
+            raise AdapterError(f"{need}, more than {of} allows. Raise it.")
+        raise AdapterError(
+            f"{need}, but {_mib(taken)} of {of} {FULL} by {count} adapters in memory. Raise it, or "
+            "remove an adapter."
+        )
+
+    def add(self, lora: Any, size: int) -> None:
+        """Count an adapter, as long as it exists.
+
+        Args:
+            lora: vLLM's `LoRAModel`.
+            size: its bytes.
+        """
+        with self._lock:
+            self._adapters[lora] = size
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f}"
+
+
+def budget_of(manager: Any) -> Budget | None:
+    """Return the budget of a worker; None where slots are allocated in advance.
+
+    Args:
+        manager: vLLM's `LoRAModelManager`.
+    """
+    if not hasattr(manager, "moe_lora_budget"):
+        stacks = (getattr(m, "w2_lora_a_stacked", (None,)) for m in manager.modules.values())
+        manager.moe_lora_budget = None
+        if any(isinstance(one[0], SlotStack) for one in stacks):
+            from vllm.platforms import current_platform
+
+            value = str(envs.get("VLLM_MOE_LORA_MEMORY"))
+            total = current_platform.get_device_total_memory()
+            manager.moe_lora_budget = Budget(limit(value, total), value)
+    found: Budget | None = manager.moe_lora_budget
+    return found
+
+
+@contextmanager
+def unlimited(manager: Any) -> Iterator[None]:
+    """Refuse nothing inside the block: nobody could be told, and the engine would stop."""
+    budget = budget_of(manager)
+    if budget is None:
+        yield
+        return
+    budget.refuses = False
+    try:
+        yield
+    finally:
+        budget.refuses = True
+
+
+def size_of(factors: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]) -> int:
+    """Return the bytes of the lora_a and lora_b of one layer."""
+    distinct = {id(one): one for side in factors for one in side}
+    return sum(map(nbytes, distinct.values()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -28,6 +29,13 @@ def nothing(llm, checkpoint):
 def whole(llm, checkpoint):
     """vLLM's reload_weights from a checkpoint's folder."""
     llm.collective_rpc("reload_weights", kwargs={"weights_path": checkpoint})
+
+
+def without_files(llm, checkpoint):
+    """The same, and what is in memory of the adapters is all there is: their folders are gone."""
+    for folder in json.loads(Path(sys.argv[1]).read_text())["adapters"].values():
+        shutil.rmtree(folder)
+    whole(llm, checkpoint)
 
 
 def slept(llm, checkpoint):

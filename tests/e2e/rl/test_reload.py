@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,13 @@ pytestmark = pytest.mark.cpu_engine
 SCRIPT = Path(__file__).with_name("reload.py")
 
 
-def run(model, case, rounds, dtype="float32"):
-    """One tensor [names, prompts, vocab] for each round of reload.py."""
+def run(model, case, rounds, folder, dtype="float32"):
+    """One tensor [names, prompts, vocab] for each round of reload.py; adapters are copied first."""
     job = {"model": str(model), "dtype": dtype, "prompts": PROMPTS}
-    job["adapters"] = {name: str(path) for name, path in case.adapters.items()}
+    job["adapters"] = {
+        name: shutil.copytree(path, tempfile.mkdtemp(dir=folder), dirs_exist_ok=True)
+        for name, path in case.adapters.items()
+    }
     job["rounds"] = [(way, str(folder), names) for way, folder, names in rounds]
     found, _ = engine.saved_by(SCRIPT, job)
     return [one.view(-1, len(PROMPTS), one.shape[-1]) for one in found]
@@ -60,18 +65,18 @@ def test_unquantised(make_case, tmp_path):
         ("nothing", case.model, [None]),
         ("whole", other.model, names),  # no adapter was loaded before
         ("slept", case.model, names),
-        ("whole", other.model, names),
+        ("without_files", other.model, names),
         ("live", case.model, names),
         ("half", case.model, names),
         ("named", case.model, names),
     ]
-    found = run(case.model, case, rounds)
+    found = run(case.model, case, rounds, tmp_path)
     for again, truth in ((found[1], other), (found[2], case), (found[3], other)):
         for name, rows in zip(names, again, strict=True):
             compare_fp32(list(rows), truth, name)
     assert torch.equal(found[1], found[3])
     assert not torch.equal(found[3], found[4]), "one expert of layer 1 does something"
-    (fresh,) = run(end, case, [("nothing", end, names)])
+    (fresh,) = run(end, case, [("nothing", end, names)], tmp_path)
     assert torch.equal(found[-1], fresh)
     assert (found[-1] - found[3]).abs().amax(2).min() > 0.02
 
@@ -90,9 +95,9 @@ def test_int4(make_case, tmp_path):
         ("whole", other.model, names),
         ("half", case.model, names),
     ]
-    found = run(case.model, case, rounds, "bfloat16")
+    found = run(case.model, case, rounds, tmp_path, "bfloat16")
     compare_low_precision(list(found[1][1]), other, "a")
-    (fresh,) = run(end, case, [("nothing", end, names)], "bfloat16")
+    (fresh,) = run(end, case, [("nothing", end, names)], tmp_path, "bfloat16")
     assert torch.equal(found[-1], fresh)
     assert (found[-1] - found[1]).abs().amax(2).min() > 0.02
 

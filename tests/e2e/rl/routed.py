@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -107,4 +108,6 @@ def run(requests, tag):
 
 
 answers = [run(requests, f"{i}") for i, requests in enumerate(job["rounds"])]
+llm.llm_engine.engine_core.shutdown()
+assert "vllm-aux-output-writer" not in {thread.name for thread in threading.enumerate()}
 torch.save((answers, len(preempted)), result)

@@ -26,6 +26,13 @@ def _run(case, names, **env):
     return answers, held
 
 
+def _loaded(log):
+    """Bytes of the adapters in memory after each load; an adapter that is gone has no slot."""
+    held = [json.loads(t.partition("HELD ")[2]) for t in log.splitlines() if "HELD [" in t]
+    assert all(slots == adapters for slots, adapters in held), held
+    return [adapters for _, adapters in held]
+
+
 @pytest.mark.parametrize("quant", [None, ("gptq", 32, True)], ids=["bf16", "int4"])
 def test_own_rank(make_case, quant):
     """Loads and evictions; the bits are those of dense stacks of max_lora_rank."""
@@ -68,18 +75,17 @@ def test_memory_limit(make_case):
     assert [one.split(":")[0] for one in outcomes] == ["ok", "ok", "AdapterError", "ok"]
     assert "VLLM_MOE_LORA_MEMORY" in outcomes[2]
     assert f"{8 * of_rank / 2**20:,.1f} MiB" in outcomes[2]
-    loaded = [json.loads(t.partition("HELD ")[2])[1] for t in log.splitlines() if "HELD [" in t]
+    loaded = _loaded(log)
     assert loaded == [0, 2 * of_rank, 5 * of_rank, 5 * of_rank, 5 * of_rank]
     for later in answers[1:]:
         for (tokens, logprobs), (own, ours) in zip(answers[0], later, strict=True):
             assert tokens == own
             assert torch.equal(logprobs, ours)
-    small = int(of_rank * 4)  # a makes room for c, and c for a
+    most = int(of_rank * 8.5)  # a and c make room for b, which takes the slot of one of them
     _, outcomes, log = engine.run(
-        engine.Job(**{**vars(job), "load": ["a", "c", "a"]}),
-        {"VLLM_MOE_LORA_MEMORY": str(small)},
+        engine.Job(**{**vars(job), "load": ["a", "c", "b", "a"]}),
+        {"VLLM_MOE_LORA_MEMORY": str(most)},
         script=SCRIPT,
     )
-    assert outcomes == ["ok"] * 3
-    loaded = [json.loads(t.partition("HELD ")[2])[1] for t in log.splitlines() if "HELD [" in t]
-    assert loaded == [0, 2 * of_rank, 3 * of_rank, 2 * of_rank]
+    assert outcomes == ["ok"] * 4
+    assert _loaded(log) == [0, 2 * of_rank, 5 * of_rank, 8 * of_rank, 2 * of_rank]

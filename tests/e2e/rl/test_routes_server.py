@@ -153,7 +153,7 @@ def test_token_ids_in_and_out(client):
         [routes] = [part["routed_experts"] for part in parts if part.get("routed_experts")]
         assert routes == choice["routed_experts"]
     parts = client.stream(COMPLETIONS, "a", prompt=PROMPTS[2], **GREEDY)
-    assert len(parts) == 6
+    assert parts[-1]["finish_reason"] == "length"
     assert not any("routed_experts" in part for part in parts), "docs/routes-and-noise.md says so"
 
 

@@ -50,7 +50,7 @@ class Server:
         return self._process.pid
 
     def __enter__(self) -> Server:
-        for _ in range(240):
+        for _ in range(480):  # a busy machine takes minutes
             if self._process.poll() is not None:
                 break
             try:

@@ -20,33 +20,38 @@ from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.scheduler import Scheduler
 
-job, result = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
-options = {
-    "skip_tokenizer_init": True,
-    "enforce_eager": True,
-    "max_model_len": 256,
-    "max_num_seqs": 8,
-    "max_logprobs": 512,
-    "disable_log_stats": True,
-    "dtype": "float32",
-    "enable_return_routed_experts": True,
-}
-if job["adapters"]:
-    options |= {"enable_lora": True, "max_loras": 4, "max_lora_rank": 16}
-preempted, preempt = [], Scheduler._preempt_request
 
+def main(spec, result):
+    """Under a guard, because workers that are spawned import this file, too."""
+    job = json.loads(Path(spec).read_text())
+    options = {
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "max_logprobs": 512,
+        "disable_log_stats": True,
+        "dtype": "float32",
+        "enable_return_routed_experts": True,
+    }
+    if job["adapters"]:
+        options |= {"enable_lora": True, "max_loras": 4, "max_lora_rank": 16}
+    preempted, preempt = [], Scheduler._preempt_request
 
-def _preempt_request(self, request, *args, **more):
-    preempted.append(request.request_id)
-    return preempt(self, request, *args, **more)
+    def _preempt_request(self, request, *args, **more):
+        preempted.append(request.request_id)
+        return preempt(self, request, *args, **more)
 
-
-Scheduler._preempt_request = _preempt_request
-llm = LLM(job["model"], **{**options, **job["options"]})
-adapters = {
-    name: LoRARequest(name, number, path)
-    for number, (name, path) in enumerate(job["adapters"].items(), start=1)
-}
+    Scheduler._preempt_request = _preempt_request
+    engine = LLM(job["model"], **{**options, **job["options"]}).llm_engine
+    adapters = {
+        name: LoRARequest(name, number, path)
+        for number, (name, path) in enumerate(job["adapters"].items(), start=1)
+    }
+    answers = [run(engine, adapters, asked, f"{i}") for i, asked in enumerate(job["rounds"])]
+    engine.engine_core.shutdown()
+    assert "vllm-aux-output-writer" not in {thread.name for thread in threading.enumerate()}
+    torch.save((answers, len(preempted)), result)
 
 
 def log_probs(entries):
@@ -57,8 +62,8 @@ def log_probs(entries):
     return rows
 
 
-def run(requests, tag):
-    engine, found, aborts, step = llm.llm_engine, {}, [], 0
+def run(engine, adapters, requests, tag):
+    found, aborts, step = {}, [], 0
     for i, request in enumerate(requests):
         extra = request.get("routes")
         params = SamplingParams(
@@ -107,7 +112,5 @@ def run(requests, tag):
     return list(found.values())
 
 
-answers = [run(requests, f"{i}") for i, requests in enumerate(job["rounds"])]
-llm.llm_engine.engine_core.shutdown()
-assert "vllm-aux-output-writer" not in {thread.name for thread in threading.enumerate()}
-torch.save((answers, len(preempted)), result)
+if __name__ == "__main__":
+    main(*sys.argv[1:])

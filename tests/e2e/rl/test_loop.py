@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ LINE = re.compile(r"(\w+): reward ([\d.]+) -> ([\d.]+), mismatch (\S+), with R3 
 
 @pytest.mark.parametrize("options", [[], ["--quant", "gptq", "--noise"]], ids=["plain", "int4"])
 def test_it_learns(tmp_path, options):
+    plot = tmp_path / "plot.svg"
     done = subprocess.run(
-        [sys.executable, str(EXAMPLE), "--plot", str(tmp_path / "plot.svg"), *options],
+        [sys.executable, str(EXAMPLE), "--plot", str(plot), *options],
         capture_output=True,
         text=True,
         timeout=600,
@@ -32,3 +34,7 @@ def test_it_learns(tmp_path, options):
     if not options:
         assert max(found["float32"][2:]) < 1e-5
     assert found["bfloat16"][3] < found["bfloat16"][2], "R3 brings them together"
+    if find_spec("matplotlib"):
+        assert "<svg" in plot.read_text()
+    else:
+        assert "no plot: matplotlib is not installed" in done.stderr

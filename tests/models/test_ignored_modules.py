@@ -5,7 +5,6 @@ The functions are taken out of each release's source and run with stand-ins for 
 
 from __future__ import annotations
 
-import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -14,18 +13,9 @@ import unpacked
 
 from vllm_moe_lora.models import declare, repair
 from vllm_moe_lora.models.rows import ROWS
-from vllm_moe_lora.sources import target_text
 
 GPT_OSS = "vllm.model_executor.models.gpt_oss:MLPBlock.forward"
 MUSE = "vllm.models.muse_spark.{}.model:MuseSpark1xMoE.fold_router_output_multiplier"
-
-
-def function(tree, target, **names):
-    """A method of vLLM's, with ``names`` in place of its module's."""
-    text = textwrap.dedent(target_text(tree, target))
-    # Its annotations need not be there.
-    exec(compile(f"from __future__ import annotations\n{text}", target, "exec"), names)
-    return names[target.rpartition(".")[2]]
 
 
 class Router:
@@ -58,7 +48,7 @@ def test_router_of_gpt_oss_on_rocm(release, monkeypatch):
     if release in ("0.19.0", "0.19.1"):  # its router returns a pair
         router.__class__ = ReturnsPair
     for rocm in (False, True):
-        forward = function(
+        forward = unpacked.function(
             unpacked.tree(release),
             GPT_OSS,
             torch=torch,
@@ -89,7 +79,7 @@ def test_router_of_muse_spark(release, platform):
         _router_multiplier_folded=False,
     )
     router.bias = by * router.bias
-    fold = function(
+    fold = unpacked.function(
         unpacked.tree(release),
         MUSE.format(platform),
         torch=torch,
@@ -133,7 +123,7 @@ class Part:
 @pytest.mark.parametrize("release", unpacked.available())
 def test_experts_of_ernie_vl(release):
     """In a step with images rows keep their adapters."""
-    forward = function(unpacked.tree(release), ERNIE, torch=torch)
+    forward = unpacked.function(unpacked.tree(release), ERNIE, torch=torch)
     torch.manual_seed(0)
     tokens, adapters = torch.randn(5, 4), torch.randn(5, 1)
     # Up to 0.23 experts return two tensors.

@@ -12,12 +12,14 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import forks
 from release import installed
 
 from vllm_moe_lora import supported
+from vllm_moe_lora.sources import target_text
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -89,3 +91,11 @@ def asked(folder: str, script: str, *arguments: str, **more: str) -> dict[str, o
     if done.returncode or not lines:
         return f"{script} ended with {done.returncode}: {done.stderr[-3000:]}"
     return json.loads(lines[-1])
+
+
+def function(tree, target, **names):
+    """A method of vLLM's, with ``names`` in place of its module's."""
+    text = textwrap.dedent(target_text(tree, target))
+    # Its annotations need not be there.
+    exec(compile(f"from __future__ import annotations\n{text}", target, "exec"), names)
+    return names[target.rpartition(".")[2]]

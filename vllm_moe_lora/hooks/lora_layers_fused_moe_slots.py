@@ -31,7 +31,7 @@ def _notify_experts(wrapper: Any, event: str, *args: Any) -> None:
 def _create(original: Callable[..., Any]) -> Callable[..., Any]:
     """Make the stacks of lora_a or lora_b on a CPU, as `SlotStack`."""
 
-    @functools.wraps(original)
+    @functools.wraps(original, assigned=("__name__",))
     def create_lora_weights(self: Any, *args: Any, **more: Any) -> None:
         from ..layers.cpu.slots import created
 
@@ -61,7 +61,7 @@ def _reset_lora(original: Callable[..., Any]) -> Callable[..., Any]:
 def _set_lora_kernels(original: Callable[..., Any]) -> Callable[..., Any]:
     # In a patched tree the decorator of _set_lora is applied to this function, and finds its hook
     # by the function's name. So the name must be upstream's.
-    @functools.wraps(original)
+    @functools.wraps(original, assigned=("__name__",))
     def set_lora(self: Any, index: int, lora_a: Any, lora_b: Any) -> None:
         from ..layers.gpu.moe_kernels import slot_written
 
@@ -72,7 +72,7 @@ def _set_lora_kernels(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _reset_lora_kernels(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
+    @functools.wraps(original, assigned=("__name__",))
     def reset_lora(self: Any, index: int) -> None:
         from ..layers.gpu.moe_kernels import slot_cleared
 

@@ -74,7 +74,7 @@ def _add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 def _freeing(original: Callable[..., Any]) -> Callable[..., Any]:
     """On a CPU: empty the slots whose adapters are not active any more."""
 
-    @functools.wraps(original)
+    @functools.wraps(original, assigned=("__name__",))
     def deactivate(self: Any, *args: Any) -> Any:
         from ..layers.cpu import slots
 

@@ -94,7 +94,8 @@ def test_adapters_on_a_model(model, tmp_path, capsys):
     assert "--max-lora-rank 16" in out["command"]
     assert f"good={good}" in out["command"]
     # 2 layers, 8 experts, rank 16, 2 bytes: A and B of gate, up and down are 128 wide each
-    size = 2 * 8 * 16 * 6 * 128 * 2 / 2**20
+    # and the experts' weights get 32 columns for gate and up, and 16 rows for down.
+    size = 2 * 8 * (16 * 6 + 2 * 32 + 16) * 128 * 2 / 2**20
     assert any(f"({size:,.1f} for routed experts)" in found["what"] for found in out["findings"])
     assert any("2 MoE layers by Unquantized" in found["what"] for found in out["findings"])
     assert cli.main(["doctor", "--model", str(model), "--adapter", str(good)]) == 0
@@ -153,7 +154,7 @@ def test_parallel_sizes(model, capsys):
     code, out = plan(capsys, model, *sizes)
     assert code == 0, out
     said = [found["what"] for found in out["findings"]]
-    whole = 2 * 8 * 16 * 6 * 128 * 2 / 2**20
+    whole = 2 * 8 * (16 * 6 + 2 * 32 + 16) * 128 * 2 / 2**20  # as above
     for size in (2, 4):
         mine = [what for what in said if what.startswith(f"tensor parallel {size}, experts too")]
         assert any(f"({whole / size:,.1f} for routed experts)" in what for what in mine), said
@@ -182,8 +183,8 @@ def test_data_parallel(model, tmp_path, capsys):
     code, out = plan(capsys, model, "-tp", 2, "-dp", 2)
     assert code == 0, out
     # A quarter of each expert, but all of lora_a of gate and up, and of lora_b of down.
-    rows = 2 * 128 + 3 * 128 // 4 + 128
-    slot = f"({2 * 8 * 16 * rows * 2 / 2**20:,.1f} for routed experts)"
+    rows = 16 * (2 * 128 + 3 * 128 // 4 + 128) + (2 * 32 + 16) * 128 // 4
+    slot = f"({2 * 8 * rows * 2 / 2**20:,.1f} for routed experts)"
     assert any(slot in found["what"] for found in out["findings"]), out
 
 

@@ -29,14 +29,17 @@ def _notify_experts(wrapper: Any, event: str, *args: Any) -> None:
 
 
 def _create(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the stacks of lora_a or lora_b on a CPU, as `SlotStack`."""
+    """Make the stacks of lora_a or lora_b as `SlotStack`, for experts that read these."""
 
     @functools.wraps(original, assigned=("__name__",))
     def create_lora_weights(self: Any, *args: Any, **more: Any) -> None:
+        from ..layers.cpu.experts import CPULoRAExperts
         from ..layers.cpu.slots import created
 
+        if not isinstance(self._moe_kernel.fused_experts, CPULoRAExperts):
+            return original(self, *args, **more)
         with created(self):
-            original(self, *args, **more)
+            return original(self, *args, **more)
 
     return create_lora_weights
 

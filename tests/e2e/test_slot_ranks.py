@@ -12,7 +12,7 @@ from engine_cases import PROMPTS
 from vllm_moe_lora.tiny import engine
 
 pytestmark = pytest.mark.cpu_engine
-SCRIPT = Path(__file__).with_name("slots.py")
+SCRIPT = Path(__file__).with_name("slot_ranks.py")
 RANKS = {"a": 2, "b": 8, "c": 3}
 
 

@@ -1,9 +1,9 @@
 """A child that prints what the slots of an engine's experts hold, in bytes.
 
-Prints "HELD [slots, adapters]" after each batch: bytes of the experts' slots, and of the tensors
-of the adapters that the worker has. With
-MOE_LORA_TEST_DENSE=1 the slots are views of dense stacks, into which adapters are copied, as vLLM's
-are.
+Prints "HELD [slots, adapters, ranks]" after each batch: bytes of the experts' slots, bytes of the
+tensors of the adapters that the worker has, and the sum of the ranks that the experts take slots to
+have. With MOE_LORA_TEST_DENSE=1 the slots are views of dense stacks, into which adapters are
+copied, as vLLM's are; without it a dense stack of experts is an error.
 """
 
 from __future__ import annotations
@@ -35,13 +35,16 @@ def _stacks():
 
 
 def _held():
-    adapters = 0
+    adapters = ranks = 0
+    for module in manager.modules.values():
+        if isinstance(module, FusedMoEWithLoRA):
+            ranks += int(module._moe_kernel.fused_experts._ranks.sum())
     for lora in manager.list_adapters().values():
         for name, module in manager.modules.items():
             if isinstance(module, FusedMoEWithLoRA) and name in lora.loras:
                 both = lora.loras[name]
                 adapters += sum(map(slot_stack.nbytes, (*both.lora_a, *both.lora_b)))
-    return sum(one.nbytes for one in _stacks()), adapters
+    return sum(one.nbytes for one in _stacks()), adapters, ranks
 
 
 _made, _generate = LoRAModelManager.__init__, LLM.generate
@@ -71,6 +74,16 @@ if os.environ.get("MOE_LORA_TEST_DENSE") == "1":
         self._put(slot, self.whole[slot].narrow(self.rank_axis, 0, rank))
 
     slot_stack.SlotStack.write = _write
+else:
+    _zeros = torch.zeros
+
+    def _no_stacks(*args, **more):
+        made = _zeros(*args, **more)
+        experts = made.dim() == 4 and made.shape[1] > 1
+        assert not experts or made.is_meta, f"a dense stack: {list(made.shape)}"
+        return made
+
+    torch.zeros = _no_stacks
 
 if __name__ == "__main__":
     engine.main(*sys.argv[1:])

@@ -26,11 +26,11 @@ def _run(case, names, **env):
     return answers, held
 
 
-def _loaded(log):
-    """Bytes of the adapters in memory after each load; an adapter that is gone has no slot."""
+def _loaded(log, of_rank):
+    """Bytes of the adapters in memory after each load; one that is gone has no slot, no ranks."""
     held = [json.loads(t.partition("HELD ")[2]) for t in log.splitlines() if "HELD [" in t]
-    assert all(slots == adapters for slots, adapters in held), held
-    return [adapters for _, adapters in held]
+    assert all(slots == adapters == ranks * of_rank / 2 for slots, adapters, ranks in held), held
+    return [adapters for _, adapters, _ in held]
 
 
 @pytest.mark.parametrize("quant", [None, ("gptq", 32, True)], ids=["bf16", "int4"])
@@ -44,8 +44,8 @@ def test_own_rank(make_case, quant):
     # Two of the three adapters are loaded at the end of each batch, and both have a slot.
     of_rank = held[1][0] / RANKS["a"]
     wanted = [0, 2, 2 + 8, None, 2 + 3, None]
-    for (slots, adapters), want in zip(held, wanted, strict=True):
-        assert slots == adapters
+    for (slots, adapters, ranks), want in zip(held, wanted, strict=True):
+        assert slots == adapters == ranks * of_rank / 2
         assert want is None or slots == want * of_rank
     assert held[3][0] in (of_rank * 5, of_rank * 11)
     dense, held_dense = _run(case, names, MOE_LORA_TEST_DENSE="1")
@@ -75,7 +75,7 @@ def test_memory_limit(make_case):
     assert [one.split(":")[0] for one in outcomes] == ["ok", "ok", "AdapterError", "ok"]
     assert "VLLM_MOE_LORA_MEMORY" in outcomes[2]
     assert f"{8 * of_rank / 2**20:,.1f} MiB" in outcomes[2]
-    loaded = _loaded(log)
+    loaded = _loaded(log, of_rank)
     assert loaded == [0, 2 * of_rank, 5 * of_rank, 5 * of_rank, 5 * of_rank]
     for later in answers[1:]:
         for (tokens, logprobs), (own, ours) in zip(answers[0], later, strict=True):
@@ -88,4 +88,4 @@ def test_memory_limit(make_case):
         script=SCRIPT,
     )
     assert outcomes == ["ok"] * 4
-    assert _loaded(log) == [0, 2 * of_rank, 5 * of_rank, 8 * of_rank, 2 * of_rank]
+    assert _loaded(log, of_rank) == [0, 2 * of_rank, 5 * of_rank, 8 * of_rank, 2 * of_rank]

@@ -124,7 +124,6 @@ _FREEING: dict[str, Any] = {
 
 HOOKS = (
     Hook(target=f"{_MANAGER}._deactivate_adapter", **_FREEING),
-    Hook(target=f"{_MANAGER}.remove_all_adapters", **_FREEING),
     Hook(
         feature="cpu-experts",
         target="vllm.lora.model_manager:create_lora_manager",

@@ -1,6 +1,6 @@
 """A child: one of two worker processes is killed while requests run and an adapter is loaded.
 
-python killed.py '{"model": folder, "adapters": {name: folder}, "rank": 0 or 1}'; the answer is
+python killed.py '{"model": folder, "adapters": {name: folder}, "rank": 0, 1 or null}'; the answer is
 JSON: for each call how it ended, and after how many seconds.
 
 With "api": "LLM" it is the offline engine, whose calls come one after the other.
@@ -28,12 +28,13 @@ LIMIT = 60
 
 
 def kill_worker(rank):
-    """kill -9, as by the kernel if there is no memory. Returns all workers."""
+    """kill -9, as by the kernel if there is no memory; None: of the engine. Returns all workers."""
     started = [p for core in psutil.Process().children() for p in core.children()]
     started = [p for p in started if "resource_tracker" not in " ".join(p.cmdline())]
     workers = sorted(started, key=lambda p: p.pid)  # in the order of ranks
     assert len(workers) == 2, workers
-    workers[rank].send_signal(signal.SIGKILL)
+    killed = workers[0].parent() if rank is None else workers[rank]
+    killed.send_signal(signal.SIGKILL)
     return workers
 
 

@@ -1,4 +1,4 @@
-"""kill -9 of one of two workers: every call ends with a sentence, none waits for ever.
+"""kill -9 of one of two workers, or of the engine: every call ends with a sentence, none waits for ever.
 
 Bare vLLM 0.32 (a dense model, as it has no LoRA on a CPU for others): requests end with
 EngineDeadError, but `add_lora` hangs. Here requests wait for a load, too, so they hung as well.
@@ -27,6 +27,7 @@ ENV = {
     [
         ("AsyncLLM", 1, True),
         ("LLM", 1, False),
+        ("AsyncLLM", None, True),
         pytest.param("AsyncLLM", 0, False, marks=pytest.mark.long),
         pytest.param("LLM", 0, True, marks=pytest.mark.long),
     ],

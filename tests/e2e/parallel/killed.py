@@ -1,7 +1,7 @@
 """A child: one of two worker processes is killed while requests run and an adapter is loaded.
 
-python killed.py '{"model": folder, "adapters": {name: folder}, "rank": 0, 1 or null}'; the answer is
-JSON: for each call how it ended, and after how many seconds.
+python killed.py '{"model": folder, "adapters": {name: folder}, "rank": 0, 1 or null}'; the answer
+is JSON: for each call how it ended, and after how many seconds. null is the engine's process.
 
 With "api": "LLM" it is the offline engine, whose calls come one after the other.
 """

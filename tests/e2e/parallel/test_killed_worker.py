@@ -1,4 +1,4 @@
-"""kill -9 of one of two workers, or of the engine: every call ends with a sentence, none waits for ever.
+"""kill -9 of one of two workers, or of the engine: every call ends with a sentence, none waits.
 
 Bare vLLM 0.32 (a dense model, as it has no LoRA on a CPU for others): requests end with
 EngineDeadError, but `add_lora` hangs. Here requests wait for a load, too, so they hung as well.

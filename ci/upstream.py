@@ -7,7 +7,7 @@ cannot run, ``Test (GPU, not run): pytest FILE``.
 from __future__ import annotations
 
 import importlib.util
-import json
+import io
 import os
 import re
 import shutil
@@ -15,15 +15,14 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import urllib.request
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import trees
 import upstream_loops
 
 ROOT = Path(__file__).resolve().parent.parent
 PATCHES = ROOT / "patches" / "upstream" / "v0.33.0"
-INDEX = "https://pypi.org/simple/vllm/"
 # `ray.shutdown` is all that vLLM's tests want of it on one CPU.
 RAY = "def shutdown():\n    pass\n"
 KEPT = ("vllm/", "tests/", "docs/", "pyproject.toml")
@@ -34,15 +33,8 @@ def source(release: str, folder: Path) -> Path:
     tree = folder / f"vllm-{release}"
     if tree.is_dir():
         return tree
-    ask = urllib.request.Request(INDEX, headers={"Accept": "application/vnd.pypi.simple.v1+json"})
-    with urllib.request.urlopen(ask, timeout=60) as answer:
-        files = json.load(answer)["files"]
-    (url,) = (f["url"] for f in files if f["filename"] == f"vllm-{release}.tar.gz")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        archive = Path(scratch, "sdist.tar.gz")
-        with urllib.request.urlopen(url, timeout=60) as data, archive.open("wb") as target:
-            shutil.copyfileobj(data, target)
-        with tarfile.open(archive) as data:
+        with tarfile.open(fileobj=io.BytesIO(trees.download("vllm", release))) as data:
             data.extractall(scratch, filter="data")
         Path(scratch, f"vllm-{release}").rename(tree)
     return tree

@@ -16,14 +16,11 @@ if [ ! -d "$tree" ]; then
   part="$(mktemp -d)"
   trap 'rm -rf "$part"' EXIT
   "$python" - "$release" "$part" <<'PY'
-import io, json, sys, tarfile, urllib.request
+import io, sys, tarfile
+sys.path[:0] = ["ci"]
+import trees
 release, folder = sys.argv[1:]
-form = {"Accept": "application/vnd.pypi.simple.v1+json"}
-index = urllib.request.Request("https://pypi.org/simple/vllm/", headers=form)
-with urllib.request.urlopen(index) as answer:
-    files = json.load(answer)["files"]
-url = next(one["url"] for one in files if one["filename"] == f"vllm-{release}.tar.gz")
-with urllib.request.urlopen(url) as answer, tarfile.open(fileobj=io.BytesIO(answer.read())) as sdist:
+with tarfile.open(fileobj=io.BytesIO(trees.download("vllm", release))) as sdist:
     top = f"vllm-{release}/"
     for member in sdist.getmembers():
         if member.name.startswith((f"{top}tests/", f"{top}pyproject.toml")):
@@ -54,6 +51,7 @@ export VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=WARNING VLLM_ENABLE_V1_MULTIP
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export PYTHONPATH="$root:$tree:$tree/packages:$root/tests/upstream/stand_ins"
 out="${OUT:-$(mktemp -d)}"
+mkdir -p "$out"
 echo "logs and outcomes: $out"
 cd "$tree"
 run() {  # 0 or auto, name of its files, tests; in a worker of pytest-xdist, which may crash

@@ -92,8 +92,33 @@ def compare_low_precision(got: list[torch.Tensor], case: Case, name: str) -> Non
     assert difference <= SHARE * effect, f"{name}: {difference:.4f} of an effect of {effect:.4f}"
 
 
-def told(script: Path, *arguments: str, **env: str) -> dict:
-    """What a child process prints after "@", as JSON."""
+def run_and_compare(case, names, *, load=(), env=None, **options):
+    """Run an engine in fp32. Compare each name alone and all in one batch.
+
+    Returns:
+        The outcomes of loading ``load``, of which none changes an answer, and what was printed.
+    """
+    rounds = [[(p, name) for p in PROMPTS] for name in names]
+    rounds.append([(p, name) for p in PROMPTS for name in names])
+    job = engine.Job(
+        str(case.model),
+        {n: str(p) for n, p in case.adapters.items()},
+        rounds,
+        options={"dtype": "float32", **options},
+        load=list(load),
+    )
+    answers, outcomes, log = engine.run(job, env)
+    for i, name in enumerate(names):
+        compare_fp32([lp[-1] for _, lp in answers[i]], case, name)
+        compare_fp32([lp[-1] for _, lp in answers[len(names)][i :: len(names)]], case, name)
+    for i in range(len(load)):  # whatever was refused changed nothing
+        for (_, before), (_, after) in zip(answers[0], answers[len(names) + 1 + i], strict=True):
+            assert (before == after).all()
+    return outcomes, log
+
+
+def told(script: Path | str, *arguments: str, **env: str) -> dict:
+    """What a child process prints after "@", as JSON. ``script`` is a file, or "-c" before code."""
     done = engine.launch(
         [sys.executable, str(script), *arguments],
         env={**os.environ, **engine.SETTINGS, **env},

@@ -61,3 +61,20 @@ class Model:
         for layer, seen in self.seen.items():
             routes[:, layer] = seen
         return logits.float().log_softmax(-1), routes
+
+
+class Truth:
+    """Hugging Face's routes of a case's base model (None) and of each merged adapter."""
+
+    def __init__(self, case):
+        self.models = {None: Model(case.plain)}
+        for name in case.adapters:
+            case.want(name)
+            self.models[name] = Model(case.folder / f"{name}-merged")
+
+    def check(self, name, ids, have, start=0):
+        """Every row of ``have`` names the experts Hugging Face takes for ``ids`` from ``start``."""
+        _, want = self.models[name](ids)
+        assert have.shape == want[start:].shape, "prompt + generated - 1 rows"
+        torch.testing.assert_close(have.sort(-1).values, want[start:].sort(-1).values)
+        return want

@@ -35,9 +35,7 @@ def make_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
         full = plain[family]
         if quant is None:
             twin = full / multimodal.TWIN  # adapters and oracles have its names
-            return Case(
-                folder, full, twin if family.startswith(("step3p", "granite", "aria")) else full
-            )
+            return Case(folder, full, twin if family in models.OWN_NAMES else full)
         form, group, symmetric = quant
         packed, dequantised = folder / "int4", folder / "dequantised"
         quantise.quantise(full, packed, dequantised, form, group, symmetric, experts_only)

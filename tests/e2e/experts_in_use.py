@@ -7,7 +7,6 @@ its model, and "CALLS n" after each batch: how often functions of LoRA on expert
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import sys
 
@@ -16,7 +15,7 @@ from vllm import LLM
 from vllm_moe_lora.tiny import engine
 
 # What is patched in is what runs.
-_home = "vllm.lora.moe_lora" if importlib.util.find_spec("vllm.lora.moe_lora") else "vllm_moe_lora"
+_home = engine.home()
 cpu_experts, cpu_int4, cpu_unquantized = (
     importlib.import_module(f"{_home}.layers.cpu.{name}")
     for name in ("experts", "int4", "unquantized")

@@ -9,7 +9,6 @@ copied, as vLLM's are; without it a dense stack of experts is an error.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import os
 import sys
@@ -21,7 +20,7 @@ from vllm.lora.model_manager import LoRAModelManager
 
 from vllm_moe_lora.tiny import engine
 
-_home = "vllm.lora.moe_lora" if importlib.util.find_spec("vllm.lora.moe_lora") else "vllm_moe_lora"
+_home = engine.home()
 slot_stack = importlib.import_module(f"{_home}.kernels.slot_stack")
 manager = None
 

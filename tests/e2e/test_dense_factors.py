@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-
 import pytest
-
-from vllm_moe_lora.tiny import engine
+from engine_cases import told
 
 pytestmark = pytest.mark.cpu_engine
 TOKENS, SIZE, RANK = 24, 96, 16
@@ -64,16 +59,8 @@ print("@" + json.dumps(found))
 @pytest.mark.parametrize("native", ["0", "1"])
 def test_no_factor_is_copied_for_each_token(native):
     """Bare vLLM makes a tensor of [tokens, size, rank]; 0.33's answers are right, and slow."""
-    done = engine.launch(
-        [sys.executable, "-c", CHILD, str(TOKENS), str(SIZE), str(RANK)],
-        env={**os.environ, **engine.SETTINGS, "VLLM_MOE_LORA_NATIVE": native},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    line = next((one for one in done.stdout.splitlines() if one.startswith("@")), None)
-    assert line is not None, done.stderr[-3000:]
-    for name, (largest, off) in json.loads(line[1:]).items():
+    sizes = map(str, (TOKENS, SIZE, RANK))
+    found = told("-c", CHILD, *sizes, VLLM_MOE_LORA_NATIVE=native)
+    for name, (largest, off) in found.items():
         assert off < 1e-4, name
         assert largest <= TOKENS * SIZE, f"{name}: a tensor of {largest} numbers was made"

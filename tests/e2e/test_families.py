@@ -5,10 +5,8 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from engine_cases import PROMPTS, compare_fp32, compare_low_precision
+from engine_cases import compare_fp32, compare_low_precision, run_and_compare
 from safetensors.torch import load_file, save_file
-
-from vllm_moe_lora.tiny import engine
 
 pytestmark = pytest.mark.cpu_engine
 
@@ -26,20 +24,7 @@ def test_fp32(make_case, family):
     in_first = family == "gpt_oss"
     case.add("all", _everything, seed=1, in_first=in_first)
     case.add("other", _everything, seed=2, rank=4, alpha=12, in_first=in_first)
-    names = [None, "all", "other"]
-    rounds = [[(p, name) for p in PROMPTS] for name in names]
-    rounds.append([(p, name) for p in PROMPTS for name in names])
-    answers, _, _ = engine.run(
-        engine.Job(
-            str(case.model),
-            {n: str(p) for n, p in case.adapters.items()},
-            rounds,
-            options={"dtype": "float32"},
-        )
-    )
-    for i, name in enumerate(names):
-        compare_fp32([lp[-1] for _, lp in answers[i]], case, name)
-        compare_fp32([lp[-1] for _, lp in answers[-1][i :: len(names)]], case, name)
+    run_and_compare(case, [None, "all", "other"])
 
 
 def test_padded_intermediate(make_case):

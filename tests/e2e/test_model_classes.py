@@ -11,12 +11,11 @@ import shutil
 
 import pytest
 import torch
-from engine_cases import PROMPTS, ROTARY_IN_TORCH, compare_fp32, compare_low_precision
+from engine_cases import ROTARY_IN_TORCH, compare_low_precision, run_and_compare
 from safetensors.torch import load_file, save_file
 
 from vllm_moe_lora import cli, probe
 from vllm_moe_lora.adapters.offline import check
-from vllm_moe_lora.tiny import engine
 
 pytestmark = pytest.mark.cpu_engine
 
@@ -90,31 +89,6 @@ def recognised(case, name):
     assert cli.main(["inspect", str(case.adapters[name]), "--base", str(case.model)]) == 0
 
 
-def run(case, names, *, load=(), env=None, **options):
-    """Run an engine. Compare each name alone and all in one batch.
-
-    Returns:
-        The outcomes of loading ``load``, of which none changes an answer, and what was printed.
-    """
-    rounds = [[(p, name) for p in PROMPTS] for name in names]
-    rounds.append([(p, name) for p in PROMPTS for name in names])
-    job = engine.Job(
-        str(case.model),
-        {n: str(p) for n, p in case.adapters.items()},
-        rounds,
-        options={"dtype": "float32", **options},
-        load=list(load),
-    )
-    answers, outcomes, log = engine.run(job, env)
-    for i, name in enumerate(names):
-        compare_fp32([lp[-1] for _, lp in answers[i]], case, name)
-        compare_fp32([lp[-1] for _, lp in answers[len(names)][i :: len(names)]], case, name)
-    for i in range(len(load)):  # whatever was refused changed nothing
-        for (_, before), (_, after) in zip(answers[0], answers[len(names) + 1 + i], strict=True):
-            assert (before == after).all()
-    return outcomes, log
-
-
 def without_absorbed(name):
     return "kv_b_proj" not in name  # multiplied into the attention; see test_deepseek.py
 
@@ -146,7 +120,7 @@ def test_kimi_k25(make_case, no_torchvision):
     for adapter in ("all", "peft", "text"):
         recognised(case, adapter)
     names = [None, "all", "other", "peft", "text"]
-    (outcome,), log = run(case, names, load=["tower"], env=no_torchvision, **KIMI)
+    (outcome,), log = run_and_compare(case, names, load=["tower"], env=no_torchvision, **KIMI)
     assert "LoRA on KimiK25ForConditionalGeneration: vLLM's class does not declare it" in log
     assert f"it has LoRA on {TOWER}, but vLLM has no LoRA on" in outcome
 
@@ -209,14 +183,16 @@ def test_step(make_case, no_torchvision, family):
         # transformers has a config of this name, of which vLLM 0.32 cannot read the heads.
         write_config(case.model, "configuration_step.Step3p7Config", STEP_CONFIG)
         more = {**TEXT_ONLY, "trust_remote_code": True}
-    run(case, [None, "all", "other"], env=no_torchvision, **more)
+    run_and_compare(case, [None, "all", "other"], env=no_torchvision, **more)
 
 
 def test_aria(make_case, no_torchvision):
     case = make_case("aria")
     case.add("all", lambda name: of_text(name) and "router" not in name, in_first=True)
     case.add("router", lambda name: name.endswith("router"))
-    (outcome,), _ = run(case, [None, "all"], load=["router"], env=no_torchvision, **TEXT_ONLY)
+    (outcome,), _ = run_and_compare(
+        case, [None, "all"], load=["router"], env=no_torchvision, **TEXT_ONLY
+    )
     assert "mlp.router cannot take LoRA in vLLM: " in outcome
 
 
@@ -229,7 +205,7 @@ def test_text_classes(make_case, family):
         case.adapters["other"], case.folder / "hostile", ("layers.0.mlp.down", "layers.7.mlp.down")
     )
     recognised(case, "all")
-    (outcome,), _ = run(case, [None, *ADAPTERS], load=["hostile"])
+    (outcome,), _ = run_and_compare(case, [None, *ADAPTERS], load=["hostile"])
     assert "layers.7.mlp.down_proj" in outcome
 
 
@@ -253,7 +229,7 @@ def test_mimo_v2(make_case):
     case.adapters["qkv"] = renamed(
         case.adapters["rest"], case.folder / "qkv", (r"self_attn\.o_proj", "self_attn.qkv_proj")
     )
-    (outcome,), _ = run(case, [None, "rest"], load=["qkv"])
+    (outcome,), _ = run_and_compare(case, [None, "rest"], load=["qkv"])
     assert "self_attn.qkv_proj cannot take LoRA in vLLM: the published weight has" in outcome
 
 
@@ -323,4 +299,4 @@ def test_ling(make_case, version):
     recognised(case, "ling")
     # vLLM's checks of a class that may have linear attention contradict MLA's on a CPU with it.
     options = {"trust_remote_code": True, "enable_prefix_caching": False, **ROTARY_IN_TORCH}
-    run(case, [None, "ling", "plain"], **options)
+    run_and_compare(case, [None, "ling", "plain"], **options)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from engine_cases import PROMPTS, compare_fp32
-
-from vllm_moe_lora.tiny import engine
+from engine_cases import run_and_compare
 
 pytestmark = pytest.mark.cpu_engine
 
@@ -41,19 +39,7 @@ def test_family(make_case, family, keep):
     if keep is attention_and_experts:
         case.add("gate", lambda name: name.endswith("mlp.gate"))
         load = ["gate"]
-    rounds = [[(p, name) for p in PROMPTS] for name in names]
-    rounds.append([(p, name) for p in PROMPTS for name in names])
-    job = engine.Job(
-        str(case.model),
-        {n: str(p) for n, p in case.adapters.items()},
-        rounds,
-        options={"dtype": "float32"},
-        load=load,
-    )
-    answers, outcomes, _ = engine.run(job)
-    for i, name in enumerate(names):
-        compare_fp32([lp[-1] for _, lp in answers[i]], case, name)
-        compare_fp32([lp[-1] for _, lp in answers[3][i :: len(names)]], case, name)
+    outcomes, _ = run_and_compare(case, names, load=load)
     for outcome in outcomes:
         assert (
             "no module of this model that takes LoRA is called model.layers.1.mlp.gate" in outcome

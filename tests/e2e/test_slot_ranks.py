@@ -22,13 +22,17 @@ def _run(case, names, **env):
     options = {"max_loras": 2, "max_cpu_loras": 2, "max_lora_rank": 512, "dtype": "bfloat16"}
     job = engine.Job(str(case.model), paths, rounds, max_tokens=3, options=options)
     answers, _, log = engine.run(job, env, script=SCRIPT)
-    held = [json.loads(t.partition("HELD ")[2]) for t in log.splitlines() if "HELD [" in t]
-    return answers, held
+    return answers, _held(log)
+
+
+def _held(log):
+    """What slot_ranks.py printed after each batch."""
+    return [json.loads(t.partition("HELD ")[2]) for t in log.splitlines() if "HELD [" in t]
 
 
 def _loaded(log, of_rank):
     """Bytes of the adapters in memory after each load; one that is gone has no slot, no ranks."""
-    held = [json.loads(t.partition("HELD ")[2]) for t in log.splitlines() if "HELD [" in t]
+    held = _held(log)
     assert all(slots == adapters == ranks * of_rank / 2 for slots, adapters, ranks in held), held
     return [adapters for _, adapters, _ in held]
 

@@ -21,7 +21,7 @@ from ..adapters.errors import AdapterError
 from ..kernels.slot_stack import SlotStack, nbytes
 
 FULL = "allows are taken"  # in the message of an adapter for which others have to make room
-_UNITS = {"": 1, "k": 10, "m": 20, "g": 30, "t": 40}
+_UNITS = {"k": 10, "m": 20, "g": 30, "t": 40}
 _VALUE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,6 @@ from ..log import flush_deferred, get_logger
 from ..patching import Hook
 
 logger = get_logger(__name__)
-_MANAGER = "vllm.lora.model_manager:LoRAModelManager"
 GATE = "shared_expert_gate"
 
 
@@ -71,20 +69,17 @@ def _add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     return _add_adapter
 
 
-def _freeing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """On a CPU: empty the slots whose adapters are not active any more."""
-
-    @functools.wraps(original, assigned=("__name__",))
-    def deactivate(self: Any, *args: Any) -> Any:
+def _deactivate_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _deactivate_adapter(self: Any, lora_id: int) -> None:
         from ..layers.cpu import slots
 
-        before = list(self.lora_index_to_id)
-        answer = original(self, *args)
-        now = self.lora_index_to_id
-        slots.free(self, [i for i, had in enumerate(before) if had is not None and now[i] is None])
-        return answer
+        active = lora_id in self.lora_index_to_id
+        slot = self.lora_index_to_id.index(lora_id) if active else None
+        original(self, lora_id)
+        if slot is not None:
+            slots.free(self, slot)
 
-    return deactivate
+    return _deactivate_adapter
 
 
 def _activate_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,19 +106,18 @@ def _activate_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     return activate_adapter
 
 
-_FREEING: dict[str, Any] = {
-    "feature": "cpu-experts",
-    "make": _freeing,
-    "releases": ">=0.30,<0.34",
-    "platforms": ("cpu",),
-    "why": "a slot keeps what its last adapter had until another one takes it; on a CPU that is "
-    "the memory of an adapter that was removed",
-    "upstream": "",
-    "until": "the hooks of _create_lora_a_weights go",
-}
-
 HOOKS = (
-    Hook(target=f"{_MANAGER}._deactivate_adapter", **_FREEING),
+    Hook(
+        feature="cpu-experts",
+        target="vllm.lora.model_manager:LoRAModelManager._deactivate_adapter",
+        make=_deactivate_adapter,
+        releases=">=0.30,<0.34",
+        platforms=("cpu",),
+        why="a slot keeps what its last adapter had until another one takes it; on a CPU that is "
+        "the memory of an adapter that was removed",
+        upstream="",
+        until="the hooks of _create_lora_a_weights go",
+    ),
     Hook(
         feature="cpu-experts",
         target="vllm.lora.model_manager:create_lora_manager",

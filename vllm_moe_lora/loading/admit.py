@@ -247,6 +247,10 @@ async def _stage_in_memory(engine: Any, request: Any) -> None:
     """
     held, lora_id, core = engine.moe_lora_held, request.lora_int_id, engine.engine_core
     end = time.monotonic() + ROOM_SECONDS
+
+    def one_is_idle() -> bool:
+        return held.idle(front_end.busy(engine), but=lora_id) is not None
+
     while True:
         try:
             return await _stage(core, request)
@@ -254,12 +258,11 @@ async def _stage_in_memory(engine: Any, request: Any) -> None:
             # Other front ends may be using what is idle here.
             if FULL not in str(error) or held.shared:
                 raise
+            room = "room: adapters in use take what VLLM_MOE_LORA_MEMORY allows"
+            await _wait_until(engine, one_is_idle, room, end - time.monotonic())
             dropped = held.drop_idle(lora_id, front_end.busy(engine))
-            while dropped is None:
-                if time.monotonic() > end or await engine.is_paused():
-                    raise
-                await asyncio.sleep(POLL_SECONDS)
-                dropped = held.drop_idle(lora_id, front_end.busy(engine))
+            if dropped is None:
+                raise
             await core.remove_lora_async(dropped)
 
 

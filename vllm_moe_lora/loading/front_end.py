@@ -155,16 +155,17 @@ class HeldAdapters:
         """Whether another adapter has to be removed before this one can be loaded."""
         return lora_id not in self._held and len(self._held) >= self._capacity
 
-    def idle(self, in_flight: Counter[int]) -> int | None:
+    def idle(self, in_flight: Counter[int], but: int | None = None) -> int | None:
         """The least recently used of the adapters that no request uses and nobody has pinned.
 
         None if there is none.
 
         Args:
             in_flight: adapter id -> number of unfinished requests, from `in_flight`.
+            but: an adapter that is not meant.
         """
         ids = (i for i in self._unpinned() if self._held[i].ready and not in_flight[i])
-        return next(ids, None)
+        return next((i for i in ids if i != but), None)
 
     def _unpinned(self) -> Iterator[int]:
         return (lora_id for lora_id in self._held if lora_id not in self.pinned)
@@ -176,15 +177,11 @@ class HeldAdapters:
             The id of the forgotten adapter, which the caller has to remove from the workers; None
             if there is room, or no adapter is idle.
         """
-        dropped = self.idle(in_flight) if self.needs_room(lora_id) else None
-        if dropped is not None:
-            del self._held[dropped]
-        return dropped
+        return self.drop_idle(lora_id, in_flight) if self.needs_room(lora_id) else None
 
     def drop_idle(self, lora_id: int, in_flight: Counter[int]) -> int | None:
         """Forget an idle adapter other than this one; see `make_room` for what is returned."""
-        ids = (i for i in self._unpinned() if i != lora_id and self._held[i].ready)
-        dropped = next((i for i in ids if not in_flight[i]), None)
+        dropped = self.idle(in_flight, but=lora_id)
         if dropped is not None:
             del self._held[dropped]
         return dropped

@@ -7,6 +7,7 @@ child.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 # Starts the child, with the arguments of `subprocess.run`. Tests replace it by something faster.
 launch: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run
 
-# The prompt's token ids, and the name of the adapter; None for the base model.
 # The environment of an engine of `run`, on top of this process's.
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -36,6 +36,7 @@ SETTINGS = {
     "TORCHDYNAMO_DISABLE": "1",
 }
 
+# The prompt's token ids, and the name of the adapter; None for the base model.
 Request = tuple[list[int], str | None]
 
 
@@ -74,6 +75,12 @@ class EngineError(RuntimeError):
     def __init__(self, log: str) -> None:
         super().__init__(last_error(log))
         self.log = log
+
+
+def home() -> str:
+    """Return the name of the package whose hooks a child has: a patched vLLM has its own."""
+    patched = "vllm.lora.moe_lora"
+    return patched if importlib.util.find_spec(patched) else "vllm_moe_lora"
 
 
 def last_error(log: str) -> str:

@@ -275,7 +275,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # Families whose modules transformers calls otherwise than their checkpoints do.
-OWN_NAMES = ("granitemoe", "granitemoeshared")
+OWN_NAMES = ("aria", "granitemoe", "granitemoeshared", "step3p5", "step3p7")
 
 
 def build(family: str, folder: Path, seed: int = 0, **overrides: Any) -> Path:

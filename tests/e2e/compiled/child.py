@@ -8,7 +8,6 @@ was traced, or loaded from what was traced before.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from vllm_moe_lora.tiny import engine
 # Of tiny/engine.py, for other tests; torch reads it when it is asked to compile.
 del os.environ["TORCHDYNAMO_DISABLE"]
 # What is patched in is what runs.
-home = "vllm.lora.moe_lora" if importlib.util.find_spec("vllm.lora.moe_lora") else "vllm_moe_lora"
+home = engine.home()
 actions = json.loads(os.environ.get("ACTIONS", "{}"))
 spec = json.load(open(sys.argv[1]))  # noqa: SIM115
 numbers = {name: number for number, name in enumerate(spec["adapters"], start=1)}

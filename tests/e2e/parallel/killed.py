@@ -53,7 +53,7 @@ class Calls:
     """Calls and how they ended."""
 
     def __init__(self):
-        self.found, self.tasks, self._begun = {}, {}, 0.0
+        self.found, self.tasks = {}, {}
 
     def begin(self, name, call):
         self.tasks[name] = asyncio.create_task(self._watched(name, call))

@@ -18,14 +18,12 @@ import forks
 import pytest
 import torch
 from engine_cases import FP32_LIMIT, PROMPTS, TOP
-from processes import PROCESSES
-from safetensors.torch import load_file, save_file
+from processes import PROCESSES, without
 
 from vllm_moe_lora.tiny import engine
 
 pytestmark = pytest.mark.cpu_engine
 SCRIPT = Path(__file__).with_name("data_parallel.py")
-FILE = "adapter_model.safetensors"
 LONG, SHORT = PROMPTS[1], PROMPTS[0]
 NAMES = [None, "a", "b"]
 ROUNDS = [
@@ -109,12 +107,9 @@ def test_experts_split_over_both_ranks(case, tmp_path):
 
 def test_whole_experts_on_each_rank(case, tmp_path):
     """Expert parallelism: four experts on one rank, three on the other one."""
-    for name in ("old", "damaged"):
-        shutil.copytree(case.adapters["a"], case.folder / name)
-        case.adapters[name] = case.folder / name
-    tensors = load_file(case.adapters["damaged"] / FILE)
-    del tensors[next(k for k in tensors if "layers.1.mlp.experts.5.down_proj.lora_B" in k)]
-    save_file(tensors, case.adapters["damaged"] / FILE)
+    case.adapters["old"] = shutil.copytree(case.adapters["a"], case.folder / "old")
+    missing = "layers.1.mlp.experts.5.down_proj.lora_B"
+    case.adapters["damaged"] = without(case, "a", lambda key: missing in key)
     options, new = {"enable_expert_parallel": True}, str(case.adapters["b"])
     stories = ["rounds", "refused", "loads", "replaced"]
     found = tell(case, stories, tmp_path, options, new=new)

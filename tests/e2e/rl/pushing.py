@@ -19,10 +19,10 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from vllm_moe_lora.tiny import engine
 from vllm_moe_lora.tiny.oracle import load_tensors
 
-# On a patched tree without the plugin (ci/patched.sh), what is patched in.
-HOME = "vllm.lora.moe_lora" if os.environ.get("VLLM_MOE_LORA") == "0" else "vllm_moe_lora"
+HOME = engine.home()
 push = importlib.import_module(f"{HOME}.rl").push
 VOCAB = 512
 OPTIONS = {

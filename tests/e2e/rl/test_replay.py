@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hf_routes import Model
-from routed_cases import request, run
+from hf_routes import Truth
+from routed_cases import NAMES, PROMPTS, case_of, request, run
 
 from vllm_moe_lora.rl.convert_routes import to_base64
 
 pytestmark = pytest.mark.cpu_engine
-LONG = [(7 * i + 3) % 500 for i in range(70)]
+LONG = PROMPTS[2]
 LIMIT = 1e-4  # fp32 against fp32
 
 
@@ -22,11 +22,7 @@ def _random(rows, seed, experts=8, layers=2, top_k=2):
 
 
 def test_log_probs_under_forced_routes(make_case):
-    case = make_case("qwen2_moe")
-    case.add("a", seed=1)
-    case.add("b", seed=2)
-    names = (None, "a", "b")
-    answer = 5
+    case, names, answer = case_of(make_case), NAMES, 5
 
     def ask(prompt, name, routes, like="answer", **more):
         text = None if routes is None else to_base64(routes)
@@ -63,10 +59,7 @@ def test_log_probs_under_forced_routes(make_case):
         max_num_batched_tokens=32,
         block_size=32,
     )
-    models = {}
-    for name in names:
-        case.want(name)
-        models[name] = Model(case.plain if name is None else case.folder / f"{name}-merged")
+    models = Truth(case).models
 
     def compare(name, got, routes, like="answer"):
         """The largest difference to Hugging Face, which is told the same routes."""

@@ -7,26 +7,21 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from hf_routes import Model
+from hf_routes import Truth
 from processes import PROCESSES
-from routed_cases import request, run
+from routed_cases import LONG, NAMES, PROMPTS, case_of, request, run
 
 from vllm_moe_lora.rl.convert_routes import to_base64
 
 pytestmark = [pytest.mark.cpu_engine, pytest.mark.long]
-LONG = [(7 * i + 3) % 500 for i in range(90)]
-PROMPTS = [[1, 2, 3], [5, 9, 11, 300, 17, 44, 2, 8], LONG[:70]]
 LIMIT = 1e-3  # fp32 against fp32, over two ranks' sums, as in engine_cases
-NAMES = (None, "a", "b")
 
 
 @pytest.mark.parametrize("experts", [False, True], ids=["tensor", "expert"])
 def test_two_ranks(make_case, experts):
     """Mixed batches, chunks, prefix hits, an abort, preemption, and routes that come back."""
-    case = make_case("qwen2_moe", num_experts=7) if experts else make_case("qwen2_moe")
-    case.add("a", seed=1)
-    case.add("b", seed=2)
     number = 7 if experts else 8
+    case = case_of(make_case, num_experts=number)
     forced = np.random.default_rng(0).random((74, 2, number)).argsort(-1)[..., :2].astype(np.uint8)
     rounds = [
         [request(p, name) for p in PROMPTS for name in NAMES],
@@ -45,10 +40,8 @@ def test_two_ranks(make_case, experts):
         block_size=32,
         num_gpu_blocks_override=20,
     )
-    models = {None: Model(case.plain)}
-    for name in case.adapters:
-        case.want(name)
-        models[name] = Model(case.folder / f"{name}-merged")
+    truth = Truth(case)
+    models = truth.models
     assert preempted, "one round is here to preempt"
     assert all(answer["cached"] >= 64 for answer in answers[1])
     assert not answers[2][0]["finished"]
@@ -57,9 +50,7 @@ def test_two_ranks(make_case, experts):
         if asked.get("abort") is not None:
             continue
         name = asked["adapter"]
-        _, want = models[name](asked["prompt"] + got["tokens"][:-1])
-        assert got["routes"].shape == want.shape, "prompt + generated - 1 rows"
-        torch.testing.assert_close(got["routes"].sort(-1).values, want.sort(-1).values)
+        want = truth.check(name, asked["prompt"] + got["tokens"][:-1], got["routes"])
         if asked["prompt"] == PROMPTS[2]:
             seen[name] = want[:70].sort(-1).values
     for one, other in ((None, "a"), (None, "b"), ("a", "b")):

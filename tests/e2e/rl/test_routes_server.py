@@ -12,7 +12,8 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import torch
-from hf_routes import Model
+from hf_routes import Truth
+from routed_cases import LONG, NAMES, PROMPTS, case_of
 from server import Server
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -22,11 +23,8 @@ from transformers import PreTrainedTokenizerFast
 from vllm_moe_lora.rl.convert_routes import from_base64, to_base64
 
 pytestmark = [pytest.mark.cpu_engine, pytest.mark.long]
-LONG = [(7 * i + 3) % 500 for i in range(90)]
-PROMPTS = [[1, 2, 3], [5, 9, 11, 300, 17, 44, 2, 8], LONG[:70]]
 COMPLETIONS, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/inference/v1/generate"
 GREEDY = {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
-NAMES = (None, "a", "b")
 LIMIT = 1e-3  # fp32 against fp32, as in engine_cases
 
 
@@ -35,12 +33,7 @@ class Client:
 
     def __init__(self, case, server):
         self.server, self.base = server, str(case.model)
-        self.models = {}
-        for name in NAMES:
-            case.want(name)
-            self.models[name] = Model(
-                case.plain if name is None else case.folder / f"{name}-merged"
-            )
+        self.truth = Truth(case)
 
     def post(self, path, name, **body):
         status, text = self.server.post(path, {"model": name or self.base, **body})
@@ -72,19 +65,14 @@ class Client:
         """The routes in a reply, whose rows are those of Hugging Face."""
         routes = from_base64(text)
         assert routes.dtype == np.uint8
-        _, want = self.models[name](prompt + tokens[:-1])
         have = torch.from_numpy(routes.astype(np.int64))
-        assert have.shape == want[start:].shape, "prompt + generated - 1 rows"
-        torch.testing.assert_close(have.sort(-1).values, want[start:].sort(-1).values)
+        self.truth.check(name, prompt + tokens[:-1], have, start)
         return routes
 
 
 @pytest.fixture(scope="module")
 def case(make_case):
-    case = make_case("qwen2_moe")
-    case.add("a", seed=1)
-    case.add("b", seed=2)
-    return case
+    return case_of(make_case)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +169,7 @@ def test_replay(client):
         assert np.array_equal(from_base64(forced["routed_experts"]), routes)
         top = forced["logprobs"]["top_logprobs"][0]
         top = {int(key.removeprefix("token_id:")): value for key, value in top.items()}
-        model = client.models[name]
+        model = client.truth.models[name]
         want, free = model(ids, routes)[0][-1], model(ids)[0][-1]
         assert max(abs(want[token].item() - value) for token, value in top.items()) <= LIMIT
         assert (want - free)[[*top]].abs().max() > 20 * LIMIT, "the row matters"

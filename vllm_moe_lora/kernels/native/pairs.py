@@ -83,9 +83,8 @@ class Pairs:
         table[0] = table[8] = table[16] = 0
         table.extend((DTYPES[wide.dtype], x.data_ptr(), x.stride(0), hidden))
         table.extend((wide.data_ptr(), wide.stride(0), address(places)))
-        table.extend((len(factors), address(parts), 0))
+        table.extend((len(factors), address(parts)))
         table.extend((0, 0) if z is None else (z.data_ptr(), z.shape[1]))
-        table.append(0)
         table.extend((0, 0) if weights is None else (weights.data_ptr(), weights.stride(0)))
         table.extend((x.data_ptr(), x.stride(0), wide.shape[1]))
         work = len(self) * hidden * factors[0].highest_rank

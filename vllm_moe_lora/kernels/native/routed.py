@@ -14,9 +14,9 @@ three kernels get the same table (int64, see loops.py), `plan` the first half of
     44  wide rows (one a pair: [hidden, columns of adapters])          45  their row stride
     46  first column of each slot in a wide row (int64 address)
     47  slices            48  address of slices (one a slice: the address of its factor's slots)
-    50  fp32 scratch z, [pairs, rank]          51  highest rank (row stride of z)
-    53  router weights (fp32 address; 0: all 1) 54  their row stride
-    55  output            56  its row stride   57  width of a wide row
+    49  fp32 scratch z, [pairs, rank]          50  highest rank (row stride of z)
+    51  router weights (fp32 address; 0: all 1) 52  their row stride
+    53  output            54  its row stride   55  width of a wide row
 
 A segment is a range of pairs, sorted by expert, then slot: (slot, expert, first, number). A slot of
 a factor is (address, stride of experts, stride of rows), see `SlotStack.table`.
@@ -167,7 +167,7 @@ def _widen_item(table, item):
         last = first + get(table, 47) * get(get(table, 31), slot)
         if get(_order(table), get(table, 24) * top_k + pair) == 0:
             last = first  # the pair is in no segment, so nothing is written there
-        for k in range(hidden, get(table, 57)):
+        for k in range(hidden, get(table, 55)):
             if k < first or k >= last:
                 if shift == 1:
                     write(BF16, np.float32(0.0), wide, k)
@@ -234,7 +234,7 @@ def _shrunk_item(table, item):
     """Copy the shrunk activations of pairs out of their wide rows, as fp32."""
     dtype = get(table, 40)
     shift = 1 if dtype == BF16 else 2
-    top = get(table, 51)
+    top = get(table, 50)
     start = item * CHUNK
     for i in range(start, min(start + CHUNK, get(table, 36))):
         pair = get(_order(table), i)
@@ -243,7 +243,7 @@ def _shrunk_item(table, item):
         first = get(table, 43) + get(get(table, 46), slot)
         for j in range(get(get(table, 31), slot)):
             value = read(BF16, wide, first + j) if dtype == BF16 else read(FP32, wide, first + j)
-            write(FP32, value, get(table, 50), i * top + j)
+            write(FP32, value, get(table, 49), i * top + j)
 
 
 @compiled
@@ -267,7 +267,7 @@ def _combine_item(table, item, totals, zs, ys, scales, tile, edge):
     """Compute COLUMN_CHUNK columns of the output of all tokens with an adapter."""
     dtype = get(table, 40)
     shift = 1 if dtype == BF16 else 2
-    top_k, top = get(table, 29), get(table, 51)
+    top_k, top = get(table, 29), get(table, 50)
     column = item * COLUMN_CHUNK
     stop = min(column + COLUMN_CHUNK, get(table, 43))
     count = get(table, 35)
@@ -284,14 +284,14 @@ def _combine_item(table, item, totals, zs, ys, scales, tile, edge):
             for i in range(m):
                 pair = get(_order(table), start + i)
                 weight = np.float32(1.0)
-                if get(table, 53) != 0:
+                if get(table, 51) != 0:
                     token = get(_rows(table), pair // top_k)
-                    weight = read(FP32, get(table, 53), token * get(table, 54) + pair % top_k)
+                    weight = read(FP32, get(table, 51), token * get(table, 52) + pair % top_k)
                 total = totals + (((pair // top_k) * COLUMN_CHUNK) << 2)
                 wide = get(table, 44) + ((pair * get(table, 45) + column) << shift)
                 _add_pair(dtype, wide, stop - column, total, weight)
                 write(FP32, weight, scales, i)
-                put(zs, i, get(table, 50) + (((start + i) * top) << 2))
+                put(zs, i, get(table, 49) + (((start + i) * top) << 2))
                 put(ys, i, total)
             at = column
             while at < stop:
@@ -301,7 +301,7 @@ def _combine_item(table, item, totals, zs, ys, scales, tile, edge):
                 at += COLUMNS
             start += m
     for i in range(count):
-        out = get(table, 55) + ((get(_rows(table), i) * get(table, 56) + column) << shift)
+        out = get(table, 53) + ((get(_rows(table), i) * get(table, 54) + column) << shift)
         total, n = totals + ((i * COLUMN_CHUNK) << 2), 0
         while n < stop - column:
             if dtype == FP32:
@@ -319,14 +319,14 @@ def after(table):
     """output[token] = sum over its pairs of weight * (wide row + lora_b z), rounded once."""
     count = get(table, 35)
     places = 3 * CHUNK + COLUMNS + 1
-    size = places + (get(table, 51) * COLUMNS + count * COLUMN_CHUNK + 1) // 2
+    size = places + (get(table, 50) * COLUMNS + count * COLUMN_CHUNK + 1) // 2
     scratch = np.empty(size, np.int64)
     zs = address_of(scratch)
     ys = zs + (CHUNK << 3)
     scales = ys + (CHUNK << 3)
     edge = scales + (CHUNK << 3)
     tile = zs + (places << 3)
-    totals = tile + ((get(table, 51) * COLUMNS) << 2)
+    totals = tile + ((get(table, 50) * COLUMNS) << 2)
     items = (get(table, 36) + CHUNK - 1) // CHUNK
     while True:
         item = take(table, 0, 1)

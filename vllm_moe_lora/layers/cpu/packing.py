@@ -15,6 +15,11 @@ PACK_COLUMNS = 8  # a multiple of the input columns packed together (2 on AMX an
 PACK_UNIT = 32  # rows and columns of a packed weight are multiples of this
 
 
+def round_up(n: int, unit: int) -> int:
+    """Return the smallest multiple of ``unit`` that is not below ``n``."""
+    return -(-n // unit) * unit
+
+
 def pack(weight: torch.Tensor, isa: str) -> torch.Tensor:
     """Pack a weight as vLLM does, after padding it with zeros to multiples of `PACK_UNIT`.
 

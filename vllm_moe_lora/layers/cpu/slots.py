@@ -11,6 +11,7 @@ import torch
 from ... import envs
 from ...fitting import budget
 from ...kernels.slot_stack import SlotStack
+from .packing import PACK_COLUMNS, PACK_ROWS, round_up
 
 _AXES = {"w13_lora_a_stacked": 1, "w13_lora_b_stacked": 2}
 _AXES |= {"w2_lora_a_stacked": 1, "w2_lora_b_stacked": 2}
@@ -38,18 +39,17 @@ def created(wrapper: Any) -> Iterator[None]:
             setattr(wrapper, name, tuple(SlotStack(one.shape, one.dtype, axis) for one in stacks))
 
 
-def free(manager: Any, slots: list[int]) -> None:
-    """Empty slots whose adapters are not active any more, so that their memory can be freed.
+def free(manager: Any, slot: int) -> None:
+    """Empty a slot whose adapter is not active any more, so that its memory can be freed.
 
     Args:
         manager: vLLM's `LoRAModelManager`.
-        slots: their numbers.
+        slot: its number.
     """
     for module in manager.modules.values():
         stacks = getattr(module, "w2_lora_a_stacked", None)
         if stacks and isinstance(stacks[0], SlotStack):
-            for slot in slots:
-                module.reset_lora(slot)
+            module.reset_lora(slot)
 
 
 def widened(layers: list[tuple[Any, int]], config: Any) -> int:
@@ -67,7 +67,7 @@ def widened(layers: list[tuple[Any, int]], config: Any) -> int:
             continue
         moe = layer.moe_config
         inner, slices = moe.intermediate_size_per_partition, 2 if moe.is_act_and_mul else 1
-        columns = -(-rank * min(packed, slices) // 8) * 8 * slices * inner
-        rows = -(-rank // 16) * 16 * inner
+        columns = round_up(rank * min(packed, slices), PACK_COLUMNS) * slices * inner
+        rows = round_up(rank, PACK_ROWS) * inner
         total += moe.num_local_experts * (columns + rows) * config.model_config.dtype.itemsize
     return total

@@ -32,16 +32,13 @@ from .packing import (
     blocks,
     layout_is_plain,
     pack,
+    round_up,
     unpack,
     widen_columns,
     widen_rows,
 )
 
 PACKED = "moe_lora_packed"  # attribute of a Parameter: whether its data are packed
-
-
-def _round_up(n: int, unit: int) -> int:
-    return -(-n // unit) * unit
 
 
 class WidenedCPUExperts(CPULoRAExperts):
@@ -141,7 +138,7 @@ class WidenedCPUExperts(CPULoRAExperts):
         super().slot_written(wrapper, slot, rank)
         self._wrapper = wrapper
         b13 = self._w13_b(wrapper, slot, rank)
-        first, grows = self._w13_columns.take(slot, _round_up(b13.shape[2], PACK_COLUMNS))
+        first, grows = self._w13_columns.take(slot, round_up(b13.shape[2], PACK_COLUMNS))
         if grows:
             self._grow_w13()
         start, stop = self._hidden + first, self._hidden + first + b13.shape[2]
@@ -149,13 +146,13 @@ class WidenedCPUExperts(CPULoRAExperts):
         target.copy_(blocks(pack(b13, self.isa))[:, :, : target.shape[2]])
 
         a2 = wrapper.w2_lora_a_stacked[0].slot(slot)
-        first, grows = self._w2_rows.take(slot, _round_up(rank, PACK_ROWS))
+        first, grows = self._w2_rows.take(slot, round_up(rank, PACK_ROWS))
         if grows:
             self._grow_w2()
         w2 = self._layer.w2_weight.data
         a2 = torch.nn.functional.pad(a2.to(w2.dtype), (0, w2.shape[2] - a2.shape[2]))
         start = self._hidden + first
-        stop = start + _round_up(rank, PACK_ROWS)
+        stop = start + round_up(rank, PACK_ROWS)
         w2[:, start:stop].copy_(pack(a2, self.isa)[:, : stop - start])
 
     def slot_cleared(self, slot: int) -> None:

@@ -30,7 +30,8 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
     async def add_request(self: Any, *args: Any, **more: Any) -> Any:
         from ..loading import admit, front_end
 
-        request, held = front_end.lora_request_of(args, more), front_end.held_adapters(self)
+        request = front_end.lora_request_of(args, more)
+        held = front_end.held_adapters(self) if request is not None else None
         if request is None or held is None:
             return await original(self, *args, **more)
         number = request.lora_int_id

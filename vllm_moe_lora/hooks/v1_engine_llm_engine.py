@@ -27,7 +27,8 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_request(self: Any, *args: Any, **more: Any) -> Any:
         from ..loading import admit, front_end
 
-        request, held = front_end.lora_request_of(args, more), front_end.held_adapters(self)
+        request = front_end.lora_request_of(args, more)
+        held = front_end.held_adapters(self) if request is not None else None
         if request is not None and held is not None:
             held.check(request)
             if not held.is_loaded(request):

@@ -6,10 +6,10 @@ experts are staged: built in the form that a slot of the LoRA layer takes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from ..adapters.canonical import Experts
+from ..adapters.canonical import Dims, Experts
 from ..adapters.config import Config
 from ..adapters.errors import AdapterError, listed, prefixed
 from ..adapters.group import Tensors
@@ -19,6 +19,7 @@ from ..kernels.slot_stack import SlotStack
 from ..log import get_logger
 from ..targets import supports_lora
 from . import budget, merged_projections, strict
+from .again import KeptTensors, are_views, once
 from .memory import PausedGC
 from .moe_layers import dims_of, for_set_lora, is_experts, serves_moe, slots_of
 from .stage import stage
@@ -38,6 +39,7 @@ class PendingExperts:
         config: the adapter's.
         paused_gc: keeps the garbage collector off until `fit` has run.
         refused: the error with which vLLM refused the adapter's names; None if it did not.
+        tensors: all tensors of the adapter. Only those of `KeptTensors` are looked at again.
     """
 
     layers: dict[str, Tensors]
@@ -45,6 +47,7 @@ class PendingExperts:
     config: Config
     paused_gc: PausedGC
     refused: ValueError | None = None
+    tensors: dict[str, Any] = field(default_factory=dict)
 
 
 def fit(manager: Any, lora: Any) -> None:
@@ -127,7 +130,7 @@ def _fit(manager: Any, lora: Any, pending: PendingExperts | None) -> None:
     if fitted:
         dims = dims_of(manager, next(iter(wrappers.values())))
         layers = {prefix: pending.layers[prefix] for prefix in fitted}
-        resolved, notes = resolve(layers, dims, pending.config)
+        resolved, notes = _resolved(pending, layers, dims)
         staged, limit, size = {}, budget.budget_of(manager), 0
         for count, found in enumerate(resolved, start=1):
             wrapper = wrappers[fitted[found.prefix]]
@@ -145,6 +148,21 @@ def _fit(manager: Any, lora: Any, pending: PendingExperts | None) -> None:
     if not lora.loras:
         raise AdapterError("none of its tensors is for this model. Was it trained on another one?")
     del lora.moe_lora  # frees the views of the file
+
+
+def _resolved(
+    pending: PendingExperts, layers: dict[str, Tensors], dims: Dims
+) -> tuple[list[Experts], list[str]]:
+    """See `recognise.resolve`. Of tensors that are kept it is done for the first version only."""
+    kept = pending.tensors
+    if not isinstance(kept, KeptTensors):
+        return resolve(layers, dims, pending.config)
+    return once(
+        kept.found,
+        ("resolved", tuple(layers), dims),
+        lambda: resolve(layers, dims, pending.config),
+        lambda made: are_views(made[0], kept),
+    )
 
 
 def _match_layers(

@@ -1,4 +1,4 @@
-"""Makes loading fast: huge pages for large tensors, and a way to pause garbage collection."""
+"""Makes loading fast: huge pages, memory that is used again, and no garbage collection."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import gc
 import math
 import mmap
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
@@ -20,12 +23,75 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     longer to provide the memory than the copy itself takes (5 times on the machine of
     docs/performance.md).
     """
-    size = math.prod(shape) * dtype.itemsize
-    if size < HUGE_PAGES_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
+    size, used_again = math.prod(shape) * dtype.itemsize, _used_again.get()
+    if size < (HUGE_PAGES_FROM if used_again is None else USED_AGAIN_FROM):
         return torch.empty(shape, dtype=dtype)
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
+    memory = _mapped(size) if used_again is None else used_again.take(size)
+    return torch.frombuffer(memory, dtype=dtype).view(*shape)
+
+
+def _mapped(size: int) -> mmap.mmap:
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(*shape)
+    return memory
+
+
+USED_AGAIN_FROM = 1 << 20  # bytes
+
+
+class UsedAgain:
+    """Keeps the memory of adapters that are gone for the next one of the same shapes.
+
+    To get memory from the system takes several times as long as to copy into it. At most as much is
+    kept as the last adapter has taken.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # an adapter may end in the middle of `take`
+        self._kept: dict[int, list[mmap.mmap]] = {}
+        self._kept_bytes = 0
+        self._limit = 0
+        self._taken = 0
+
+    @contextmanager
+    def adapter(self) -> Iterator[None]:
+        """What `empty` returns inside the block belongs to one adapter, and is kept after it."""
+        self._taken = 0
+        token = _used_again.set(self)
+        try:
+            yield
+        finally:
+            _used_again.reset(token)
+        with self._lock:
+            self._limit = self._taken
+            for size in list(self._kept):
+                while self._kept[size] and self._kept_bytes > self._limit:
+                    self._kept[size].pop()
+                    self._kept_bytes -= size
+
+    def take(self, size: int) -> memoryview:
+        """Memory of ``size`` bytes, which comes back when nothing refers to it any more."""
+        with self._lock:
+            self._taken += size
+            kept = self._kept.get(size)
+            if kept:
+                self._kept_bytes -= size
+            memory = kept.pop() if kept else _mapped(size)
+        view = memoryview(memory)
+        weakref.finalize(view, self._come_back, memory).atexit = False
+        return view
+
+    def _come_back(self, memory: mmap.mmap) -> None:
+        with self._lock:
+            size = len(memory)
+            if self._kept_bytes + size <= self._limit:
+                self._kept.setdefault(size, []).append(memory)
+                self._kept_bytes += size
+
+
+_used_again: ContextVar[UsedAgain | None] = ContextVar("moe_lora_used_again", default=None)
 
 
 class PausedGC:

@@ -17,6 +17,7 @@ from ..adapters.errors import AdapterError, prefixed
 from ..adapters.folder import check_dtype
 from ..adapters.group import Grouped, group, refuse_what_is_not_lora
 from ..adapters.names import parse
+from .again import once
 from .fit import PendingExperts
 from .memory import PausedGC
 
@@ -96,7 +97,7 @@ def _read(
     if not hasattr(peft_helper, "get_rank_and_scaling"):  # vLLM up to 0.31 ignores patterns
         _apply_patterns(lora, found.dense, config, mapper, peft_helper)
     mapped = {p: mapper._map_name(p) if mapper is not None else p for p in found.experts}
-    lora.moe_lora = PendingExperts(found.experts, mapped, config, PausedGC(), refused)
+    lora.moe_lora = PendingExperts(found.experts, mapped, config, PausedGC(), refused, tensors)
     return lora
 
 
@@ -122,6 +123,16 @@ def _checked(
     Returns:
         The groups, the tensors that vLLM reads for ``modules_to_save``, and the config.
     """
+    return once(
+        getattr(tensors, "found", None),
+        ("checked", cls, tuple(skipped or ())),
+        lambda: _check(cls, tensors, peft_helper, skipped),
+    )
+
+
+def _check(
+    cls: type[Any], tensors: dict[str, Any], peft_helper: Any, skipped: Any
+) -> tuple[Grouped, dict[str, Any], Config]:
     raw = getattr(peft_helper, "moe_lora_raw", None) or asdict(peft_helper)
     if skipped:
         tensors = {k: t for k, t in tensors.items() if not cls._should_skip_module(k, skipped)}

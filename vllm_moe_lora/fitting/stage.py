@@ -7,6 +7,7 @@ that of the slots. NaN and infinite values are refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -247,9 +248,16 @@ def _check_finite(values: torch.Tensor, piece: _Piece, numbers: Sequence[int]) -
         return
     bad = int((~torch.isfinite(values)).nonzero()[0][0])
     raise AdapterError(
-        f"{piece.part.label} has NaN or infinite numbers (expert {numbers[bad]}, as "
+        f"{_name(piece, numbers[bad])} has NaN or infinite numbers (expert {numbers[bad]}, as "
         f"{values.dtype}). The training run diverged or the file is damaged."
     )
+
+
+def _name(piece: _Piece, expert: int) -> str:
+    """The name of one expert's factor, made of the name of another tensor of the part."""
+    side = "A" if piece.stack is piece.part.a else "B"
+    name = re.sub(r"lora_[AB]\b", f"lora_{side}", piece.part.label)
+    return re.sub(r"\.experts\.\d+\.", f".experts.{expert}.", name)
 
 
 def _check_finite_elsewhere(a: list[_Piece], b: list[_Piece], slots: Slots) -> None:

@@ -11,24 +11,19 @@ times as long as to copy into it. The number says which push the content is of.
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import itertools
-import json
-import math
-import os
 import secrets
-import sys
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from multiprocessing import shared_memory
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.errors import AdapterError, rank_text
+from . import segment
 
 if TYPE_CHECKING:
     import torch
+
+    from ..fitting.memory import UsedAgain
 
 PREFIX = "vllm-moe-lora-memory:/"
 WORKER = f"{__name__.removesuffix('.loading.memory')}.rl.Worker"
@@ -36,14 +31,10 @@ OFF = (
     "this engine takes no adapters from memory. Start it with "
     f"worker_extension_cls={WORKER!r} (--worker-extension-cls {WORKER})."
 )
-ALIGNMENT = 64  # bytes
 
 _local: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]] = {}
-_spare: list[shared_memory.SharedMemory] = []  # of the sender, at most one
-_attached: dict[str, shared_memory.SharedMemory] = {}  # of the worker, at most one
-_closing: list[shared_memory.SharedMemory] = []
 _numbers = itertools.count(1)
-_attaching = threading.Lock()
+_staging: UsedAgain | None = None  # of the worker
 _allowed = False
 
 
@@ -87,118 +78,24 @@ def offered(
         AdapterError: there is not enough shared memory.
     """
     if local:
-        segment = f"local-{secrets.token_hex(8)}"
-        _local[segment] = {k: t.detach().cpu() for k, t in tensors.items()}, config
+        own = f"local-{secrets.token_hex(8)}"
+        _local[own] = {k: t.detach().cpu() for k, t in tensors.items()}, config
         try:
-            yield f"{path_of(name)}#{segment}"
+            yield f"{path_of(name)}#{own}"
         finally:
-            del _local[segment]
+            del _local[own]
         return
+    from ..fitting.memory import PausedGC
+
     number = next(_numbers)
-    shared = _write(tensors, config, number)
+    with PausedGC():
+        shared = segment.write(tensors, config, number)
     try:
         yield f"{path_of(name)}#{shared.name}@{number}"
     except BaseException:
-        _delete(shared)  # somebody may still read it
+        segment.delete(shared)  # somebody may still read it
         raise
-    _spare.append(shared)
-    while len(_spare) > 1:
-        _delete(_spare.pop(0))
-
-
-def _delete(shared: shared_memory.SharedMemory) -> None:
-    _close(shared)
-    shared.unlink()
-
-
-@atexit.register
-def _delete_spare() -> None:
-    while _spare:
-        shared = _spare.pop()
-        if _is_mine(shared):
-            _delete(shared)
-
-
-def _is_mine(shared: shared_memory.SharedMemory) -> bool:
-    """Whether this process made it, and not the one that this was forked from."""
-    return shared.name.split("-")[2] == str(os.getpid())
-
-
-def _new(size: int) -> shared_memory.SharedMemory:
-    """Shared memory of at least ``size`` bytes: the one that was kept, or new."""
-    try:
-        shared = _spare.pop()
-    except IndexError:
-        pass
-    else:
-        if _is_mine(shared) and size <= shared.size <= 2 * size:
-            return shared
-        if _is_mine(shared):
-            _delete(shared)
-    _check_room(size)
-    name = f"moe-lora-{os.getpid()}-{secrets.token_hex(8)}"
-    return shared_memory.SharedMemory(name, create=True, size=size)
-
-
-def _write(
-    tensors: Mapping[str, torch.Tensor], config: dict[str, Any], number: int
-) -> shared_memory.SharedMemory:
-    """Copy an adapter into shared memory.
-
-    It begins with ``number`` and the length of the header, 8 bytes each. The header is JSON: the
-    config, and [dtype, [[name, shape], ...]] of each run of tensors. A run begins at a multiple of
-    `ALIGNMENT`, and its tensors follow one another.
-    """
-    import torch
-
-    runs: dict[tuple[torch.dtype, torch.device], list[str]] = {}
-    for key, tensor in tensors.items():
-        runs.setdefault((tensor.dtype, tensor.device), []).append(key)
-    table = [
-        [str(dtype).removeprefix("torch."), [[key, list(tensors[key].shape)] for key in keys]]
-        for (dtype, _), keys in runs.items()
-    ]
-    header = json.dumps([config, table]).encode()
-    sizes = [sum(tensors[key].nbytes for key in keys) for keys in runs.values()]
-    shared = _new(_aligned(16 + len(header)) + sum(map(_aligned, sizes)))
-    try:
-        buffer = _buffer(shared)
-        buffer[:16] = number.to_bytes(8, "little") + len(header).to_bytes(8, "little")
-        buffer[16 : 16 + len(header)] = header
-        start, whole = _aligned(16 + len(header)), torch.frombuffer(buffer, dtype=torch.uint8)
-        for ((dtype, device), keys), length in zip(runs.items(), sizes, strict=True):
-            flat = [tensors[key].detach().reshape(-1) for key in keys]
-            target = whole[start : start + length].view(dtype)
-            if device.type == "cpu":
-                torch.cat(flat, out=target)
-            else:
-                target.copy_(torch.cat(flat))  # one copy from the device
-            start += _aligned(length)
-    except BaseException:
-        _delete(shared)
-        raise
-    return shared
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _check_room(size: int) -> None:
-    """Refuse what does not fit: a write beyond the end of the memory would kill the process."""
-    with contextlib.suppress(OSError):
-        found = os.statvfs("/dev/shm")
-        free = found.f_bavail * found.f_frsize
-        if size > free:
-            raise AdapterError(
-                f"the adapter needs {size / 1e6:.0f} MB of shared memory, but /dev/shm has "
-                f"{free / 1e6:.0f} MB. Raise it (docker run --shm-size, or --ipc=host)."
-            )
-
-
-def _buffer(shared: shared_memory.SharedMemory) -> memoryview:
-    assert shared.buf is not None, "it is open"
-    return shared.buf
+    segment.keep(shared)
 
 
 @contextmanager
@@ -213,16 +110,16 @@ def opened(path: str) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, Any]]
     """
     if not _allowed:
         raise AdapterError(OFF)
-    segment = path.removeprefix(without_segment(path)).removeprefix("#")
-    if segment in _local:
-        yield _local[segment]
+    where = path.removeprefix(without_segment(path)).removeprefix("#")
+    if where in _local:
+        yield _local[where]
         return
-    name, _, number = segment.partition("@")
+    name, _, number = where.partition("@")
     try:
         if not number.isdigit():
             raise FileNotFoundError(path)
-        shared = _attach(name)
-        if int.from_bytes(_buffer(shared)[:8], "little") != int(number):
+        attached = segment.attach(name)
+        if attached.number() != int(number):
             raise FileNotFoundError(path)  # the sender has used it for another push since
     except (ValueError, OSError):
         raise AdapterError(
@@ -230,64 +127,7 @@ def opened(path: str) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, Any]]
             "held any more, or its sender runs on another machine. Push it again; more adapters "
             "are held with a higher --max-cpu-loras."
         ) from None
-    yield _read(shared)
-
-
-def _attach(segment: str) -> shared_memory.SharedMemory:
-    """Map the segment, and keep it until another one comes."""
-    if segment not in _attached:
-        shared = _map(segment)
-        while _attached:
-            _close(_attached.popitem()[1])
-        _attached[segment] = shared
-    return _attached[segment]
-
-
-def _map(segment: str) -> shared_memory.SharedMemory:
-    if sys.version_info >= (3, 13):
-        return shared_memory.SharedMemory(name=segment, track=False)
-    from multiprocessing import resource_tracker
-
-    # Up to Python 3.12 whoever attaches is taken for the owner, who is to delete it at exit.
-    with _attaching:
-        register, resource_tracker.register = resource_tracker.register, _register_nothing
-        try:
-            return shared_memory.SharedMemory(name=segment)
-        finally:
-            resource_tracker.register = register
-
-
-def _register_nothing(name: Any, rtype: Any) -> None:
-    pass
-
-
-def _read(shared: shared_memory.SharedMemory) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Views of the tensors in shared memory, and the config; see `_write`."""
-    import torch
-
-    buffer = _buffer(shared)
-    length = int.from_bytes(buffer[8:16], "little")
-    config, table = json.loads(bytes(buffer[16 : 16 + length]))
-    start, whole = _aligned(16 + length), torch.frombuffer(buffer, dtype=torch.uint8)
-    tensors = {}
-    for kind, entries in table:
-        dtype: torch.dtype = getattr(torch, kind)
-        counts = [math.prod(shape) for _, shape in entries]
-        size = sum(counts) * dtype.itemsize
-        flat = whole[start : start + size].view(dtype).split(counts)
-        for (key, shape), part in zip(entries, flat, strict=True):
-            tensors[key] = part.view(shape)
-        start += _aligned(size)
-    return tensors, config
-
-
-def _close(shared: shared_memory.SharedMemory) -> None:
-    """Unmap shared memory. If a tensor still uses it, as one in a traceback, then later."""
-    _closing.append(shared)
-    for one in list(_closing):
-        with contextlib.suppress(BufferError):
-            one.close()
-            _closing.remove(one)
+    yield attached.read()
 
 
 def load(worker_manager: Any, request: Any) -> Any:
@@ -304,8 +144,11 @@ def load(worker_manager: Any, request: Any) -> Any:
         AdapterError: it does not fit.
     """
     from ..fitting.fit import fit
+    from ..fitting.memory import PausedGC, UsedAgain
 
-    with opened(request.lora_path) as (tensors, config):
+    global _staging
+    _staging = _staging or UsedAgain()
+    with PausedGC(), _staging.adapter(), opened(request.lora_path) as (tensors, config):
         lora = from_tensors(worker_manager, request.lora_int_id, tensors, config)
         fit(worker_manager._adapter_manager, lora)
         return lora

@@ -32,15 +32,13 @@ def main(spec: str, result: str) -> None:
         dtype="float32",
         enforce_eager=True,
         max_model_len=128,
-        max_num_seqs=4,
         max_logprobs=512,
         enable_lora=True,
         max_loras=3,
         max_lora_rank=16,
         enable_prefix_caching=False,
         mm_processor_cache_gb=0,
-        limit_mm_per_prompt={"image": 1},
-        **job["options"],
+        **{"limit_mm_per_prompt": {"image": 1}, "max_num_seqs": 4, **job["options"]},
     )
     adapters = {
         name: LoRARequest(name, number, path)

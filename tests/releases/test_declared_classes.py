@@ -32,6 +32,8 @@ def test_rows(release):
             assert found.get(name) == "declared", f"{name}: {told['failed']}"
     assert found["GptOssForCausalLM"] == "upstream's"
     assert found["DbrxForCausalLM"].startswith("DbrxForCausalLM does not support LoRA: its exp")
+    if Version(release) < Version("0.25"):  # without `repair.expert_mapping`
+        assert "'get_expert_mapping' must be implemented" in told["granite"]
     if release == "0.33.0":  # before weights are read
         flint, beam = told["early"]
         assert "LoRA is not supported for FlintForCausalLM" in flint

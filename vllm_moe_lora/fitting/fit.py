@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..adapters.canonical import Experts
+from ..adapters import modalities
+from ..adapters.canonical import Dims, Experts
 from ..adapters.config import Config
 from ..adapters.errors import AdapterError, listed, prefixed
 from ..adapters.group import Tensors
@@ -121,13 +122,15 @@ def _fit(manager: Any, lora: Any, pending: PendingExperts | None) -> None:
     if pending is None:
         return
     wrappers = {name: m for name, m in manager.modules.items() if is_experts(m)}
+    if modalities.has_kinds(wrappers):
+        _split_kinds(pending, dims_of(manager, next(iter(wrappers.values()))).experts)
     fitted = _match_layers(manager, pending, wrappers)
     for name in fitted.values():
         supports_lora.check_adapter(name, wrappers[name])
     if fitted:
-        dims = dims_of(manager, next(iter(wrappers.values())))
-        layers = {prefix: pending.layers[prefix] for prefix in fitted}
-        resolved, notes = resolve(layers, dims, pending.config)
+        resolved, notes = _resolve(
+            manager, pending, {p: wrappers[own] for p, own in fitted.items()}
+        )
         staged, limit, size = {}, budget.budget_of(manager), 0
         for count, found in enumerate(resolved, start=1):
             wrapper = wrappers[fitted[found.prefix]]
@@ -145,6 +148,35 @@ def _fit(manager: Any, lora: Any, pending: PendingExperts | None) -> None:
     if not lora.loras:
         raise AdapterError("none of its tensors is for this model. Was it trained on another one?")
     del lora.moe_lora  # frees the views of the file
+
+
+def _resolve(
+    manager: Any, pending: PendingExperts, wrappers: dict[str, Any]
+) -> tuple[list[Experts], list[str]]:
+    """As `resolve`, for ``wrappers``: what the adapter calls a layer's experts -> its LoRA layer.
+
+    Only experts for text and experts for images differ in size.
+    """
+    by_dims: dict[Dims, dict[str, Tensors]] = {}
+    for prefix, wrapper in wrappers.items():
+        layers = by_dims.setdefault(dims_of(manager, wrapper), {})
+        layers[prefix] = pending.layers[prefix]
+    experts, notes = [], []
+    for dims, layers in by_dims.items():
+        found, more = resolve(layers, dims, pending.config)
+        experts += found
+        notes += more
+    return experts, notes
+
+
+def _split_kinds(pending: PendingExperts, count: int) -> None:
+    """Give the experts of each kind a name of their own; see `modalities.split`."""
+    parts, mapped = modalities.split(pending.layers, count), {}
+    for prefix, (given, _) in parts.items():
+        own = prefix.removeprefix(given.removesuffix("experts")) if prefix != given else "experts"
+        mapped[prefix] = pending.mapped[given].removesuffix("experts") + own
+    pending.layers = {prefix: tensors for prefix, (_, tensors) in parts.items()}
+    pending.mapped = mapped
 
 
 def _match_layers(

@@ -31,6 +31,8 @@ class Row:
         whole_batches: the class of modules that give their experts and gates the rows of text and
             those of images apart, so that LoRA takes the adapters of other rows; "" if there is
             none. `repair.whole_batches` changes them.
+        renamed: parts of such a module -> the name in it that they get. vLLM's manager takes only
+            routed experts that are called "experts". `repair.rename` does it.
         ignored: end of a module's name -> why LoRA there would be ignored. An adapter with LoRA on
             it is refused with this reason.
         ignored_if: a name in the text model's config -> like ``ignored``, where it is set.
@@ -54,6 +56,7 @@ class Row:
     config: str = ""
     cast_inputs: tuple[str, ...] = ()
     whole_batches: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
     ignored: Mapping[str, str] = field(default_factory=dict)
     ignored_if: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     ignored_on: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

@@ -165,9 +165,15 @@ ROWS: tuple[Row, ...] = (
         language_model="language_model",
         connector="resampler_model",
         tower="vision_model",
-        cast_inputs=("mlp.text_experts_gate", "mlp.vision_experts_gate"),
+        cast_inputs=("text_moe.gate", "vision_moe.gate"),
         whole_batches="Ernie4_5_VLMoeMoE",
-        until="upstream's class has get_mm_mapping, and its gates take the model's dtype",
+        renamed={
+            f"{kind}_{part}": f"{kind}_moe.{own}"
+            for kind in ("text", "vision")
+            for part, own in (("experts", "experts"), ("experts_gate", "gate"))
+        },
+        until="upstream's class has get_mm_mapping, its gates take the model's dtype, and its "
+        "experts are called so",
     ),
     Row(
         targets=(

@@ -8,7 +8,7 @@ import re
 import pytest
 import unpacked
 from packaging.version import Version
-from sources_of_classes import merged, moe_classes, read_directly, registered
+from sources_of_classes import merged, moe_classes, read_directly, registered, wrappers
 
 from vllm_moe_lora import supported
 from vllm_moe_lora.models.hashes import HASHES
@@ -30,6 +30,14 @@ TOWERS = {"qkv"}
 # Not decided here: the map is a name from elsewhere, or changed when the model is built, or the
 # class makes instances of others (Grok's).
 MAP_ELSEWHERE = ("Step5ForCausalLM", "MuseSparkForConditionalGeneration", "GrokForCausalLM")
+
+
+# MoE classes without LoRA for which vLLM's error stays.
+LEFT_ALONE = {
+    "MiniMaxText01ForCausalLM": "nobody asked for it, and vLLM removed it with 0.24",
+    "Qwen3ASRForConditionalGeneration": "dense: its file only imports from a MoE model's",
+    "Qwen3ASRRealtimeGeneration": "the same",
+}
 
 
 def rows_of(release):
@@ -102,9 +110,12 @@ def test_merged_modules_are_packed(release):
         if name not in MAP_ELSEWHERE:
             missing += [(target, whole) for whole in built - TOWERS]
     unread = [target for target, one in classes.items() if not one.stacked]
+    around = set(wrappers(unpacked.tree(release))) - set(rows) - set(classes)
     print(f"{release}: {len(classes)} MoE classes; without LoRA and without a row: {undeclared}")
+    print(f"the same, around any text model that a config names: {sorted(around)}")
     print(f"not decided, for no list of merged modules was found: {unread}; {MAP_ELSEWHERE}")
     assert not missing
+    assert {target.partition(":")[2] for target in undeclared} <= set(LEFT_ALONE)
 
 
 # Modules whose weight a step reads, and LoRA is computed all the same, or no adapter names them.

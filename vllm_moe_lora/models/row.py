@@ -24,7 +24,7 @@ class Row:
         packed_if: a name in the text model's config -> like ``packed``, where this entry of the
             config is set.
         language_model, connector, tower: the modules of a multimodal class, as its own
-            `get_mm_mapping` would name them; "" for a text model.
+            `get_mm_mapping` would name them; "" for a text model. Some have several towers.
         config: where the config is, seen from the model, if the model has no ``config``.
         cast_inputs: ends of names of modules that the model calls in fp32, whatever its dtype. LoRA
             on them is computed in the adapters' dtype.
@@ -52,7 +52,7 @@ class Row:
     packed_if: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     language_model: str = ""
     connector: str = ""
-    tower: str = ""
+    tower: str | tuple[str, ...] = ""
     config: str = ""
     cast_inputs: tuple[str, ...] = ()
     whole_batches: str = ""

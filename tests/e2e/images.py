@@ -17,6 +17,14 @@ def picture(seed: int):
     return Image.fromarray(numbers.to(torch.uint8).numpy())
 
 
+def media(seed: int, chunks: bool | None):
+    """An image as a request has it; ``chunks``: as those of Kimi K2.5 do."""
+    image = picture(seed)
+    if not chunks:
+        return {"image": image}
+    return {"vision_chunk": [{"type": "image", "image": image, "uuid": None}]}
+
+
 def main(spec: str, result: str) -> None:
     job = json.loads(Path(spec).read_text())
     import transformers.models.auto.image_processing_auto as auto
@@ -49,7 +57,7 @@ def main(spec: str, result: str) -> None:
     for requests in job["rounds"]:
         prompts = [
             {"prompt_token_ids": tokens}
-            | ({} if seed is None else {"multi_modal_data": {"image": picture(seed)}})
+            | ({} if seed is None else {"multi_modal_data": media(seed, job.get("chunks"))})
             for tokens, seed, _ in requests
         ]
         named = [adapters.get(name) for _, _, name in requests]

@@ -250,22 +250,20 @@ ROWS: tuple[Row, ...] = (
         until="upstream's class has get_mm_mapping, its gates take the model's dtype, and its "
         "experts are called so",
     ),
-    Row(
-        targets=(
-            f"{_V}deepseek_v4.nvidia.model:DeepseekV4ForCausalLM",
-            f"{_V}deepseek_v4.xpu.model:DeepseekV4ForCausalLM",
-        ),
-        releases=">=0.29,<0.34",
-        known="source",
-        extends=True,
-        ignored={
-            "wo_a": _READ_DIRECTLY,
-            "compressor.wkv": _READ_DIRECTLY,
-            "compressor.wgate": _READ_DIRECTLY,
-            "compressor.fused_wkv_wgate": _READ_DIRECTLY,
-        },
-        upstream="https://github.com/vllm-project/vllm/pull/57245",
-        until="upstream's attention calls these modules",
+    *(
+        Row(
+            targets=(f"{_V}deepseek_v4.{platform}.model:DeepseekV4ForCausalLM",),
+            releases=releases,
+            known="source",
+            extends=True,
+            ignored=dict.fromkeys(
+                ("wo_a", *(f"compressor.{name}" for name in ("wkv", "wgate", "fused_wkv_wgate"))),
+                _READ_DIRECTLY,
+            ),
+            upstream="https://github.com/vllm-project/vllm/pull/57245",
+            until="upstream's attention calls these modules",
+        )
+        for platform, releases in (("nvidia", ">=0.29,<0.34"), ("xpu", ">=0.30,<0.34"))
     ),
     Row(
         targets=(f"{_ME}gpt_oss:GptOssForCausalLM",),

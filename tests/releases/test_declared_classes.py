@@ -54,9 +54,10 @@ def test_rows(release):
     if Version(release) < Version("0.25"):  # without `repair.expert_mapping`
         assert "'get_expert_mapping' must be implemented" in told["granite"]
     if release == "0.33.0":  # before weights are read
-        flint, beam, other = told["early"]
+        flint, beam, kimi, other = told["early"]
         assert "LoRA is not supported for FlintForCausalLM" in flint
         assert "The reason: its MoE layers have kernels of their own" in flint
         assert "The reason: its attention reads the weight of the merged q, k, v" in beam
+        assert "The reason: its linear attention merges projections" in kimi  # not the row's name
         assert "LoRA is not supported for MiniMaxText01ForCausalLM" in other
         assert "The reason" not in other

@@ -58,7 +58,7 @@ def named(name: str) -> Row | None:
 
     This is the last one, if it has several. Its source is checked later, by `declare`.
     """
-    rows = (row for row in reversed(ROWS) if row.name == name and not row.extends)
+    rows = (row for row in reversed(ROWS) if name in row.names and not row.extends)
     return next(rows, None)
 
 

@@ -67,8 +67,13 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The name of the class."""
-        return self.targets[0].partition(":")[2]
+        """The name of the class, or of the first one."""
+        return self.names[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its classes, each once."""
+        return tuple(dict.fromkeys(target.partition(":")[2] for target in self.targets))
 
     def made_for(self, release: str) -> bool:
         """Return whether `releases` contains ``release`` (such as "0.32.0")."""

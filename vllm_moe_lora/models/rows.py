@@ -234,7 +234,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         targets=(f"{_ME}ernie45_vl:Ernie4_5_VLMoeForConditionalGeneration",),
         releases=">=0.11.1,<0.34",
-        known="source",
+        known="engine",
         extends=True,
         # Without these upstream gives the vision tower the text's token map.
         language_model="language_model",

@@ -8,7 +8,7 @@ from pathlib import Path
 import ernie_vl
 import pytest
 import torch
-from engine_cases import ROTARY_IN_TORCH, Case, run_and_compare
+from engine_cases import ROTARY_IN_TORCH, Case, compare_low_precision, run_and_compare
 from images import picture
 from test_images import compare
 from test_model_classes import renamed
@@ -19,6 +19,7 @@ from vllm_moe_lora.tiny import adapters, engine, oracle
 
 pytestmark = pytest.mark.cpu_engine
 
+TEXT_ONLY = {"trust_remote_code": True, "language_model_only": True, **ROTARY_IN_TORCH}
 IMAGES = [([1, 2, 501, 506, 502, 9, 11], 1), ([7, 300, 501, 506, 502, 44], 2), ([1, 2, 3], None)]
 
 
@@ -106,6 +107,14 @@ def test_images(ernie, no_torchvision):
 
 
 @pytest.mark.long
+def test_bf16(ernie, no_torchvision):
+    """Its gates have fp32 weights and are called with fp32."""
+    ernie.add("all", of_text)
+    got = ernie.ask("all", env=no_torchvision, dtype="bfloat16", **TEXT_ONLY)
+    compare_low_precision(got["all"], ernie, "all")
+
+
+@pytest.mark.long
 def test_text(ernie, no_torchvision):
     ernie.add("dense", lambda name: of_text(name) and "_moe." not in name)
     ernie.add("all", of_text, seed=2)
@@ -117,9 +126,8 @@ def test_text(ernie, no_torchvision):
     written(ernie, "published", ernie.model, of_text, 3)
     for name, change in load.items():
         ernie.adapters[name] = renamed(ernie.adapters["published"], ernie.folder / name, change)
-    options = {"trust_remote_code": True, "language_model_only": True, **ROTARY_IN_TORCH}
     names = [None, "dense", "all"]
-    outcomes, _ = run_and_compare(ernie, names, load=list(load), env=no_torchvision, **options)
+    outcomes, _ = run_and_compare(ernie, names, load=list(load), env=no_torchvision, **TEXT_ONLY)
     assert "experts.16 is not in the model, which has experts 0 to 15." in outcomes[0]
     assert "layers.0.mlp.gate" in outcomes[1]
     assert "it has LoRA on vision_model.blocks.0.attn.proj, but vLLM has no LoRA on" in outcomes[2]

@@ -22,6 +22,7 @@ _EXPERT_COUNT = ("num_experts", "n_routed_experts", "num_local_experts", "moe_nu
 _EXPERT_SIZE = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
 # Values of "model_type".
 INTERLEAVED = ("gpt_oss",)  # rows of fused gate_up alternate between gate and up
+_KINDS = ("ernie4_5_moe_vl", "ernie4_5_vl_moe", "ernie4_5_vl_moe_text")  # see modalities.py
 _NOT_GATED = ("nemotron_h",)  # experts have no gate, only up and down
 
 
@@ -52,7 +53,7 @@ def from_model(folder: Path, kind: int = 0) -> Dims:
 
 def has_kinds(folder: Path) -> bool:
     """Whether a layer has experts for text and others for images; see `modalities.py`."""
-    return isinstance(text_config(folder).get("moe_intermediate_size"), list)
+    return text_config(folder).get("model_type") in _KINDS
 
 
 def text_config(folder: Path) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def _mm_mapping(row: Row) -> Any:
     return MultiModelKeys.from_string_field(
         language_model=row.language_model,
         connector=row.connector or None,
-        tower_model=row.tower if isinstance(row.tower, str) else list(row.tower),
+        tower_model=list(row.tower) if isinstance(row.tower, tuple) else row.tower or None,
     )
 
 

@@ -94,7 +94,8 @@ def write_classes(trees: dict[str, Path]) -> None:
             if any(row.made_for(release) for row in ROWS if target in row.targets):
                 with contextlib.suppress(LookupError):
                     found[release] = digest(target_text(tree, target))
-        lines.append(f'    "{target}": {{\n')
+        line = f'    "{target}": {{'
+        lines.append(f"{line}{'  # noqa: E501' if len(line) > 100 else ''}\n")
         for value in sorted(set(found.values())):
             where = [release for release in known if found.get(release) == value]
             between = known[known.index(where[0]) : known.index(where[-1]) + 1]

@@ -17,6 +17,14 @@ def picture(seed: int):
     return Image.fromarray(numbers.to(torch.uint8).numpy())
 
 
+def media(seed: int, chunks: bool | None):
+    """An image as a request has it; ``chunks``: as those of Kimi K2.5 do."""
+    image = picture(seed)
+    if not chunks:
+        return {"image": image}
+    return {"vision_chunk": [{"type": "image", "image": image, "uuid": None}]}
+
+
 def main(spec: str, result: str) -> None:
     job = json.loads(Path(spec).read_text())
     import transformers.models.auto.image_processing_auto as auto
@@ -32,15 +40,13 @@ def main(spec: str, result: str) -> None:
         dtype="float32",
         enforce_eager=True,
         max_model_len=128,
-        max_num_seqs=4,
         max_logprobs=512,
         enable_lora=True,
         max_loras=3,
         max_lora_rank=16,
         enable_prefix_caching=False,
         mm_processor_cache_gb=0,
-        limit_mm_per_prompt={"image": 1},
-        **job["options"],
+        **{"limit_mm_per_prompt": {"image": 1}, "max_num_seqs": 4, **job["options"]},
     )
     adapters = {
         name: LoRARequest(name, number, path)
@@ -51,7 +57,7 @@ def main(spec: str, result: str) -> None:
     for requests in job["rounds"]:
         prompts = [
             {"prompt_token_ids": tokens}
-            | ({} if seed is None else {"multi_modal_data": {"image": picture(seed)}})
+            | ({} if seed is None else {"multi_modal_data": media(seed, job.get("chunks"))})
             for tokens, seed, _ in requests
         ]
         named = [adapters.get(name) for _, _, name in requests]

@@ -123,8 +123,10 @@ def test_tower_and_connector(llava, tmp_path, no_torchvision):
     (answers, _), _ = engine.saved_by(script, job, no_torchvision)
     for i, name in enumerate(names):
         for j in range(len(PROMPTS)):
-            compare(answers[i][j], want, name, j)
-            compare(answers[len(names) + j][i], want, name, j)  # all adapters in one batch
+            # Without an image the tower does nothing.
+            works = name is not None and (name != "tower" or PROMPTS[j][1] is not None)
+            compare(answers[i][j], want, name, j, works)
+            compare(answers[len(names) + j][i], want, name, j, works)  # all adapters in one batch
     # Without the flag upstream has no LoRA on the tower.
     job |= {"options": {}, "rounds": [], "load": list(parts)}
     (_, outcomes), _ = engine.saved_by(script, job, no_torchvision)
@@ -133,11 +135,10 @@ def test_tower_and_connector(llava, tmp_path, no_torchvision):
         assert "but vLLM has no LoRA on vision_tower and multi_modal_projector" in outcome
 
 
-def compare(got, want, name, prompt):
+def compare(got, want, name, prompt, works):
     top = want[name][prompt].topk(40).indices
     difference = (got - want[name][prompt])[top].abs().max().item()
     effect = (want[None][prompt] - want[name][prompt])[top].abs().max().item()
     print(name, prompt, difference, effect)
     assert difference <= 1e-3, f"{name}, prompt {prompt}: {difference:.2e}"
-    # Without an image the tower does nothing.
-    assert name is None or (name == "tower" and prompt == 2) or effect >= 0.02
+    assert not works or effect >= 0.02

@@ -65,6 +65,19 @@ def moe_classes(tree: Path) -> dict[str, Class]:
     return found
 
 
+def wrappers(tree: Path) -> dict[str, Class]:
+    """Target -> multimodal class without LoRA whose text model is what the config says."""
+    found = {}
+    for module, name in registered(tree).values():
+        for place in _implementations(tree, module, name):
+            one = _read(tree, f"{place}:{name}")
+            if one is None or one.declares:
+                continue
+            if any("init_vllm_registered_model(" in read(file) for file in one.files):
+                found[one.target] = one
+    return found
+
+
 def _implementations(tree: Path, module: str, name: str) -> list[str]:
     """The modules below ``module`` that define the class."""
     try:

@@ -106,13 +106,14 @@ def row_of(name, word=""):
 ERNIE = "vllm.model_executor.models.ernie45_vl_moe:Ernie4_5_VLMoeMoE.forward"
 
 
-class Part:
+class Part(torch.nn.Module):
     """A gate or experts with LoRA, as vLLM computes it: row i gets the adapter of token i."""
 
     def __init__(self, adapters, factor, pair):
+        super().__init__()
         self.adapters, self.factor, self.pair = adapters, factor, pair
 
-    def __call__(self, hidden_states, router_logits=None):
+    def forward(self, hidden_states, router_logits=None):
         found = (self.factor + self.adapters[: len(hidden_states)]) * hidden_states
         if router_logits is None:  # a gate
             return found, None
@@ -139,8 +140,16 @@ def test_experts_of_ernie_vl(release):
     model = torch.nn.Module()
     model.mlp = type("Ernie4_5_VLMoeMoE", (torch.nn.Module,), {"forward": forward})()
     vars(model.mlp).update(vars(block))
-    assert repair.whole_batches(model) == []  # without the row
+    for name in parts:
+        model.mlp.add_module(name, vars(model.mlp).pop(name))
+    assert repair.whole_batches(model) == repair.rename(model) == []  # without the row
     model.moe_lora_row = row_of("Ernie4_5_VLMoeForConditionalGeneration")
+    assert repair.rename(model) == ["mlp"]
+    for kind in ("text", "vision"):  # as vLLM's manager finds them, and wraps them
+        moe = model.mlp.get_submodule(f"{kind}_moe")
+        assert moe.experts is parts[f"{kind}_experts"]
+        assert moe.gate is parts[f"{kind}_experts_gate"]
+        assert not hasattr(model.mlp, f"{kind}_experts")
     assert repair.whole_batches(model) == ["mlp"]
     ours = model.mlp
 

@@ -22,14 +22,16 @@ _EXPERT_COUNT = ("num_experts", "n_routed_experts", "num_local_experts", "moe_nu
 _EXPERT_SIZE = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
 # Values of "model_type".
 INTERLEAVED = ("gpt_oss",)  # rows of fused gate_up alternate between gate and up
+_KINDS = ("ernie4_5_moe_vl", "ernie4_5_vl_moe", "ernie4_5_vl_moe_text")  # see modalities.py
 _NOT_GATED = ("nemotron_h",)  # experts have no gate, only up and down
 
 
-def from_model(folder: Path) -> Dims:
+def from_model(folder: Path, kind: int = 0) -> Dims:
     """The sizes that a model's config.json gives.
 
     Args:
         folder: the model's folder.
+        kind: which of `modalities.KINDS`, if a layer has experts of several kinds.
 
     Raises:
         AdapterError: config.json cannot be read, or does not describe routed experts.
@@ -39,14 +41,19 @@ def from_model(folder: Path) -> Dims:
     inner = next((text[key] for key in _EXPERT_SIZE if text.get(key)), None)
     if experts is None or inner is None:
         raise AdapterError(f"{folder / 'config.json'} does not describe routed experts")
-    kind = str(text.get("model_type", ""))
+    model_type = str(text.get("model_type", ""))
     return Dims(
-        int(experts),
+        int(experts[kind] if isinstance(experts, list) else experts),
         int(text["hidden_size"]),
-        int(inner),
-        gated=kind not in _NOT_GATED,
-        interleaved=kind in INTERLEAVED,
+        int(inner[kind] if isinstance(inner, list) else inner),
+        gated=model_type not in _NOT_GATED,
+        interleaved=model_type in INTERLEAVED,
     )
+
+
+def has_kinds(folder: Path) -> bool:
+    """Whether a layer has experts for text and others for images; see `modalities.py`."""
+    return text_config(folder).get("model_type") in _KINDS
 
 
 def text_config(folder: Path) -> dict[str, Any]:

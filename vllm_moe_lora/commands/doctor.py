@@ -132,6 +132,7 @@ def _classes(version: str) -> str:
     """Name the rows of models/rows.py for a version of vLLM."""
     release = supported.release_of(version)
     rows = [row for row in ROWS if row.made_for(release)]
-    served = ", ".join(f"{row.name} ({row.known})" for row in rows if not row.refused)
-    refused = ", ".join(row.name for row in rows if row.refused)
-    return f"model-classes: LoRA is added to {served}; refused with the reason: {refused}"
+    served = [f"{name} ({row.known})" for row in rows if not row.refused for name in row.names]
+    refused = [name for row in rows if row.refused for name in row.names]
+    added, left_out = (", ".join(dict.fromkeys(names)) for names in (served, refused))
+    return f"model-classes: LoRA is added to {added}; refused with the reason: {left_out}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..adapters import modalities
 from ..adapters.canonical import Dims, Experts
 from ..adapters.config import Config
 from ..adapters.errors import AdapterError, listed, prefixed
@@ -124,13 +125,15 @@ def _fit(manager: Any, lora: Any, pending: PendingExperts | None) -> None:
     if pending is None:
         return
     wrappers = {name: m for name, m in manager.modules.items() if is_experts(m)}
+    if modalities.has_kinds(wrappers):
+        _split_kinds(pending, dims_of(manager, next(iter(wrappers.values()))).experts)
     fitted = _match_layers(manager, pending, wrappers)
     for name in fitted.values():
         supports_lora.check_adapter(name, wrappers[name])
     if fitted:
-        dims = dims_of(manager, next(iter(wrappers.values())))
-        layers = {prefix: pending.layers[prefix] for prefix in fitted}
-        resolved, notes = _resolved(pending, layers, dims)
+        resolved, notes = _by_dims(
+            manager, pending, {p: wrappers[own] for p, own in fitted.items()}
+        )
         staged, limit, size = {}, budget.budget_of(manager), 0
         for count, found in enumerate(resolved, start=1):
             wrapper = wrappers[fitted[found.prefix]]
@@ -163,6 +166,35 @@ def _resolved(
         lambda: resolve(layers, dims, pending.config),
         lambda made: are_views(made[0], kept),
     )
+
+
+def _by_dims(
+    manager: Any, pending: PendingExperts, wrappers: dict[str, Any]
+) -> tuple[list[Experts], list[str]]:
+    """As `_resolved`, for ``wrappers``: what the adapter calls a layer's experts -> its LoRA layer.
+
+    Only experts for text and experts for images differ in size.
+    """
+    by_dims: dict[Dims, dict[str, Tensors]] = {}
+    for prefix, wrapper in wrappers.items():
+        layers = by_dims.setdefault(dims_of(manager, wrapper), {})
+        layers[prefix] = pending.layers[prefix]
+    experts, notes = [], []
+    for dims, layers in by_dims.items():
+        found, more = _resolved(pending, layers, dims)
+        experts += found
+        notes += more
+    return experts, notes
+
+
+def _split_kinds(pending: PendingExperts, count: int) -> None:
+    """Give the experts of each kind a name of their own; see `modalities.split`."""
+    parts, mapped = modalities.split(pending.layers, count), {}
+    for prefix, (given, _) in parts.items():
+        own = prefix.removeprefix(given.removesuffix("experts")) if prefix != given else "experts"
+        mapped[prefix] = pending.mapped[given].removesuffix("experts") + own
+    pending.layers = {prefix: tensors for prefix, (_, tensors) in parts.items()}
+    pending.mapped = mapped
 
 
 def _match_layers(

@@ -12,8 +12,11 @@ from ..patching import Hook
 def _load_lora_model(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_lora_model(self: Any, model: Any, *args: Any, **more: Any) -> Any:
         from ..models.declare import declare
+        from ..models.repair import expert_mapping, rename
 
         declare(model)
+        rename(model)
+        expert_mapping(model)
         return original(self, model, *args, **more)
 
     return load_lora_model
@@ -57,7 +60,7 @@ HOOKS = (
         releases=">=0.11.1,<0.34",
         why="MoE classes that could serve adapters, such as Kimi K2.5's, do not declare LoRA, and "
         "other classes declare only a part of their merged modules, so that ordinary adapters are "
-        "refused",
+        "refused. Up to 0.24 the engine does not start with classes without get_expert_mapping",
         upstream="https://github.com/vllm-project/vllm/issues/43840",
         until="upstream's classes declare LoRA completely: see models/rows.py",
     ),

@@ -58,7 +58,7 @@ def named(name: str) -> Row | None:
 
     This is the last one, if it has several. Its source is checked later, by `declare`.
     """
-    rows = (row for row in reversed(ROWS) if row.name == name and not row.extends)
+    rows = (row for row in reversed(ROWS) if name in row.names and not row.extends)
     return next(rows, None)
 
 
@@ -98,6 +98,9 @@ def declare(model: Any) -> Row | None:
         return row
     if not hasattr(model, "config") and row.config:
         model.config = _at(model, row.config)
+    # vLLM's manager and ours read it; that of a part of a model may lack it.
+    if not getattr(model.config, "architectures", None):
+        model.config.architectures = [kind.__name__]
     for name, value in _members().items():
         if not hasattr(model, name):
             setattr(model, name, value)
@@ -160,7 +163,7 @@ def _mm_mapping(row: Row) -> Any:
     return MultiModelKeys.from_string_field(
         language_model=row.language_model,
         connector=row.connector or None,
-        tower_model=row.tower or None,
+        tower_model=list(row.tower) if isinstance(row.tower, tuple) else row.tower or None,
     )
 
 

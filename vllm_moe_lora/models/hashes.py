@@ -5,6 +5,12 @@ HASHES: dict[str, dict[str, tuple[str, str]]] = {
     "vllm.model_executor.models.alice_ai:AliceAIForCausalLM": {
         "f8f913723ef9a642": ("0.33.0", "0.33.0"),
     },
+    "vllm.model_executor.models.arctic:ArcticForCausalLM": {
+        "0f3334a2706ceae5": ("0.11.1", "0.15.1"),
+        "21cc7d8a1b28b75f": ("0.16.0", "0.19.1"),
+        "766fc173503ccac2": ("0.20.0", "0.27.1"),
+        "ef617093e17720e3": ("0.28.0", "0.28.0"),
+    },
     "vllm.model_executor.models.aria:AriaForConditionalGeneration": {
         "05f34a488e5d4810": ("0.11.1", "0.12.0"),
         "39b31c4e3dba596b": ("0.22.0", "0.30.0"),
@@ -16,13 +22,17 @@ HASHES: dict[str, dict[str, tuple[str, str]]] = {
         "f7030d0e30212e9b": ("0.32.0", "0.33.0"),
     },
     "vllm.model_executor.models.bailing_moe_linear:BailingMoeV25ForCausalLM": {
-        "2282d72bb6a7a439": ("0.20.0", "0.20.0"),
+        "2282d72bb6a7a439": ("0.17.0", "0.20.0"),
         "6994250976a77004": ("0.28.0", "0.33.0"),
         "7ff51d543733818d": ("0.20.1", "0.27.1"),
     },
     "vllm.model_executor.models.bailing_moe_v3:BailingMoeV3ForCausalLM": {
         "9bcf3114010d5a42": ("0.33.0", "0.33.0"),
         "eae58843c45b3e9d": ("0.28.0", "0.32.0"),
+    },
+    "vllm.model_executor.models.bailing_moe_v3_vl:BailingMoeV3VLForConditionalGeneration": {
+        "25042aaac8b999b0": ("0.30.0", "0.31.0"),
+        "9ca4d83d06412fb5": ("0.32.0", "0.33.0"),
     },
     "vllm.model_executor.models.cohere2_moe:Cohere2MoeForCausalLM": {
         "16bbfc1a10738cb2": ("0.21.0", "0.24.0"),
@@ -39,6 +49,11 @@ HASHES: dict[str, dict[str, tuple[str, str]]] = {
     },
     "vllm.model_executor.models.deepseek_v2:GlmMoeDsaForCausalLM": {
         "361efc09bb4d3dcb": ("0.20.0", "0.33.0"),
+    },
+    "vllm.model_executor.models.deepseek_v4:DeepseekV4ForCausalLM": {
+        "6b737880c68e7e94": ("0.20.1", "0.20.2"),
+        "9b2b1263c5682852": ("0.21.0", "0.21.0"),
+        "c452a22fcc4ce0a3": ("0.20.0", "0.20.0"),
     },
     "vllm.model_executor.models.ernie45_vl:Ernie4_5_VLMoeForConditionalGeneration": {
         "11c0597df3510bc6": ("0.18.0", "0.18.1"),
@@ -82,6 +97,14 @@ HASHES: dict[str, dict[str, tuple[str, str]]] = {
         "c735928b5fe13c9f": ("0.30.0", "0.31.0"),
         "ebc305f80fb850d4": ("0.26.0", "0.27.1"),
     },
+    "vllm.model_executor.models.kimi_linear:KimiLinearForCausalLM": {
+        "0bc69ac7d78c606e": ("0.23.0", "0.26.0"),
+        "174f89af9e82402b": ("0.14.0", "0.14.1"),
+        "7b3db9add51c7754": ("0.11.1", "0.13.0"),
+        "9fbe20ccf0a3c2c8": ("0.15.0", "0.15.1"),
+        "b36b8cbc18c2bcea": ("0.19.0", "0.22.1"),
+        "b5fb903e23835332": ("0.16.0", "0.18.1"),
+    },
     "vllm.model_executor.models.kimi_vl:KimiVLForConditionalGeneration": {
         "0bf00ad23698890e": ("0.14.0", "0.14.1"),
         "3feea363dd067a66": ("0.24.0", "0.29.0"),
@@ -117,6 +140,56 @@ HASHES: dict[str, dict[str, tuple[str, str]]] = {
         "d42b8237712970b6": ("0.14.0", "0.15.1"),
         "dc5ad923f671f3b7": ("0.18.0", "0.20.2"),
     },
+    "vllm.model_executor.models.mimo_v2_omni:MiMoV2OmniForCausalLM": {
+        "2db8abcbe7ca4d9f": ("0.30.0", "0.30.0"),
+        "4d18fc23a15fba7e": ("0.21.0", "0.28.0"),
+        "d4ec1491c918e33c": ("0.31.0", "0.33.0"),
+        "d7beadeab05eb43a": ("0.29.0", "0.29.0"),
+    },
+    "vllm.model_executor.models.minimax_m2:MiniMaxM2ForCausalLM": {
+        "9768a75e022df91b": ("0.11.1", "0.14.1"),
+    },
+    "vllm.model_executor.models.moondream3:Moondream3ForCausalLM": {
+        "7f7cace7d39cc1d1": ("0.21.0", "0.29.0"),
+        "8eb693ed14b5a8a7": ("0.31.0", "0.33.0"),
+        "cf6d22f83ea5b839": ("0.30.0", "0.30.0"),
+    },
+    "vllm.model_executor.models.qwen3_omni_moe_thinker:Qwen3OmniMoeThinkerForConditionalGeneration": {  # noqa: E501
+        "14fbaca3bc9c05d1": ("0.28.0", "0.28.0"),
+        "15a372aaef819306": ("0.13.0", "0.13.0"),
+        "20cd4ce827d4050e": ("0.16.0", "0.16.0"),
+        "34cfe42c973083d9": ("0.17.0", "0.17.1"),
+        "412da1bb26e62b4b": ("0.11.1", "0.11.2"),
+        "6094f7c62dfe6c81": ("0.18.0", "0.19.1"),
+        "62e40485e726285b": ("0.15.0", "0.15.1"),
+        "6d8206af16e997fb": ("0.23.0", "0.25.1"),
+        "7811443dcc80ef34": ("0.12.0", "0.12.0"),
+        "d8445c75ca6c0f2f": ("0.20.2", "0.22.1"),
+        "d8f2429345813a3d": ("0.14.0", "0.14.1"),
+        "df7c6f35950611b9": ("0.26.0", "0.27.1"),
+        "f261d184915519c9": ("0.20.0", "0.20.1"),
+    },
+    "vllm.model_executor.models.step3_text:Step3TextForCausalLM": {
+        "2472f006586359d3": ("0.21.0", "0.33.0"),
+        "32692f6706a1d138": ("0.11.1", "0.15.1"),
+        "4e5d349e16d656ce": ("0.16.0", "0.19.1"),
+        "ed84935ddf7d142d": ("0.20.0", "0.20.2"),
+    },
+    "vllm.model_executor.models.step3_vl:Step3VLForConditionalGeneration": {
+        "14aff8a1048d8872": ("0.15.0", "0.15.1"),
+        "4d6d536ec61594e2": ("0.23.0", "0.23.0"),
+        "5e5b4eb36031f4c2": ("0.18.0", "0.21.0"),
+        "6e31c361fffd70b8": ("0.24.0", "0.24.0"),
+        "7eec1003ec5a0bb2": ("0.16.0", "0.17.1"),
+        "8955619012ec8ac2": ("0.22.0", "0.22.1"),
+        "9d56c1f69ef08e04": ("0.25.0", "0.26.0"),
+        "be3cbf2bb0ece7be": ("0.11.1", "0.11.2"),
+        "c22f24e55494fdd2": ("0.12.0", "0.12.0"),
+        "cff5c4a1b23997ae": ("0.27.0", "0.27.1"),
+        "d43ff89729a94fa5": ("0.30.0", "0.33.0"),
+        "f54355301dd7de18": ("0.28.0", "0.29.0"),
+        "facb7be0f351b7db": ("0.13.0", "0.14.1"),
+    },
     "vllm.model_executor.models.step3p5:Step3p5ForCausalLM": {
         "3a0bd6265fccbf6d": ("0.25.0", "0.29.0"),
         "62f59d5dd1c05566": ("0.16.0", "0.21.0"),
@@ -130,6 +203,9 @@ HASHES: dict[str, dict[str, tuple[str, str]]] = {
         "a4b5aecf86a34a87": ("0.23.0", "0.29.0"),
         "d77658faa270c923": ("0.33.0", "0.33.0"),
     },
+    "vllm.models.beam.nvidia.model:BeamForCausalLM": {
+        "68190ea3c892bbcb": ("0.33.0", "0.33.0"),
+    },
     "vllm.models.deepseek_v32.amd.model:DeepseekV32ForCausalLM": {
         "728eb6b65837b5ba": ("0.27.0", "0.33.0"),
     },
@@ -137,27 +213,62 @@ HASHES: dict[str, dict[str, tuple[str, str]]] = {
         "68b1be133b39c8c1": ("0.28.0", "0.33.0"),
         "cb2e37fc4c6ec325": ("0.25.0", "0.27.1"),
     },
+    "vllm.models.deepseek_v4.amd.model:DeepseekV4ForCausalLM": {
+        "37c3d795d61bc753": ("0.27.0", "0.27.1"),
+        "3f0fe8a4521be25d": ("0.28.0", "0.28.0"),
+        "68cf14cc86bf9210": ("0.32.0", "0.33.0"),
+        "cb9a2b0c93527ae6": ("0.26.0", "0.26.0"),
+        "daa68c5a39daae9e": ("0.22.0", "0.25.1"),
+        "edab57d361a32dc7": ("0.30.0", "0.31.0"),
+        "f141067f4b9ae5a6": ("0.29.0", "0.29.0"),
+    },
+    "vllm.models.deepseek_v4.cpu.model:DeepseekV4ForCausalLM": {
+        "21c4683ee47ecf25": ("0.30.0", "0.33.0"),
+    },
     "vllm.models.deepseek_v4.nvidia.model:DeepseekV4ForCausalLM": {
+        "099a29f043a78b1a": ("0.23.0", "0.24.0"),
+        "14af449539dcb24c": ("0.29.0", "0.29.0"),
+        "1e8f053e37154d54": ("0.26.0", "0.28.0"),
+        "43b31f6829ddb6a9": ("0.25.0", "0.25.1"),
+        "beef2edb5040943f": ("0.22.0", "0.22.1"),
         "cbc67f194e0f576b": ("0.32.0", "0.32.0"),
         "ccba1a7a97523efa": ("0.33.0", "0.33.0"),
+        "f459ce4159ee595d": ("0.30.0", "0.31.0"),
     },
     "vllm.models.deepseek_v4.xpu.model:DeepseekV4ForCausalLM": {
-        "c7087b008cb8241c": ("0.32.0", "0.33.0"),
+        "23605ed2ef7544df": ("0.26.0", "0.28.0"),
+        "86bdd406226929bd": ("0.29.0", "0.29.0"),
+        "beef2edb5040943f": ("0.23.0", "0.25.1"),
+        "c7087b008cb8241c": ("0.30.0", "0.33.0"),
     },
     "vllm.models.deepseek_v41.amd.vl_model:DeepseekV41ForCausalLM": {
-        "4ee443a08e51aa46": ("0.32.0", "0.32.0"),
+        "4ee443a08e51aa46": ("0.31.0", "0.32.0"),
+        "97fcda267f7b15c1": ("0.30.0", "0.30.0"),
         "f41741c59e95e4b4": ("0.33.0", "0.33.0"),
     },
     "vllm.models.deepseek_v41.nvidia.vl_model:DeepseekV41ForCausalLM": {
+        "15e94c83fb226d12": ("0.31.0", "0.31.0"),
         "3cb0c3cd4edb377f": ("0.32.0", "0.32.0"),
         "4eeee2388c7d69a7": ("0.33.0", "0.33.0"),
+        "5ceff99cf0e79d8a": ("0.30.0", "0.30.0"),
+    },
+    "vllm.models.dots3_note.nvidia.multimodal:Dots3NoteForCausalLM": {
+        "362a00646bd16aa7": ("0.29.0", "0.33.0"),
+        "e26cb9f4113c55db": ("0.28.0", "0.28.0"),
     },
     "vllm.models.flint.model:FlintForCausalLM": {
         "dcf94a5c21e08bd6": ("0.33.0", "0.33.0"),
     },
+    "vllm.models.glm5next.common.model:Glm5NextForCausalLM": {
+        "6f33f59e4430c0b1": ("0.32.0", "0.33.0"),
+        "e53b820205a31cd1": ("0.31.0", "0.31.0"),
+    },
     "vllm.models.glm5next.common.model:Glm5NextForConditionalGeneration": {
         "0424e61bc7429deb": ("0.32.0", "0.33.0"),
         "28065647c23b0223": ("0.31.0", "0.31.0"),
+    },
+    "vllm.models.glm5next.nvidia.model:Glm5NextForCausalLM": {
+        "e53b820205a31cd1": ("0.30.0", "0.30.0"),
     },
     "vllm.models.glm5next.nvidia.model:Glm5NextForConditionalGeneration": {
         "5855c831aaec8b0c": ("0.30.0", "0.30.0"),
@@ -168,6 +279,30 @@ HASHES: dict[str, dict[str, tuple[str, str]]] = {
     },
     "vllm.models.hy_v4.nvidia.model:HYV4ForCausalLM": {
         "9e17018c305f8a50": ("0.29.0", "0.33.0"),
+    },
+    "vllm.models.kimi_k3.amd.linear:KimiLinearForCausalLM": {
+        "149533a5f1f0aa69": ("0.29.0", "0.32.0"),
+        "5eca192565129673": ("0.27.0", "0.28.0"),
+        "7fed5040053b6ef5": ("0.33.0", "0.33.0"),
+    },
+    "vllm.models.kimi_k3.amd.model:KimiK3ForConditionalGeneration": {
+        "0252eb4c49f5ecc4": ("0.33.0", "0.33.0"),
+        "3753e05e94317b5e": ("0.32.0", "0.32.0"),
+        "97bbf0e545a9bade": ("0.27.0", "0.31.0"),
+    },
+    "vllm.models.kimi_k3.nvidia.model:KimiK3ForConditionalGeneration": {
+        "15b65d33ebc243b7": ("0.27.0", "0.28.0"),
+        "1c1a948e21fd66c5": ("0.32.0", "0.32.0"),
+        "55ba6d0c64b198fd": ("0.29.0", "0.29.0"),
+        "8289260ff439041e": ("0.33.0", "0.33.0"),
+        "843a92020ae3e7b1": ("0.30.0", "0.31.0"),
+    },
+    "vllm.models.kimi_k3.nvidia.model:KimiLinearForCausalLM": {
+        "1dc6a7398367e2a4": ("0.33.0", "0.33.0"),
+        "2d9c346d552e5c9b": ("0.27.0", "0.27.1"),
+        "556a5547b00d87fb": ("0.30.0", "0.32.0"),
+        "bf72251e6b4af688": ("0.29.0", "0.29.0"),
+        "f0b920747ff6b71c": ("0.28.0", "0.28.0"),
     },
     "vllm.models.minimax_m3.amd.model:MiniMaxM3SparseForCausalLM": {
         "51b9a1ebadd126df": ("0.25.0", "0.32.0"),

@@ -9,16 +9,55 @@ smaller. LoRA on v then has a slot of the wrong size, and its rows end behind th
 
 Ernie 4.5 VL has experts for text and experts for images. In a step with both, each get their rows
 of the batch only, as do the shared experts and the gates. LoRA there would take the adapters of the
-first rows of the batch.
+first rows of the batch. And vLLM's manager takes only routed experts that are called "experts", as
+transformers calls them in this model, too: `text_moe.experts` and `vision_moe.experts`.
+
+Up to vLLM 0.24 the model's class must have `get_expert_mapping`, or the engine does not start with
+LoRA. Granite, Llama 4, MiniCPM and others lack it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
 
 from .declare import ATTRIBUTE
 from .row import Row, ends_of
+
+
+def expert_mapping(model: Any) -> int:
+    """Give a MoE model without `get_expert_mapping` one that names the parts of its experts.
+
+    vLLM's LoRA manager takes from it how many experts there are, and what their parts are called.
+    Adapters are read by this package, which knows other names, too.
+
+    Args:
+        model: vLLM's model, before its modules are wrapped.
+
+    Returns:
+        The number of experts in a layer, or 0 if nothing was changed.
+    """
+    from vllm.model_executor.utils import get_moe_expert_mapping
+
+    configs = [getattr(module, "moe_config", None) for module in model.modules()]
+    count: int = max((config.num_experts for config in configs if config is not None), default=0)
+    if not count:
+        return 0
+    with contextlib.suppress(ValueError):  # vLLM 0.25 and later, if no module has it
+        if get_moe_expert_mapping(model):
+            return 0
+    parts = (("w13", "gate_proj", "w1"), ("w2", "down_proj", "w2"), ("w13", "up_proj", "w3"))
+    found = [
+        (f"experts.{weight}_", f"experts.{number}.{name}.", number, shard)
+        for number in range(count)
+        for weight, name, shard in parts
+    ]
+    model.get_expert_mapping = lambda: found
+    return count
 
 
 def cast_inputs(model: Any, wrappers: dict[str, Any]) -> list[str]:
@@ -80,6 +119,46 @@ def resize_v(manager: Any) -> list[str]:
     return found
 
 
+def rename(model: Any) -> list[str]:
+    """Give parts of the modules in `Row.whole_batches` the names in `Row.renamed`.
+
+    The module's own `forward` still finds them under their old names.
+
+    Args:
+        model: vLLM's model with its weights, before its modules are wrapped; nothing is done
+            without its row.
+
+    Returns:
+        The names of the modules that were changed.
+    """
+    row: Row | None = getattr(model, ATTRIBUTE, None)
+    found = []
+    for name, module in _splitting(model, row):
+        assert row is not None
+        # A layer without experts of a kind has an MLP of that name, and no gate.
+        if not row.renamed.keys() <= module._modules.keys():
+            continue
+        for old, new in row.renamed.items():
+            parent, _, own = new.partition(".")
+            if parent not in module._modules:
+                module.add_module(parent, torch.nn.Module())
+            module._modules[parent].add_module(own, module._modules.pop(old))
+        module.forward = functools.partial(type(module).forward, _OldNames(module, row.renamed))
+        found.append(name)
+    return found
+
+
+class _OldNames:
+    """A module whose parts are also found under the names that they had."""
+
+    def __init__(self, module: Any, renamed: Mapping[str, str]) -> None:
+        self._module, self._renamed = module, renamed
+
+    def __getattr__(self, name: str) -> Any:
+        new = self._renamed.get(name)
+        return getattr(self._module, name) if new is None else self._module.get_submodule(new)
+
+
 def whole_batches(model: Any) -> list[str]:
     """Give modules that split a batch all its rows twice, and take each row's result.
 
@@ -90,14 +169,17 @@ def whole_batches(model: Any) -> list[str]:
         The names of the modules that were changed. They take ``hidden_states`` [tokens, hidden] and
         ``visual_token_mask`` [tokens, 1], which is None without images.
     """
-    row: Row | None = getattr(model, ATTRIBUTE, None)
+    found = _splitting(model, getattr(model, ATTRIBUTE, None))
+    for _, module in found:
+        module.forward = _on_all_rows(module.forward)
+    return [name for name, _ in found]
+
+
+def _splitting(model: Any, row: Row | None) -> list[tuple[str, Any]]:
+    """The modules in `Row.whole_batches`, by name."""
     if row is None or not row.whole_batches:
         return []
-    found = [n for n, m in model.named_modules() if type(m).__name__ == row.whole_batches]
-    for name in found:
-        module = model.get_submodule(name)
-        module.forward = _on_all_rows(module.forward)
-    return found
+    return [(n, m) for n, m in model.named_modules() if type(m).__name__ == row.whole_batches]
 
 
 def _on_all_rows(original: Callable[..., Any]) -> Callable[..., Any]:

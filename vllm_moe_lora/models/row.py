@@ -24,13 +24,15 @@ class Row:
         packed_if: a name in the text model's config -> like ``packed``, where this entry of the
             config is set.
         language_model, connector, tower: the modules of a multimodal class, as its own
-            `get_mm_mapping` would name them; "" for a text model.
+            `get_mm_mapping` would name them; "" for a text model. Some have several towers.
         config: where the config is, seen from the model, if the model has no ``config``.
         cast_inputs: ends of names of modules that the model calls in fp32, whatever its dtype. LoRA
             on them is computed in the adapters' dtype.
         whole_batches: the class of modules that give their experts and gates the rows of text and
             those of images apart, so that LoRA takes the adapters of other rows; "" if there is
             none. `repair.whole_batches` changes them.
+        renamed: parts of such a module -> the name in it that they get. vLLM's manager takes only
+            routed experts that are called "experts". `repair.rename` does it.
         ignored: end of a module's name -> why LoRA there would be ignored. An adapter with LoRA on
             it is refused with this reason.
         ignored_if: a name in the text model's config -> like ``ignored``, where it is set.
@@ -50,10 +52,11 @@ class Row:
     packed_if: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     language_model: str = ""
     connector: str = ""
-    tower: str = ""
+    tower: str | tuple[str, ...] = ""
     config: str = ""
     cast_inputs: tuple[str, ...] = ()
     whole_batches: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
     ignored: Mapping[str, str] = field(default_factory=dict)
     ignored_if: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     ignored_on: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -64,8 +67,13 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The name of the class."""
-        return self.targets[0].partition(":")[2]
+        """The name of the class, or of the first one."""
+        return self.names[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its classes, each once."""
+        return tuple(dict.fromkeys(target.partition(":")[2] for target in self.targets))
 
     def made_for(self, release: str) -> bool:
         """Return whether `releases` contains ``release`` (such as "0.32.0")."""

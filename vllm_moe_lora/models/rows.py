@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .left_out import LEFT_OUT
 from .row import Row
 
 _ME = "vllm.model_executor.models."
@@ -17,6 +18,12 @@ _MULTIPLIED = (
 _QKV = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 _GATE_UP = {"gate_up_proj": ("gate_proj", "up_proj")}
 _QKV_A = {"fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa")}
+_INDEXER = {"wk_weights_proj": ("wk", "weights_proj")}
+_STEP3_QKV = dict.fromkeys(
+    (f"self_attn.{word}_proj" for word in "qkv"),
+    "in vLLM it is a part of one replicated module, of which LoRA layers take no parts",
+)
+_GLM_INDEXER = {"indexer.weights_proj": "vLLM multiplies with a copy of its weight in fp32"}
 # In GLM-5.3-Flash's linear attention. b and f_a are replicated on the devices.
 _GLM_KDA = ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "g_a_proj")
 
@@ -84,7 +91,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(  # Ling-2.5 and Ring-2.5
         targets=(f"{_ME}bailing_moe_linear:BailingMoeV25ForCausalLM",),
-        releases=">=0.20,<0.34",
+        releases=">=0.17,<0.34",
         known="engine",
         packed={**_GATE_UP, **_QKV_A, "query_key_value": ("query_key_value",)},
     ),
@@ -104,6 +111,78 @@ ROWS: tuple[Row, ...] = (
         language_model="language_model",
         connector="multi_modal_projector",
         tower="vision_tower",
+    ),
+    Row(
+        targets=(f"{_ME}qwen3_omni_moe_thinker:Qwen3OmniMoeThinkerForConditionalGeneration",),
+        releases=">=0.11.1,<0.29",
+        known="source",
+        packed={**_QKV, **_GATE_UP},
+        language_model="language_model",
+        connector="visual.merger",
+        tower=("visual.", "audio_tower."),
+        until="0.28 is no longer supported: upstream declares it since 0.29",
+    ),
+    Row(
+        targets=(f"{_ME}minimax_m2:MiniMaxM2ForCausalLM",),
+        releases=">=0.11.1,<0.15",
+        known="source",
+        packed=_QKV,
+        until="0.14 is no longer supported: upstream declares it since 0.15",
+    ),
+    Row(
+        targets=(f"{_ME}mimo_v2_omni:MiMoV2OmniForCausalLM",),
+        releases=">=0.21,<0.34",
+        known="source",
+        packed={**_QKV, **_GATE_UP},
+        language_model="language_model",
+        tower=("visual.", "audio_encoder."),
+        cast_inputs=("mlp.gate",),
+    ),
+    Row(  # Ling-3 VL
+        targets=(f"{_ME}bailing_moe_v3_vl:BailingMoeV3VLForConditionalGeneration",),
+        releases=">=0.30,<0.34",
+        known="source",
+        packed=_QKV_A,
+        language_model="language_model",
+        connector="linear_proj",
+        tower="visual.",
+        ignored={f"{word}_conv1d": _READ_DIRECTLY for word in "qkv"},
+    ),
+    Row(
+        targets=(f"{_V}dots3_note.nvidia.multimodal:Dots3NoteForCausalLM",),
+        releases=">=0.28,<0.34",
+        known="source",
+        packed={**_GATE_UP, **_QKV_A, **_INDEXER},
+        language_model="language_model",
+        tower=("visual", "audio_tower"),
+    ),
+    Row(
+        targets=(f"{_ME}step3_text:Step3TextForCausalLM",),
+        releases=">=0.11.1,<0.34",
+        known="source",
+        packed=_GATE_UP,
+        ignored=_STEP3_QKV,
+    ),
+    Row(
+        targets=(f"{_ME}step3_vl:Step3VLForConditionalGeneration",),
+        releases=">=0.11.1,<0.34",
+        known="source",
+        packed=_GATE_UP,
+        language_model="language_model",
+        connector="vit_large_projector",
+        tower=("vision_model", "vit_downsampler"),
+        ignored=_STEP3_QKV,
+    ),
+    Row(  # GLM-5.3-Flash without its wrapper
+        targets=(
+            f"{_V}glm5next.common.model:Glm5NextForCausalLM",
+            f"{_V}glm5next.nvidia.model:Glm5NextForCausalLM",  # 0.30
+        ),
+        releases=">=0.30,<0.34",
+        known="source",
+        packed={**_GATE_UP, **_QKV_A, **_INDEXER, "in_proj_qkvbfg_a": _GLM_KDA},
+        not_sharded=_GLM_KDA,
+        ignored=_GLM_INDEXER,
     ),
     # -- upstream declares LoRA, but not all of it --
     Row(
@@ -135,7 +214,7 @@ ROWS: tuple[Row, ...] = (
         releases=">=0.20,<0.34",
         known="source",
         extends=True,
-        packed={"wk_weights_proj": ("wk", "weights_proj")},  # of the indexer
+        packed=_INDEXER,
         until="upstream's packed_modules_mapping has wk_weights_proj",
     ),
     Row(  # GLM-5.3-Flash
@@ -146,45 +225,45 @@ ROWS: tuple[Row, ...] = (
         releases=">=0.30,<0.34",
         known="source",
         extends=True,
-        packed={
-            **_QKV_A,
-            "wk_weights_proj": ("wk", "weights_proj"),
-            "in_proj_qkvbfg_a": _GLM_KDA,
-        },
+        packed={**_QKV_A, **_INDEXER, "in_proj_qkvbfg_a": _GLM_KDA},
         not_sharded=_GLM_KDA,
-        ignored={"indexer.weights_proj": "vLLM multiplies with a copy of its weight in fp32"},
+        ignored=_GLM_INDEXER,
         upstream="https://github.com/vllm-project/vllm/pull/56327",
         until="upstream's packed_modules_mapping has these modules",
     ),
     Row(
         targets=(f"{_ME}ernie45_vl:Ernie4_5_VLMoeForConditionalGeneration",),
         releases=">=0.11.1,<0.34",
-        known="source",
+        known="engine",
         extends=True,
         # Without these upstream gives the vision tower the text's token map.
         language_model="language_model",
         connector="resampler_model",
         tower="vision_model",
-        cast_inputs=("mlp.text_experts_gate", "mlp.vision_experts_gate"),
+        cast_inputs=("text_moe.gate", "vision_moe.gate"),
         whole_batches="Ernie4_5_VLMoeMoE",
-        until="upstream's class has get_mm_mapping, and its gates take the model's dtype",
-    ),
-    Row(
-        targets=(
-            f"{_V}deepseek_v4.nvidia.model:DeepseekV4ForCausalLM",
-            f"{_V}deepseek_v4.xpu.model:DeepseekV4ForCausalLM",
-        ),
-        releases=">=0.32,<0.34",
-        known="source",
-        extends=True,
-        ignored={
-            "wo_a": _READ_DIRECTLY,
-            "compressor.wkv": _READ_DIRECTLY,
-            "compressor.wgate": _READ_DIRECTLY,
-            "compressor.fused_wkv_wgate": _READ_DIRECTLY,
+        renamed={
+            f"{kind}_{part}": f"{kind}_moe.{own}"
+            for kind in ("text", "vision")
+            for part, own in (("experts", "experts"), ("experts_gate", "gate"))
         },
-        upstream="https://github.com/vllm-project/vllm/pull/57245",
-        until="upstream's attention calls these modules",
+        until="upstream's class has get_mm_mapping, its gates take the model's dtype, and its "
+        "experts are called so",
+    ),
+    *(
+        Row(
+            targets=(f"{_V}deepseek_v4.{platform}.model:DeepseekV4ForCausalLM",),
+            releases=releases,
+            known="source",
+            extends=True,
+            ignored=dict.fromkeys(
+                ("wo_a", *(f"compressor.{name}" for name in ("wkv", "wgate", "fused_wkv_wgate"))),
+                _READ_DIRECTLY,
+            ),
+            upstream="https://github.com/vllm-project/vllm/pull/57245",
+            until="upstream's attention calls these modules",
+        )
+        for platform, releases in (("nvidia", ">=0.29,<0.34"), ("xpu", ">=0.30,<0.34"))
     ),
     Row(
         targets=(f"{_ME}gpt_oss:GptOssForCausalLM",),
@@ -251,41 +330,5 @@ ROWS: tuple[Row, ...] = (
         },
         until="upstream calls these modules",
     ),
-    # -- left out --
-    Row(
-        targets=(
-            f"{_V}deepseek_v41.nvidia.vl_model:DeepseekV41ForCausalLM",
-            f"{_V}deepseek_v41.amd.vl_model:DeepseekV41ForCausalLM",
-        ),
-        releases=">=0.32,<0.34",
-        known="source",
-        refused="its attention reads the weights of wo_a and of the compressor directly, so LoRA "
-        "there would be ignored. vLLM's pull request 57245 changes that.",
-        upstream="https://github.com/vllm-project/vllm/issues/57166",
-    ),
-    Row(
-        targets=tuple(
-            f"{_V}minimax_m3.{platform}.model:MiniMaxM3SparseFor{kind}"
-            for kind in ("CausalLM", "ConditionalGeneration")
-            for platform in ("nvidia", "amd")
-        ),
-        releases=">=0.24,<0.34",
-        known="source",
-        refused="in its sparse layers q_proj, k_proj and v_proj are one module with the indexer's "
-        "projections, which no LoRA layer of vLLM can wrap, so LoRA there would be ignored.",
-    ),
-    Row(
-        targets=(f"{_V}flint.model:FlintForCausalLM",),
-        releases=">=0.33,<0.34",
-        known="source",
-        refused="its MoE layers have kernels of their own, which read the weights of the gate and "
-        "of the experts directly, so LoRA there would be ignored.",
-    ),
-    Row(
-        targets=(f"{_ME}dbrx:DbrxForCausalLM",),
-        releases=">=0.11.1,<0.34",
-        known="source",
-        refused="its experts and its Wqkv are fused tensors whose LoRA was never checked in vLLM, "
-        "and from 0.24 on vLLM loads its experts under names that the model does not have.",
-    ),
+    *LEFT_OUT,
 )

@@ -53,6 +53,37 @@ def check(kind, row):
     return "upstream's" if before else "declared"
 
 
+class Runner(nn.Module):
+    """Stands in for the experts of a layer where vLLM looks for their class."""
+
+    moe_config = types.SimpleNamespace(num_experts=3)
+
+
+def manager_reads(model):
+    """What vLLM's manager takes for the parts of experts; for a class as Granite's up to 0.24."""
+    from unittest import mock
+
+    from vllm.lora import utils
+
+    from vllm_moe_lora.models.repair import expert_mapping
+
+    model.mlp = nn.Module()
+    model.mlp.experts = Runner()
+    kind = "MoERunner" if hasattr(utils, "MoERunner") else "FusedMoE"
+    with mock.patch.object(utils, kind, Runner):
+        try:
+            utils.process_packed_modules_mapping(model)
+            before = "starts"
+        except (AttributeError, ValueError) as error:
+            before = str(error)
+        count = expert_mapping(model)
+        found = utils.process_packed_modules_mapping(model)["experts"]
+        assert expert_mapping(model) == 0
+    assert count == 3
+    assert found == [f"experts.{i}.{p}_proj" for i in range(3) for p in ("gate", "down", "up")]
+    return before
+
+
 def early_check(release):
     """What 0.33 asks before it reads a weight. Returns the two errors for classes without LoRA."""
     from vllm.config.lora import LoRAConfig
@@ -87,15 +118,20 @@ def early_check(release):
     assert config(kimi).is_lora_supported
     assert error(kimi) == ""
     assert config("Qwen3MoeForCausalLM", declares=True).is_lora_supported
-    found = [error("FlintForCausalLM"), error("BeamForCausalLM")]
+    names = ("FlintForCausalLM", "BeamForCausalLM", "KimiK3ForConditionalGeneration")
+    names += ("MiniMaxText01ForCausalLM",)
+    found = [error(name) for name in names]
     patching.revert()
     assert error(kimi) == before
     return found
 
 
+STUBS = ("", ".io", *(f".transforms{one}" for one in ("", ".functional", ".v2", ".v2.functional")))
+
+
 def stand_in_for_torchvision():
     """Files of vision models import it. Nothing of it is called here."""
-    for name in ("", ".io", ".transforms", ".transforms.functional", ".transforms.v2"):
+    for name in STUBS:
         name = f"torchvision{name}"
         sys.modules[name] = MagicMock(__spec__=ModuleSpec(name, None), __path__=[], __version__="0")
 
@@ -108,7 +144,7 @@ def main():
 
     release = supported.release_of(version)
 
-    found, failed = {}, {}
+    found, failed, granite = {}, {}, None
     for row in ROWS:
         for target in row.targets if row.made_for(release) else ():
             module, _, name = target.partition(":")
@@ -119,8 +155,11 @@ def main():
                 continue
             if f"{kind.__module__}:{name}" == target:  # else an older name of the same class
                 found[name] = check(kind, row)
+                if name == "GraniteMoeSharedForCausalLM":
+                    granite = manager_reads(instance(kind, row))
     early = early_check(release) if release.startswith("0.33") else []
-    print(json.dumps({"release": release, "found": found, "failed": failed, "early": early}))
+    told = {"found": found, "failed": failed, "early": early, "granite": granite}
+    print(json.dumps({"release": release, **told}))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ values of tensors are not checked.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import sizes
 from ..errors import AdapterError, listed
 from ..group import refuse_what_is_not_lora
+from ..modalities import KINDS
 from ..names import parse
 from ..spelling import Spellings
 from .convert import Adapter, read
@@ -92,6 +94,14 @@ def _check_modules(adapter: Adapter, model: Path) -> None:
     # Step-3.5's checkpoints name no experts: "layers.3.moe.down_proj" has them all.
     stacked = [name for name in modules if name.endswith(".moe.down_proj")]
     modules |= {f"{name.removesuffix('.down_proj')}.experts" for name in stacked}
+    if sizes.has_kinds(model):  # published checkpoints name them as if there were one
+        for kind, part in itertools.product(KINDS, ("experts", "gate")):
+            own = f".{kind.removesuffix('experts')}{part}"
+            modules |= {
+                name.removesuffix(f".{part}") + own
+                for name in modules
+                if name.endswith(f".mlp.{part}")
+            }
     spellings = Spellings(modules)
     wanted = {parse(key).module for key in adapter.found.dense}
     wanted |= {one.prefix for one in adapter.experts}

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from .. import folder as files
-from .. import sizes
+from .. import modalities, sizes
 from ..canonical import Dims, Experts
 from ..config import Config
 from ..errors import AdapterError, listed
-from ..group import LAYOUTS, Grouped, group
+from ..group import LAYOUTS, Grouped, Tensors, group
 from ..layouts.recognise import resolve
 from ..layouts.write import Written, patterns, write
 from ..names import place
@@ -86,9 +86,22 @@ def read(folder: Path, base: Path | None = None) -> Adapter:
     if base is None:
         named = Path(str(config.raw.get("base_model_name_or_path") or ""))
         base = named if (named / "config.json").is_file() else None
+    if base is not None and sizes.has_kinds(base):
+        return _of_kinds(config, found, base)
     dims = sizes.from_model(base) if base else sizes.from_adapter(found.experts, config)
     experts, notes = resolve(found.experts, dims, config)
     return Adapter(config, found, experts, dims, notes, base is not None)
+
+
+def _of_kinds(config: Config, found: Grouped, base: Path) -> Adapter:
+    """Read an adapter for a model with experts for text and experts for images."""
+    text, images = sizes.from_model(base), sizes.from_model(base, kind=1)
+    layers: dict[Dims, dict[str, Tensors]] = {text: {}, images: {}}
+    for prefix, (_, tensors) in modalities.split(found.experts, text.experts).items():
+        layers[images if prefix.endswith(modalities.KINDS[1]) else text][prefix] = tensors
+    read = [resolve(some, dims, config) for dims, some in layers.items() if some]
+    experts = [one for some, _ in read for one in some]
+    return Adapter(config, found, experts, text, [note for _, notes in read for note in notes])
 
 
 def convert(adapter: Adapter, layout: str, progress: Progress) -> tuple[Written, dict[str, Any]]:

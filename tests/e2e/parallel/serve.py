@@ -19,6 +19,7 @@ if __name__ == "__main__":  # API servers are spawned, and import this file
     cli_env_setup()
     parser, (command,) = FlexibleArgumentParser(), cmd_init()
     command.subparser_init(parser.add_subparsers())
-    args = parser.parse_args(["serve", *sys.argv[1:]])
+    # `vllm serve` wants the model first, and without "--model".
+    args = parser.parse_args(["serve", *(one for one in sys.argv[1:] if one != "--model")])
     command.validate(args)
     command.cmd(args)

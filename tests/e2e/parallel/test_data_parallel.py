@@ -37,8 +37,8 @@ ROUNDS = [
 ]
 
 
-def tell(case, stories, tmp_path, options, **more):
-    """What each story of data_parallel.py returns, by its name."""
+def tell(case, stories, tmp_path, options, cores="0|1", **more):
+    """What each story of data_parallel.py returns, by its name. ``cores``: of each process."""
     job = {
         "model": str(case.model),
         "adapters": {name: str(path) for name, path in case.adapters.items()},
@@ -52,7 +52,7 @@ def tell(case, stories, tmp_path, options, **more):
     spec.write_text(json.dumps(job))
     done = forks.launch(
         [sys.executable, str(SCRIPT), str(spec), str(result)],
-        env={**os.environ, **engine.SETTINGS, **PROCESSES},
+        env={**os.environ, **engine.SETTINGS, **PROCESSES, "VLLM_CPU_OMP_THREADS_BIND": cores},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -130,3 +130,13 @@ def test_whole_experts_on_each_rank(case, tmp_path):
     compare(case, "a", LONG, replaced["old"][0])
     for prompt, answer in zip([SHORT, LONG, SHORT, SHORT, LONG], replaced["new"], strict=True):
         compare(case, "b", prompt, answer)
+
+
+@pytest.mark.long
+def test_two_ranks_of_two_processes(make_case, tmp_path):
+    """With tensor parallelism: a quarter of each expert in each of four processes."""
+    case = make_case("qwen2_moe", moe_intermediate_size=128, shared_expert_intermediate_size=128)
+    for seed, name in enumerate("ab", start=1):
+        case.add(name, seed=seed, rank=3 + seed, alpha=12)
+    found = tell(case, ["rounds"], tmp_path, {"tensor_parallel_size": 2}, cores="0|1|0|1")
+    check_rounds(case, found["rounds"])

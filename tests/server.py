@@ -23,6 +23,7 @@ class Server:
         folder: Path,
         adapters: dict | None = None,
         options: Sequence[str] = (),
+        start: Sequence[str] = ("-m", "vllm.entrypoints.openai.api_server"),
         **env: str,
     ) -> None:
         with socket.socket() as probe:
@@ -30,8 +31,8 @@ class Server:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self._log = folder / "server.log"
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        command += ["--model", str(model), "--skip-tokenizer-init", "--dtype", "float32"]
+        command = [sys.executable, *start, "--model", str(model)]
+        command += ["--skip-tokenizer-init", "--dtype", "float32"]
         command += ["--enforce-eager", "--max-model-len", "256", "--max-logprobs", "512"]
         # A block of 32 tokens: a prompt of 40 leaves one in the prefix cache.
         command += ["--block-size", "32"]
@@ -44,6 +45,10 @@ class Server:
             self._process = subprocess.Popen(
                 command, stdout=out, stderr=out, env={**os.environ, **env}
             )
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
 
     @property
     def pid(self) -> int:
@@ -59,7 +64,7 @@ class Server:
             except OSError:
                 time.sleep(0.5)
         self._process.kill()
-        raise AssertionError(self._log.read_text()[-3000:])
+        raise AssertionError(self.log[-9000:])
 
     def __exit__(self, *_: object) -> None:
         self._process.terminate()

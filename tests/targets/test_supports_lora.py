@@ -74,6 +74,16 @@ def test_experts_that_move_are_refused_at_start_and_at_load():
     supports_lora.check_adapter("layers.0.mlp.experts", _wrapper(None))
 
 
+def test_a_growing_engine_is_refused_where_factors_move(monkeypatch):
+    monkeypatch.setattr(supports_lora, "_factors_move", lambda: True)
+    supports_lora.check_layer(_wrapper(None, enable_eplb=True))
+    monkeypatch.setattr(supports_lora.data_parallel, "parallel_config", "enable_elastic_ep".__eq__)
+    cure = r"^layers\.0\.mlp\.experts: --enable-elastic-ep changes .* Start without --enable-el"
+    with pytest.raises(NotImplementedError, match=cure):
+        supports_lora.check_layer(_wrapper(None, enable_eplb=True))
+    supports_lora.check_layer(_wrapper(None))
+
+
 def test_experts_of_several_batches_are_refused_at_start_and_at_load():
     cure = (
         r"^layers\.0\.mlp\.experts: with --data-parallel-size 4 .* Start 4 servers without data "

@@ -19,7 +19,7 @@ from ..adapters.spelling import Spellings
 from ..kernels.slot_stack import SlotStack
 from ..log import get_logger
 from ..targets import supports_lora
-from . import budget, merged_projections, strict
+from . import budget, merged_projections, moved, strict
 from .again import KeptTensors, are_views, once
 from .memory import PausedGC
 from .moe_layers import dims_of, for_set_lora, is_experts, serves_moe, slots_of
@@ -100,7 +100,7 @@ def _stage_warm_up(manager: Any, lora: Any) -> None:
         elif fused:
             nothing = stage(Experts(name, "warm-up"), slots_of(manager, wrapper))
             staged[name] = for_set_lora(manager, wrapper, nothing)
-    _put_staged(lora, staged)
+    _put_staged(manager, lora, staged)
 
 
 def _fit(manager: Any, lora: Any, pending: PendingExperts | None) -> None:
@@ -147,7 +147,7 @@ def _fit(manager: Any, lora: Any, pending: PendingExperts | None) -> None:
         logger.debug("LoRA adapter %d: %s", lora.id, {found.layout for found in resolved})
         if limit is not None:
             limit.add(lora, size)
-        _put_staged(lora, staged)
+        _put_staged(manager, lora, staged)
     if not lora.loras:
         raise AdapterError("none of its tensors is for this model. Was it trained on another one?")
     del lora.moe_lora  # frees the views of the file
@@ -231,11 +231,15 @@ def _match_layers(
     )
 
 
-def _put_staged(lora: Any, staged: dict[str, Any]) -> None:
+def _put_staged(manager: Any, lora: Any, staged: dict[str, Any]) -> None:
     """Put staged tensors into ``lora.loras``, where vLLM finds them at activation."""
     from vllm.lora.lora_weights import PackedLoRALayerWeights
 
     for name, (a, b) in staged.items():
         rank = max(one.shape[-2] for one in a)
+        wrapper = manager.modules[name]
+        if supports_lora.has_eplb(wrapper):
+            lora.loras[name] = moved.weights(manager, name, wrapper, rank, (a, b))
+            continue
         ones = [1.0] * len(a)
         lora.loras[name] = PackedLoRALayerWeights(name, rank, list(ones), a, b, scaling=ones)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..adapters.canonical import Dims
+from ..targets.supports_lora import has_eplb
 from .stage import Slots
 
 # (lora_a, lora_b), each one tensor per projection.
@@ -111,7 +112,8 @@ def dims_of(manager: Any, wrapper: Any) -> Dims:
         for name in ("moe_intermediate_size", "intermediate_size"):
             inner = _without_padding(inner, getattr(own, name, 0))
     return Dims(
-        experts=config.num_experts,
+        # Without the copies that EPLB adds.
+        experts=config.num_logical_experts if has_eplb(wrapper) else config.num_experts,
         hidden=hidden,
         inner=inner,
         gated=bool(getattr(config, "is_act_and_mul", True)),
@@ -124,7 +126,8 @@ def slots_of(manager: Any, wrapper: Any) -> Slots:
     """The form of the tensors that ``wrapper`` copies into a slot."""
     dims = dims_of(manager, wrapper)
     return Slots(
-        local=local_experts(wrapper),
+        # The factors of all experts stay in CPU memory if their weights may come here (moved.py).
+        local=range(dims.experts) if has_eplb(wrapper) else local_experts(wrapper),
         fused=dims.gated and not _per_expert(wrapper) and len(wrapper.w13_lora_a_stacked) == 1,
         dims=dims,
         dtype=manager.lora_config.lora_dtype,

@@ -266,8 +266,8 @@ HOOKS = (
         make=_ep_check,
         releases=">=0.21,<0.34",
         why="two things give silently wrong answers: EPLB moves experts to other devices but not "
-        "their LoRA factors; and with data parallelism, tokens arrive with slot numbers of another "
-        "engine, which may have another adapter in that slot",
+        "their LoRA factors (up to 0.29); and with data parallelism, tokens arrive with slot "
+        "numbers of another engine, which may have another adapter in that slot",
         upstream="",
         until="upstream moves the factors with the experts, and uses the same slots in all "
         "engines; or refuses both",

@@ -34,7 +34,6 @@ def refusal(name: str, wrapper: Any) -> str:
     if ranks == 1:
         return ""
     flag, whole = f"{name}: with --data-parallel-size {ranks}", _config()
-    config = getattr(whole, "parallel_config", None)
     parallel = wrapper.base_layer.moe_config.moe_parallel_config
     if not _supported():
         why = (
@@ -50,9 +49,7 @@ def refusal(name: str, wrapper: Any) -> str:
         why = "--tensor-parallel-size and --enable-expert-parallel give each rank a part of each "
         why += "batch, but vLLM sends the adapters of the batch's first tokens with it"
         cure = "without --enable-expert-parallel, with --tensor-parallel-size 1"
-    elif getattr(config, "data_parallel_external_lb", False) or getattr(
-        config, "data_parallel_hybrid_lb", False
-    ):
+    elif parallel_config("data_parallel_external_lb") or parallel_config("data_parallel_hybrid_lb"):
         why = (
             "and a load balancer outside of vLLM each server gives out LoRA slots of its own, but "
         )
@@ -70,11 +67,16 @@ def refusal(name: str, wrapper: Any) -> str:
             "vLLM's model runner V2 writes dummy adapters into the slots of a rank without requests"
         )
         cure = "with VLLM_USE_V2_MODEL_RUNNER=0 in the environment"
-    elif getattr(config, "enable_dbo", False):
+    elif parallel_config("enable_dbo"):
         why, cure = "--enable-dbo splits batches, but not their adapters", "without --enable-dbo"
     else:
         return ""
     return f"{flag} {why}. Start {cure}, or without --enable-lora."
+
+
+def parallel_config(flag: str) -> bool:
+    """A flag of the engine's `ParallelConfig` while it is built; False at other times."""
+    return bool(getattr(getattr(_config(), "parallel_config", None), flag, False))
 
 
 def _config() -> Any:

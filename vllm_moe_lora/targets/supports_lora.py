@@ -5,7 +5,8 @@ Three cases are known:
 - A class of experts inherits `supports_lora` from vLLM's `TritonExperts`, but has its own `apply`,
   which ignores LoRA (vLLM 0.20 to 0.33). `IGNORING` lists these classes. The hooks of our feature
   quantised-experts make some of them apply LoRA (INT4, INT8, Triton's MXFP8).
-- With --enable-eplb, vLLM moves experts between devices, but not their LoRA.
+- With --enable-eplb, vLLM moves experts between devices, but not their LoRA. From 0.30 on
+  fitting/moved.py brings the LoRA there.
 - With --data-parallel-size, experts compute the tokens of several engines; data_parallel.py says
   where that is right.
 
@@ -47,18 +48,37 @@ def takes_lora(experts: type[Any]) -> bool:
     return bool(experts.supports_lora()) and not ignores(experts)
 
 
-def _eplb_message(name: str) -> str:
+def has_eplb(wrapper: Any) -> bool:
+    """Whether vLLM may move experts between devices to balance their load."""
+    return bool(getattr(wrapper.base_layer.moe_config.moe_parallel_config, "enable_eplb", False))
+
+
+def _eplb_refusal(name: str, wrapper: Any) -> str:
+    """Why LoRA on a layer would be wrong with this engine's EPLB; "" if it is not."""
+    if not has_eplb(wrapper):
+        return ""
+    if not _factors_move():
+        flag, why = "--enable-eplb", "moves experts between devices while the engine runs, but "
+        why += "their LoRA stays where it is, so adapters would be applied to the wrong experts"
+    elif data_parallel.parallel_config("enable_elastic_ep"):
+        flag, why = "--enable-elastic-ep", "changes how many experts a device has, but its LoRA "
+        why += "slots have room for as many as at the start"
+    else:
+        return ""
     return (
-        f"{name}: --enable-eplb moves experts between devices while the engine runs, but their "
-        "LoRA stays where it is, so adapters would be applied to the wrong experts. Start without "
-        "--enable-eplb, without --enable-lora, or with "
+        f"{name}: {flag} {why}. Start without {flag}, without --enable-lora, or with "
         "--lora-target-modules that leave out the routed experts."
     )
 
 
-def _has_eplb(wrapper: Any) -> bool:
-    """Whether vLLM may move experts between devices to balance their load."""
-    return bool(getattr(wrapper.base_layer.moe_config.moe_parallel_config, "enable_eplb", False))
+def _factors_move() -> bool:
+    """Whether our hooks write the slots again when experts have moved: from vLLM 0.30 on."""
+    try:
+        from vllm.distributed.eplb import eplb_state
+    except ImportError:  # releases of which only some files are here
+        return False
+    names = ("_commit_eplb_maps", "_commit_eplb_maps_for_layer")
+    return all(hasattr(getattr(eplb_state, name, None), MARK) for name in names)
 
 
 def check_layer(wrapper: Any) -> None:
@@ -68,15 +88,14 @@ def check_layer(wrapper: Any) -> None:
         wrapper: a `FusedMoEWithLoRA` that is being built.
 
     Raises:
-        NotImplementedError: the engine has --enable-eplb, or data parallelism with which LoRA would
-            be wrong.
+        NotImplementedError: with the engine's EPLB or data parallelism LoRA would be wrong.
     """
     routed = getattr(wrapper.base_layer, "routed_experts", wrapper.base_layer)
     name = getattr(routed, "layer_name", type(routed).__name__)
     if message := data_parallel.refusal(name, wrapper):
         raise NotImplementedError(f"{message} {target_modules.cure(None)}")
-    if _has_eplb(wrapper):
-        raise NotImplementedError(_eplb_message(name))
+    if message := _eplb_refusal(name, wrapper):
+        raise NotImplementedError(message)
 
 
 def check_adapter(name: str, wrapper: Any) -> None:
@@ -94,8 +113,8 @@ def check_adapter(name: str, wrapper: Any) -> None:
     """
     if message := data_parallel.refusal(name, wrapper):
         raise AdapterError(message)
-    if _has_eplb(wrapper):
-        raise AdapterError(_eplb_message(name))
+    if message := _eplb_refusal(name, wrapper):
+        raise AdapterError(message)
     kernel = getattr(wrapper, "_moe_kernel", None)
     kind = type(getattr(kernel, "fused_experts", None))
     if ignores(kind):

@@ -37,22 +37,22 @@ ROUNDS = [
 ]
 
 
-def tell(case, stories, tmp_path, options, **more):
-    """What each story of data_parallel.py returns, by its name."""
+def tell(case, stories, tmp_path, options, cores="0|1", script=SCRIPT, **more):
+    """What each story of data_parallel.py returns, by its name. ``cores``: of each process."""
     job = {
         "model": str(case.model),
         "adapters": {name: str(path) for name, path in case.adapters.items()},
         "stories": stories,
         "prompts": [LONG, SHORT],
         "rounds": ROUNDS,
-        "options": {"dtype": "float32", **options},
         **more,
+        "options": {"dtype": "float32", **options},
     }
     spec, result = tmp_path / "job.json", tmp_path / "result.pt"
     spec.write_text(json.dumps(job))
     done = forks.launch(
-        [sys.executable, str(SCRIPT), str(spec), str(result)],
-        env={**os.environ, **engine.SETTINGS, **PROCESSES},
+        [sys.executable, str(script), str(spec), str(result)],
+        env={**os.environ, **engine.SETTINGS, **PROCESSES, "VLLM_CPU_OMP_THREADS_BIND": cores},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -75,8 +75,8 @@ def compare(case, name, prompt, answer):
         assert effect >= 20 * FP32_LIMIT, f"{name} does {effect:.2e} only"
 
 
-def check_rounds(case, found):
-    for batch, answers in zip(ROUNDS, found, strict=True):
+def check_rounds(case, found, rounds=ROUNDS):
+    for batch, answers in zip(rounds, found, strict=True):
         for (_, prompt, name), answer in zip(batch, answers, strict=True):
             compare(case, name, prompt, answer)
 
@@ -130,3 +130,28 @@ def test_whole_experts_on_each_rank(case, tmp_path):
     compare(case, "a", LONG, replaced["old"][0])
     for prompt, answer in zip([SHORT, LONG, SHORT, SHORT, LONG], replaced["new"], strict=True):
         compare(case, "b", prompt, answer)
+
+
+@pytest.mark.long
+def test_two_ranks_of_two_processes(make_case, tmp_path):
+    """With tensor parallelism: a quarter of each expert in each of four processes."""
+    case = make_case("qwen2_moe", moe_intermediate_size=128, shared_expert_intermediate_size=128)
+    for seed, name in enumerate("ab", start=1):
+        case.add(name, seed=seed, rank=3 + seed, alpha=12)
+    found = tell(case, ["rounds"], tmp_path, {"tensor_parallel_size": 2}, cores="0|1|0|1")
+    check_rounds(case, found["rounds"])
+
+
+@pytest.mark.long
+def test_experts_that_move(make_case, tmp_path):
+    """EPLB, every two steps, also in those that a rank without requests makes for the other one."""
+    case = make_case("qwen3_moe", num_experts=6)
+    for seed, name in enumerate("ab", start=1):
+        case.add(name, seed=seed, rank=3 + seed, alpha=12)
+    eplb = {"window_size": 2, "step_interval": 2, "num_redundant_experts": 2}
+    options = {"eplb_config": {**eplb, "communicator": "torch_gloo"}, "enable_eplb": True}
+    options["enable_expert_parallel"] = True
+    script = SCRIPT.with_name("balanced_data_parallel.py")
+    rounds = ROUNDS * 2
+    found = tell(case, ["rounds"], tmp_path, options, script=script, rounds=rounds)
+    check_rounds(case, found["rounds"], rounds)

@@ -89,18 +89,21 @@ class Case:
     moved = False
 
     def placed(self, rank):
-        """Of experts with copies: as vLLM begins, and `moved`, as EPLB may have it later."""
-        order = list(range(self.experts)) + [i % self.experts for i in range(self.redundant)]
-        if self.moved:
-            order = order[3:] + order[:3]
+        """A rank's part of `order`."""
+        order = self.order()
         each = len(order) // self.size
         return order[rank * each : (rank + 1) * each]
+
+    def order(self):
+        """Experts by place: as vLLM begins, and `moved`, as EPLB may have it later."""
+        order = list(range(self.experts)) + [i % self.experts for i in range(self.redundant)]
+        return order[3:] + order[:3] if self.moved else order
 
     def routed(self, ids):
         """What the router makes of experts' numbers: places, where experts have copies."""
         if not self.eplb:
             return ids
-        order = [expert for rank in range(self.size) for expert in self.placed(rank)]
+        order = self.order()
         places = [[i for i, own in enumerate(order) if own == e] for e in range(self.experts)]
         found = [places[e][n % len(places[e])] for n, e in enumerate(ids.flatten().tolist())]
         return torch.tensor(found).reshape(ids.shape)
@@ -246,12 +249,23 @@ class Wna16(Int4):
 
 
 class Moved(Case):
-    """The same after EPLB has moved experts: their weights and the router, and nothing else."""
+    """The same after EPLB has moved experts: their weights, then the table of places.
+
+    Attributes:
+        at_once: all layers in one step, else layer by layer (vLLM's asynchronous EPLB).
+    """
+
+    at_once: bool = True
 
     def after_loading(self, world, whole):
         self.moved = True
         for one in world:
             self.fill(one.routed, whole, one.rank)
+            one.commit_places(self.at_once)
+
+
+class MovedByLayer(Moved):
+    at_once = False
 
 
 def stand_in():
@@ -316,6 +330,8 @@ CASES = [
     Case("ep3-round-robin", **UNEVEN, placement="round_robin", **GROUPS),
     Moved("ep2-moved", size=2, **EP, eplb=True),
     Case("ep2-redundant", size=2, **EP, eplb=True, redundant=2),
+    MovedByLayer("ep2-redundant-moved", size=2, **EP, eplb=True, redundant=2),
+    Moved("ep2-moved-fused", size=2, **EP, eplb=True, redundant=2, **FUSED),
     Case("ep2-sharded", size=2, **EP, **SHARDED),
     Case("ep3-uneven-shared", **{**UNEVEN, "since": "0.26"}, **SHARED),
     GptOss("ep3-uneven-mixed", **{**UNEVEN, "since": "0.22"}, **MIXED),

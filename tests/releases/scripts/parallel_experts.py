@@ -104,6 +104,8 @@ class Rank:
             case.fill(self.routed, whole, rank)
             self.routed.quant_method.process_weights_after_loading(self.routed)
             self.worker = self._manager()
+        if case.eplb:
+            self.begin_places()
 
     def _made(self):
         from vllm.model_executor.layers import fused_moe
@@ -164,6 +166,39 @@ class Rank:
             worker.create_lora_manager(self.model, **more)
         (self.wrapper,) = worker._adapter_manager.modules.values()
         return worker
+
+    def begin_places(self):
+        """As vLLM's `EplbState.add_model` does with a model: its table of places."""
+        from vllm.distributed.eplb import eplb_state
+
+        if not hasattr(eplb_state, "compute_logical_maps"):
+            return  # up to 0.23, which neither we nor these cases need
+        places = torch.tensor([self.case.order()])
+        state = self.eplb = types.SimpleNamespace(
+            model=types.SimpleNamespace(moe_layers=[self.layer]),
+            physical_to_logical_map=torch.zeros_like(places),
+            logical_to_physical_map=torch.full((1, self.case.experts, 8), -1),
+            logical_replica_count=torch.zeros(1, self.case.experts, dtype=torch.int64),
+        )
+        self.layer.set_eplb_state(
+            0,
+            torch.zeros_like(places),
+            state.logical_to_physical_map,
+            state.logical_replica_count,
+        )
+        eplb_state._commit_eplb_maps(state, places)
+
+    def commit_places(self, at_once):
+        """As vLLM after it has moved experts' weights."""
+        from vllm.distributed.eplb import eplb_state
+
+        if not hasattr(self, "eplb"):
+            return
+        places = torch.tensor(self.case.order())
+        if at_once:
+            eplb_state._commit_eplb_maps(self.eplb, places[None])
+        else:
+            eplb_state._commit_eplb_maps_for_layer(self.eplb, places, 0)
 
     def load(self, number, path):
         from vllm.lora.request import LoRARequest

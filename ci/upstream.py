@@ -1,6 +1,7 @@
 """What ci/upstream.sh runs: makes the trees, runs the tests of each patch, prints a table.
 
-A patch names its tests in its message: ``Test: pytest FILE::NAME``, or, for what this machine
+A patch names its tests in its message: ``Test: pytest FILE::NAME``; for what runs here in Triton's
+interpreter only, ``Test (GPU; ran in Triton's interpreter): pytest FILE``; for what this machine
 cannot run, ``Test (GPU, not run): pytest FILE``.
 """
 
@@ -17,6 +18,7 @@ import tarfile
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import NamedTuple
 
 import trees
 import upstream_loops
@@ -25,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PATCHES = ROOT / "patches" / "upstream" / "v0.33.0"
 # `ray.shutdown` is all that vLLM's tests want of it on one CPU.
 RAY = "def shutdown():\n    pass\n"
-KEPT = ("vllm/", "tests/", "docs/", "pyproject.toml")
+KEPT = ("vllm/", "tests/", "docs/", "benchmarks/", "pyproject.toml")
 
 
 def source(release: str, folder: Path) -> Path:
@@ -69,15 +71,20 @@ def repository(sdist: Path, tree: Path) -> None:
         link.symlink_to(built)
 
 
-def tests_of(patch: Path) -> tuple[list[str], list[str]]:
-    """The tests that a patch's message names: those for here, those for a GPU."""
+class Tests(NamedTuple):
+    here: list[str]
+    interpreted: list[str]
+    elsewhere: list[str]
+
+
+def tests_of(patch: Path) -> Tests:
+    """The tests that a patch's message names."""
     message = patch.read_text().partition("\n---\n")[0]
-    here = re.findall(r"^Test: pytest (\S+)$", message, re.M)
-    elsewhere = re.findall(r"^Test \(GPU, not run\): pytest (\S+)$", message, re.M)
-    return here, elsewhere
+    kinds = ("", r" \(GPU; ran in Triton's interpreter\)", r" \(GPU, not run\)")
+    return Tests(*(re.findall(rf"^Test{kind}:\s+pytest (\S+)$", message, re.M) for kind in kinds))
 
 
-def run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(tree: Path, *arguments: str, interpreted: bool = False) -> subprocess.CompletedProcess[str]:
     """pytest on the tree's vLLM."""
     site = Path(os.environ["SDISTS"], "site")
     (site / "ray").mkdir(parents=True, exist_ok=True)
@@ -90,6 +97,10 @@ def run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         "HF_HUB_OFFLINE": "1",
     }
     options = ["-q", "-p", "no:cacheprovider", "-W", "ignore"]
+    if interpreted:
+        env |= {"TRITON_INTERPRET": "1"}
+        env["PYTHONPATH"] += f":{ROOT / 'ci'}:{ROOT / 'tests'}"
+        options += ["-p", "upstream_interpreted"]
     command = [sys.executable, "-m", "pytest", *options, *arguments]
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
 
@@ -101,10 +112,20 @@ def collect(tree: Path, test: str) -> None:
         sys.exit(done.stdout[-3000:])
 
 
-def pytest(tree: Path, tests: list[str]) -> dict[str, str]:
+def outcomes(tree: Path, tests: Tests) -> dict[str, str]:
+    """Run the tests that can run here: name -> "passes", "fails", ..."""
+    found = {}
+    for names, interpreted in ((tests.here, False), (tests.interpreted, True)):
+        if names:
+            found |= pytest(tree, names, interpreted)
+    return found
+
+
+def pytest(tree: Path, tests: list[str], interpreted: bool) -> dict[str, str]:
     """Run tests: name -> "passes", "fails", ...; a name stands for all its parameters."""
     report = tree / "report.xml"
-    done = run(tree, f"--junitxml={report}", "-o", "junit_family=xunit1", *tests)
+    options = (f"--junitxml={report}", "-o", "junit_family=xunit1")
+    done = run(tree, *options, *tests, interpreted=interpreted)
     if done.returncode > 1 or not report.exists():
         sys.exit(done.stdout[-3000:] + done.stderr[-3000:])
     states: dict[str, set[str]] = {test: set() for test in tests}
@@ -127,6 +148,12 @@ def apply(tree: Path, patches: list[Path]) -> None:
     git(tree, "am", "-q", "--keep-non-patch", *map(str, patches))
 
 
+def bare(tree: Path) -> None:
+    """Take the patches away from vllm/, and leave them in tests/."""
+    git(tree, "rm", "-rqf", "vllm")
+    git(tree, "checkout", "-q", "base", "--", "vllm")
+
+
 def needed(patch: Path, names: list[Path]) -> list[Path]:
     """The patch with those that its message says it needs."""
     message = patch.read_text().partition("\n---\n")[0]
@@ -134,19 +161,18 @@ def needed(patch: Path, names: list[Path]) -> list[Path]:
     return [*(p for p in names if p.name[:4] in numbers), patch]
 
 
-def alone(tree: Path, series: list[Path], tests: dict[Path, tuple[list[str], list[str]]]) -> None:
+def alone(tree: Path, series: list[Path], tests: dict[Path, Tests]) -> None:
     for patch in series:
         git(tree, "reset", "-q", "--hard", "base")
         apply(tree, needed(patch, series))
-        if here := tests[patch][0]:
-            for test, state in pytest(tree, here).items():
-                print("alone", patch.stem, test, state, flush=True)
+        for test, state in outcomes(tree, tests[patch]).items():
+            print("alone", patch.stem, test, state, flush=True)
 
 
 def main(argv: list[str]) -> int:
     series = [PATCHES / name for name in (PATCHES / "series").read_text().split()]
     tests = {patch: tests_of(patch) for patch in series}
-    here = [test for found, _ in tests.values() for test in found]
+    every = Tests(*([name for one in tests.values() for name in one[kind]] for kind in range(3)))
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch, "vllm")
         tree.mkdir()
@@ -160,23 +186,28 @@ def main(argv: list[str]) -> int:
                 git(tree, "reset", "-q", "--hard", "base")
         apply(tree, series)
         git(tree, "tag", "patched")
-        after = pytest(tree, here)
-        for test in (test for _, found in tests.values() for test in found):
+        after = outcomes(tree, every)
+        for test in every.elsewhere:
             collect(tree, test)
         loops = []
         if "--loops" in argv:
             patched = Path(scratch, "patched")
             shutil.copytree(tree / "vllm", patched / "vllm", symlinks=True)
-            git(tree, "checkout", "-q", "base", "--", "vllm")
+            compiled = [sys.executable, str(ROOT / "ci" / "upstream_compiled.py"), str(patched)]
+            subprocess.run(compiled, check=True)
+            bare(tree)
             loops = upstream_loops.table(tree, patched)
-        git(tree, "checkout", "-q", "base", "--", "vllm")
-        before = pytest(tree, here)
+        bare(tree)
+        before = outcomes(tree, every)
         if "--alone" in argv:
             alone(tree, series, tests)
     rows = [("patch", "test", "before", "after")]
     for patch in series:
-        rows += [(patch.stem, test, before[test], after[test]) for test in tests[patch][0]]
-        rows += [(patch.stem, test, "GPU: not run", "") for test in tests[patch][1]]
+        here, interpreted, elsewhere = tests[patch]
+        rows += [(patch.stem, test, before[test], after[test]) for test in here]
+        marked = [(test, f"{test} (interpreter)") for test in interpreted]
+        rows += [(patch.stem, name, before[test], after[test]) for test, name in marked]
+        rows += [(patch.stem, test, "GPU: not run", "") for test in elsewhere]
     good = {row[2:] for row in rows[1:]} <= {("fails", "passes"), ("GPU: not run", "")}
     rows += loops
     widths = [max(len(row[i]) for row in rows) for i in range(4)]

@@ -2,7 +2,7 @@
 # The patches for vLLM's maintainers: the test of each without and with it, on the CPU. A table.
 #     ci/upstream.sh             the series of 0.33.0, whole: 2 minutes
 #     ci/upstream.sh --alone     and each patch alone on a clean tree: 10 s more for each
-#     ci/upstream.sh --loops     and what needs a GPU, with loops for kernels: 3 minutes more
+#     ci/upstream.sh --loops     and what needs a GPU, by loops, or compiled: 4 minutes more
 #     ci/upstream.sh 0.11.1      the series of 0.11.1: tests/legacy/test_upstream_patches.py without and
 #                                with it, in the environment that ci/legacy.sh made
 #     ci/upstream.sh hooks       for each hook at 0.33.0, that its test in tests/hooks/each_hook.toml

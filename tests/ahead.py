@@ -31,24 +31,36 @@ def target(arch: str) -> GPUTarget:
     return GPUTarget("hip", arch, 64)
 
 
-def build(kernel, arch: str, pointers: dict, constants: dict, warps: int, stages: int) -> Compiled:
+def build(
+    kernel,
+    arch: str,
+    pointers: dict,
+    constants: dict,
+    warps: int,
+    stages: int,
+    divisible: bool = False,
+) -> Compiled:
     """Compile as the first launch would.
 
     Args:
         kernel: a `triton.jit` function.
         arch: such as sm_90, gfx942.
         pointers: element type of each tensor argument; all others are int32 or ``constants``.
+        divisible: the int32 are multiples of 16, too, where the kernel specialises on that.
     """
     names = [one.name for one in kernel.params]
     assert {*pointers, *constants} <= set(names)
     signature = {
         name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names
     }
-    # What a launch finds out: pointers are multiples of 16. Nothing is known of the ints.
+    # What a launch finds out: pointers are multiples of 16. Of the ints only where it is said.
+    known = {*pointers, *(n for n in names if divisible and n not in constants)}
     aligned = {
         (one.num,): [["tt.divisibility", 16]]
         for one in kernel.params
-        if one.name in pointers and not one.do_not_specialize_on_alignment
+        if one.name in known
+        and not one.do_not_specialize
+        and not one.do_not_specialize_on_alignment
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     with warnings.catch_warnings():

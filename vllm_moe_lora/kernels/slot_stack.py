@@ -51,6 +51,11 @@ class SlotStack:
         """The highest rank of all slots; 0 if all are empty."""
         return max((one.shape[self.rank_axis] for one in self._slots.values()), default=0)
 
+    def ranks(self) -> array[int]:
+        """Return the rank of each slot; 0 if it is empty."""
+        sizes = {slot: one.shape[self.rank_axis] for slot, one in self._slots.items()}
+        return array("q", [sizes.get(slot, 0) for slot in range(self.shape[0])])
+
     def __getitem__(self, key: Any) -> Any:
         """Return a slot, or with slices, as vLLM's `set_lora` writes one, what has a `copy_`."""
         if isinstance(key, int):

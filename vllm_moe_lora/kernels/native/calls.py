@@ -63,27 +63,12 @@ class Segments(list[tuple[int, "torch.Tensor | None"]]):
         return address(made), count, highest
 
 
-class Ranges(list[tuple[int, int, int]]):
-    """Rows of a batch by adapter, where those of one adapter are adjacent: (slot, first, end)."""
-
-    _made: array[int]
-
-    def table(self, tokens: int) -> tuple[int, int, int]:
-        """See `Segments.table`."""
-        self._made = array("q")
-        for slot, start, stop in self:
-            if stop > tokens:
-                raise IndexError(f"adapter slot {slot}: row {stop - 1} of {tokens} rows")
-            self._made.extend((slot, 0, stop - start, start))
-        return address(self._made), sum(self._made[2::4]), max(self._made[::4], default=-1)
-
-
 def add_lora(
     y: torch.Tensor,
     x: torch.Tensor,
     lora_a: Sequence[torch.Tensor],
     lora_b: Sequence[torch.Tensor],
-    segments: Segments | Ranges,
+    segments: Segments,
     scale: float,
     output_slices: Sequence[int],
 ) -> bool:
@@ -113,6 +98,8 @@ def add_lora(
     given = struct.unpack("<i", struct.pack("<f", scale))[0]
     table = array("q", bytes(24 * 8))
     table.extend((DTYPES[y.dtype], len(segments), place, len(lora_a), address(parts)))
-    table.extend((x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), z.data_ptr(), ranks, given))
+    table.extend(
+        (x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), z.data_ptr(), ranks, given, 0, 0)
+    )
     pool.run(kernels.add_lora, address(table), count * work < SMALL)
     return True

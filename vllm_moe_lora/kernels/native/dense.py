@@ -5,12 +5,15 @@ The table (int64, see loops.py) and the tables it points to:
     0, 8, 16  counters: next item of shrink, finished items of shrink, next item of expand
     24  dtype   25  segments   26  address of segments   27  slices   28  address of slices
     29  x   30  its row stride   31  y   32  its row stride   33  z   34  its row stride
-    35  scale, a float32
+    35  scale, a float32   36  address of factors; 0: the slices have them   37  slots
 
     a segment: slot, address of the rows' numbers (int64; 0: adjacent rows), number of rows, the
                first of adjacent rows
     a slice:   lora_a, stride of slots, stride of rows, columns of x, rank,
                lora_b, stride of slots, stride of rows, columns of y, first column of y
+
+    factors, by slice: address of lora_a's slots, of lora_b's (see `SlotStack.table`), and of each
+               slot's rank. A segment's slot is then expert * slots + slot.
 
 Strides count elements. z is fp32 scratch, [rows of all segments, ranks of all slices].
 """
@@ -33,7 +36,7 @@ from .memory import (
     write,
 )
 
-SEGMENT, SLICE = 4, 10
+SEGMENT, SLICE, FACTOR, SLOT = 4, 10, 3, 3
 ROW_CHUNK = 64  # rows of one item
 COLUMN_CHUNK = 256  # columns of y of one item of expand
 
@@ -92,6 +95,21 @@ def _find(table, item, blocks, expanding):
 
 
 @compiled
+def _factor(table, segment, part, side):
+    """Return a segment's lora_a (side 0) or lora_b (side 1): address, row stride, rank."""
+    shift = 1 if get(table, 24) == BF16 else 2
+    number, own = get(segment, 0), get(table, 36)
+    if own == 0:
+        start = part + ((5 * side) << 3)
+        return get(start, 0) + ((number * get(start, 1)) << shift), get(start, 2), get(part, 4)
+    slot, expert = number % get(table, 37), number // get(table, 37)
+    own += ((part - get(table, 28)) // (SLICE << 3) * FACTOR) << 3
+    place = get(own, side) + ((slot * SLOT) << 3)
+    start = get(place, 0) + ((expert * get(place, 1)) << shift)
+    return start, get(place, 2), get(get(own, 2), slot)
+
+
+@compiled
 def _shrink_item(table, item, blocks, addresses):
     dtype = get(table, 24)
     shift = 1 if dtype == BF16 else 2
@@ -101,11 +119,14 @@ def _shrink_item(table, item, blocks, addresses):
     for i in range(m):
         put(addresses, i, x + ((_row(segment, start + i) * stride) << shift))
     j = block * RANKS
-    a = get(part, 0) + ((get(segment, 0) * get(part, 1) + j * get(part, 2)) << shift)
-    ranks = min(get(part, 4) - j, RANKS)
+    a, a_stride, rank = _factor(table, segment, part, 0)
+    ranks = min(rank - j, RANKS)
+    if ranks <= 0:  # another segment's rank is higher
+        return
     z_stride = get(table, 34)
     z = get(table, 33) + (((first + start) * z_stride + before + j) << 2)
-    shrink(dtype, addresses, m, a, get(part, 2), ranks, get(part, 3), z, z_stride)
+    a += (j * a_stride) << shift
+    shrink(dtype, addresses, m, a, a_stride, ranks, get(part, 3), z, z_stride)
 
 
 @compiled
@@ -114,7 +135,8 @@ def _expand_item(table, item, blocks, zs, ys, scales, tile, edge):
     shift = 1 if dtype == BF16 else 2
     segment, first, start, part, before, block = _find(table, item, blocks, True)
     m = min(get(segment, 2) - start, ROW_CHUNK)
-    rank, z_stride = get(part, 4), get(table, 34)
+    b, b_stride, rank = _factor(table, segment, part, 1)
+    z_stride = get(table, 34)
     y, stride = get(table, 31), get(table, 32)
     for i in range(m):
         put(zs, i, get(table, 33) + (((first + start + i) * z_stride + before) << 2))
@@ -131,10 +153,9 @@ def _expand_item(table, item, blocks, zs, ys, scales, tile, edge):
         return
     column = block * COLUMN_CHUNK
     stop = min(column + COLUMN_CHUNK, get(part, 8))
-    b = get(part, 5) + ((get(segment, 0) * get(part, 6)) << shift)
     while column < stop:
         columns = min(stop - column, COLUMNS)
-        turn(dtype, b + ((column * get(part, 7)) << shift), get(part, 7), columns, rank, tile)
+        turn(dtype, b + ((column * b_stride) << shift), b_stride, columns, rank, tile)
         expand_rows(dtype, m, zs, scales, tile, rank, ys, column, columns, edge)
         column += COLUMNS
 

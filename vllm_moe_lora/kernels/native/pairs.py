@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import struct
 from array import array
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ import torch
 
 from ..slot_stack import SlotStack
 from . import build, pool
-from .calls import DTYPES, SMALL, Ranges, add_lora, address, fit
+from .calls import DTYPES, SMALL, address, fit
 
 Segment = tuple[int, int, int, int]  # slot, expert, first pair, one past the last pair
 
@@ -219,17 +220,30 @@ def add_lora_to_pairs(
         lora_b: one stack a slice, [slots, experts or 1, out, rank].
         segments: from `Pairs.sorted`.
     """
-    if not fit(y, x) or any(f.dtype != y.dtype for f in (*lora_a, *lora_b)):
+    kernels, factors = build.kernels(), (*lora_a, *lora_b)
+    if kernels is None or not fit(y, x) or any(f.dtype != y.dtype for f in factors):
         return False
-    by_slot: dict[int, Ranges] = {}
+    slots = lora_a[0].shape[0]
+    if any(f.shape[0] != slots for f in factors) or y.shape[0] != x.shape[0]:
+        return False
+    # The kernel for dense layers does it; a segment's slot is there expert * slots + slot.
+    own, parts, places, keep = array("q"), array("q"), array("q"), []
     for slot, expert, start, stop in segments:
-        by_slot.setdefault(slot, Ranges()).append((expert, start, stop))
-    # The kernel for dense layers does it, if it takes each expert of a slot for a slot.
-    columns = [b.shape[2] for b in lora_b]
-    for slot, own in by_slot.items():
-        count = own[-1][0] + 1  # the experts ascend
-        a, b = ([f.slot(slot) for f in side] for side in (lora_a, lora_b))
-        a, b = ([f.expand(count, -1, -1) if f.shape[0] == 1 else f for f in s] for s in (a, b))
-        if not add_lora(y, x, a, b, own, 1.0, columns):
+        own.extend((expert * slots + slot, 0, stop - start, start))
+    first, highest, work = 0, 0, 0
+    for a, b in zip(lora_a, lora_b, strict=True):
+        out, inner, rank, ranks = b.shape[2], a.shape[3], a.highest_rank, a.ranks()
+        if inner > x.shape[1] or first + out > y.shape[1] or b.ranks() != ranks:
             return False
+        parts.extend((0, 0, 0, inner, rank, 0, 0, 0, out, first))
+        places.extend((a.table(), b.table(), address(ranks)))
+        keep.append(ranks)
+        first, highest, work = first + out, highest + rank, work + rank * (inner + out)
+    z = torch.empty(x.shape[0] * highest, dtype=torch.float32)
+    one = struct.unpack("<i", struct.pack("<f", 1.0))[0]
+    table = array("q", bytes(24 * 8))
+    table.extend((DTYPES[y.dtype], len(segments), address(own), len(lora_a), address(parts)))
+    table.extend((x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), z.data_ptr(), highest))
+    table.extend((one, address(places), slots))
+    pool.run(kernels.add_lora, address(table), x.shape[0] * work < SMALL)
     return True

@@ -69,7 +69,6 @@ def environment(folder: str) -> dict[str, str]:
     """Of a process that imports the vLLM in ``folder``, and ours; the plugin acts when told to."""
     env = {**os.environ, "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_MOE_LORA": "0"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, str(ROOT), *CODE)))
-    env.setdefault("PYTHONPYCACHEPREFIX", str(FOLDER / ".pyc"))  # not among the sources
     return env | {"OMP_NUM_THREADS": "1"}
 
 

@@ -31,6 +31,15 @@ from pathlib import Path
 
 # What is read while modules are imported; anything else may differ from fork to fork.
 AT_IMPORT = ("PYTHON", "OMP_", "TORCH", "TRITON_", "HF_", "LD_", "VLLM_LOGGING")
+# What vLLM and OpenCV set when they are imported, as some tests do: a process that was started
+# later would not share a parent with those before it.
+BY_IMPORT = (
+    "LD_LIBRARY_PATH",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TORCHINDUCTOR_COMPILE_THREADS",
+    "TRITON_CACHE_AUTOTUNING",
+)
+AT_START = {name: os.environ[name] for name in BY_IMPORT if name in os.environ}
 # Seconds without a job after which a parent ends. Each takes 500 MB, and 5 s to start. Those of
 # eight releases may stay, which are asked again in each file of tests/releases.
 IDLE = 240
@@ -60,7 +69,7 @@ def launch(command, env=None, timeout=None, **more):
         subprocess.TimeoutExpired: with what was printed; the process and its children are killed.
     """
     assert command[0] == sys.executable
-    env = dict(os.environ) if env is None else env
+    env = _without_imports(dict(os.environ) if env is None else env)
     with tempfile.TemporaryDirectory() as folder, _connected(env) as parent:
         out, err = Path(folder, "out"), Path(folder, "err")
         job = {"argv": command[1:], "env": env, "cwd": os.getcwd(), "out": str(out)}
@@ -73,6 +82,13 @@ def launch(command, env=None, timeout=None, **more):
             raise subprocess.TimeoutExpired(command, timeout, _text(out).encode()) from None
         assert answer, f"the parent of forks died: {_text(out)}{_text(err)}"
         return subprocess.CompletedProcess(command, int(answer), _text(out), _text(err))
+
+
+def _without_imports(env):
+    """``env`` as if this process had imported nothing; what a test chose itself stays."""
+    ours = {name for name in BY_IMPORT if env.get(name) == os.environ.get(name)}
+    kept = {name: value for name, value in env.items() if name not in ours}
+    return kept | {name: AT_START[name] for name in ours if name in AT_START}
 
 
 def _text(file):
@@ -194,8 +210,9 @@ def _fork(made, listener, running):
             opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             os.dup2(opened, stream)
             os.close(opened)
+        imported = {name: os.environ[name] for name in BY_IMPORT if name in os.environ}
         os.environ.clear()
-        os.environ.update(job["env"])
+        os.environ.update(imported | job["env"])
         os.chdir(job["cwd"])
         _run(job["argv"])
         code = 0

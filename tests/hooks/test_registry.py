@@ -120,7 +120,8 @@ def _fresh(code, **env):
 
 def _forked(code, **env):
     """The same where vLLM is imported already, as it is when vLLM loads its plugins."""
-    return _run(forks.launch, code, env)
+    # As engines have it, so that they are forks of one process.
+    return _run(forks.launch, code, {"TORCHDYNAMO_DISABLE": "1", **env})
 
 
 def _run(run, code, env):

@@ -24,6 +24,7 @@ pytestmark = [
 ]
 # Those that a CPU has a use for; two hooks have one target where their platforms differ.
 NEEDED = [h for h in trees.seamed(HERE) if not h.platforms or "cpu" in h.platforms]
+AS_ENGINES = {"TORCHDYNAMO_DISABLE": "1"}  # so that they are forks of one process
 TARGETS = sorted({hook.target for hook in NEEDED})
 
 SHOW = """
@@ -101,7 +102,7 @@ def test_a_patched_tree_does_it_alone(tmp_path):
 )
 def test_with_the_plugin_nothing_is_applied_twice(tmp_path, before, env):
     tree = trees.patched()
-    facts, out = _ask(forks.launch, tmp_path, tree, before, **env)
+    facts, out = _ask(forks.launch, tmp_path, tree, before, **AS_ENGINES, **env)
     assert facts["file"].startswith(str(tree))
     assert facts["marked"] == TARGETS
     assert facts["home"] == ["vllm.lora.moe_lora"], "what is patched in is what runs"
@@ -117,7 +118,7 @@ def test_with_the_plugin_nothing_is_applied_twice(tmp_path, before, env):
 
 def test_the_plugin_alone_holds_the_same_places(tmp_path):
     """Of the test itself: unpatched, the same question is answered by the package."""
-    facts, _ = _ask(forks.launch, tmp_path, None)
+    facts, _ = _ask(forks.launch, tmp_path, None, **AS_ENGINES)
     assert facts["marked"] == TARGETS
     assert facts["home"] == ["vllm_moe_lora"]
     assert len(facts["applied"]) >= len(TARGETS)

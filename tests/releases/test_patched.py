@@ -14,10 +14,8 @@ RELEASES = [r for r in ("0.11.1", "0.24.0", "0.33.0") if r in unpacked.available
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_patched_tree_is_the_plugin(release, cases, tmp_path, monkeypatch):
+def test_patched_tree_is_the_plugin(release, cases, tmp_path):
     want = test_adapters.ask(unpacked.tree(release), cases, tmp_path, plugin=True)
-    # Not beside those of the unpacked trees, where they would stay.
-    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path / "pyc"))
     have = test_adapters.ask(trees.patched(release), cases, tmp_path, plugin=False)
     assert want.pop("status")
     assert have.pop("status") == {}

@@ -16,6 +16,7 @@ import textwrap
 from pathlib import Path
 
 import forks
+from packaging.version import Version
 from release import installed
 
 from vllm_moe_lora import supported
@@ -23,7 +24,7 @@ from vllm_moe_lora.sources import target_text
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-# Scripts that run our Triton kernels.
+# Scripts that run our Triton kernels, on releases from 0.28 on.
 INTERPRETED = ("kernels_in_place.py", "oai_experts.py", "trtllm_experts.py")
 # What the scripts import by name.
 CODE = [str(HERE / "scripts"), str(HERE / "stand_ins"), str(HERE.parent)]
@@ -59,7 +60,10 @@ def _tree(release: str) -> Path | None:
 
 def results(release: str, script: str, *arguments: str) -> dict[str, object]:
     """What a script of this folder prints as its last line, a JSON object, on ``release``."""
-    found = asked(str(tree(release)), script, *arguments)
+    more = {}
+    if script in INTERPRETED and Version(release) >= Version("0.28"):
+        more["TRITON_INTERPRET"] = "1"  # another import of the release than the other scripts'
+    found = asked(str(tree(release)), script, *arguments, **more)
     assert isinstance(found, dict), f"{release}: {found}"
     assert found["release"] == release, "another vLLM was imported"
     return found
@@ -69,7 +73,6 @@ def environment(folder: str) -> dict[str, str]:
     """Of a process that imports the vLLM in ``folder``, and ours; the plugin acts when told to."""
     env = {**os.environ, "VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_MOE_LORA": "0"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, str(ROOT), *CODE)))
-    env.setdefault("PYTHONPYCACHEPREFIX", str(FOLDER / ".pyc"))  # not among the sources
     return env | {"OMP_NUM_THREADS": "1"}
 
 
@@ -81,8 +84,6 @@ def asked(folder: str, script: str, *arguments: str, **more: str) -> dict[str, o
         more: environment.
     """
     env = environment(folder) | more
-    if script in INTERPRETED and more.get("MOE_LORA_DEVICE") != "cuda":
-        env["TRITON_INTERPRET"] = "1"
     try:
         done = forks.launch([sys.executable, str(HERE / "scripts" / script), *arguments], env, 600)
     except subprocess.TimeoutExpired as error:

@@ -19,6 +19,8 @@ KINDS = {
     "w2 of one row a token": (1, False, True),
 }
 SMALL = cases.Shape(3, 23, 5, 2, 3, 3, 5, 23)
+# For sums of many steps: both slots, both experts, and a token without an adapter.
+FEW = cases.Shape(3, 6, 2, 2, 2, 2, 2, 6)
 BLOCKS = {2: (16, 32, 64, 128), 4: (16, 32)}
 
 
@@ -86,7 +88,7 @@ def test_grid(shape, dtype, kind, shared, width, out, max_rank, block, counted, 
 def test_a_wide_sum_in_parts(kind, dtype):
     slices, per_pair, weighted = KINDS[kind]
     width = config.PARTS_FROM_WIDTH + 8
-    base = base_cases.make(SMALL, dtype, width, 24, 16, slices, per_pair, weighted)
+    base = base_cases.make(FEW, dtype, width, 24, 16, slices, per_pair, weighted)
     with cases.poisoned():
         check(base, base.run(16))
 

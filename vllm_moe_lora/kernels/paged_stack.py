@@ -5,6 +5,8 @@ A `PagedStack` takes the place of such a stack. Its numbers are in an `Arena`, m
 size that all slots share. A page has `PAGE_RANKS` ranks of one expert. An adapter takes the pages
 of its own rank while it is in a slot, and an empty slot takes none. A table says which pages belong
 to which slot and expert. Memory and table stay where they are, so a captured CUDA graph reads them.
+
+No engine uses it yet: nothing puts a `PagedStack` into vLLM's LoRA layer.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from typing import Any
 import torch
 
 # The fewest ranks that an adapter usually has. Larger pages would waste memory for rank 8; the
-# kernels load one page number per rank in any case.
+# kernels load one page number per rank in any case. It must be a multiple of 8, because the expand
+# reads whole groups of 8 ranks.
 PAGE_RANKS = 8
 
 
@@ -73,12 +76,11 @@ class Arena:
         return tuple(PagedStack(self, index) for index in range(self.table.shape[1]))
 
     def take(self, slot: int, index: int, count: int) -> list[int]:
-        """Give ``count`` pages to a slot of one slice, in place of those that it has.
+        """Give ``count`` pages to a slot of one slice, which has none.
 
         Raises:
-            MemoryError: there are not so many. The slot is then empty.
+            MemoryError: there are not so many.
         """
-        self.give_back(slot, index)
         if count > len(self._free):
             raise MemoryError(
                 f"MoE LoRA: a slot needs {count} pages of {PAGE_RANKS} ranks for one factor, but "

@@ -69,7 +69,10 @@ class Base:
         slots = (case.token_slots if token_slots is None else token_slots).to(device)
         given = None
         if lora:
-            a, b = ([one.to(device) for one in stack] for stack in (case.lora_a, case.lora_b))
+            a, b = (
+                [one.to(device) if isinstance(one, torch.Tensor) else one for one in stack]
+                for stack in (case.lora_a, case.lora_b)
+            )
             factors = Factors(a, b, self.experts)
             for slot in range(factors.num_slots):
                 factors.set_ranks(slot, case.ranks[:, slot])

@@ -79,3 +79,17 @@ def test_where_there_is_no_tail_ours_comes_after(release, name):
     found = result(release, name)
     _right(found, name)
     assert (found["calls"], found["tails"]) == ([2, 0], 0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("release", RELEASES)
+def test_factors_in_pages_give_the_same_bits(release):
+    """vLLM's own `set_lora` and `reset_lora` write the pages; the answer is the same."""
+    dense = unpacked.results(release, "kernels_in_place.py")["cases"]
+    folder = str(unpacked.tree(release))
+    paged = unpacked.asked(folder, "kernels_in_place.py", MOE_LORA_PAGED="1")
+    assert isinstance(paged, dict), paged
+    for name in [*CASES, *TAIL, *TAILLESS]:
+        own, whole = paged["cases"][name], dense[name]
+        assert "error" not in own, (name, own)
+        assert own == whole, name

@@ -5,13 +5,15 @@ and nothing replaced. The release's own are the layer, its LoRA wrapper with `se
 modular kernel, the experts, their mixin and `PunicaWrapperGPU`. Replaced are the base's operators,
 by loops. For each case:
 "moved", how far adapters move the layer's answer; "off", how far the answer is from fp32 loops',
-both relative to the largest number of theirs; "calls", how often our kernels and upstream's ran.
+both relative to the largest number of theirs; "calls", how often our kernels and upstream's ran;
+"bits", a hash of the answer. With MOE_LORA_PAGED=1 the layers' stacks are in pages.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import json
 import os
@@ -153,6 +155,18 @@ class Calls:
             one.stop()
 
 
+def in_pages(wrapper):
+    """Put pages in the place of the stacks; what no adapter has written there is NaN."""
+    from vllm_moe_lora.kernels.paged_stack import Arena
+
+    for name in ("w13_lora_a", "w13_lora_b", "w2_lora_a", "w2_lora_b"):
+        dense = getattr(wrapper, f"{name}_stacked")
+        axis = 1 if name.endswith("a") else 2
+        arena = Arena(dense[0].shape, len(dense), axis, dense[0].dtype, dense[0].device)
+        arena.memory.fill_(torch.nan)
+        setattr(wrapper, f"{name}_stacked", arena.stacks())
+
+
 def punica_for(case, lora_config):
     # Dispatched tokens are not the batch's own, which all have the last adapter, or none.
     slots = [case.local] * case.tokens if case.dispatched else case.slots
@@ -168,6 +182,8 @@ def run(name, case, number, config):
     wrapper = (FusedMoE3DWithLoRA if case.fused else FusedMoEWithLoRA)(layer)
     model = types.SimpleNamespace(architectures=["Qwen3_5MoeForConditionalGeneration"])
     wrapper.create_lora_weights(SLOTS, lora_config, model)
+    if os.environ.get("MOE_LORA_PAGED") == "1" and name not in REFUSED:
+        in_pages(wrapper)
     punica = punica_for(case, lora_config)
     wrapper.set_mapping(punica)
     adapters = {}
@@ -206,6 +222,7 @@ def run(name, case, number, config):
         "moved": float((want - plain).abs().max() / size),
         "off": float((answer.float() - want).abs().max() / size),
         "calls": [calls.ours, calls.theirs],
+        "bits": hashlib.sha256(answer.contiguous().view(torch.uint8).numpy()).hexdigest(),
         "tails": calls.tails,
         "base": len(kernel_operators.launched),
         "experts": type(wrapper._moe_kernel.fused_experts).__name__,

@@ -17,6 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .shrink import paged_rows
+
 # Names ending in "8" count groups of 8 elements (see shrink.py). Triton must not compile a variant
 # for special values of these arguments: one variant serves every batch.
 _COUNTS = [
@@ -38,7 +40,8 @@ _COUNTS = [
     "stride_out8",
     "stride_part8",
 ]
-_TABLES = ["ranks", "token_slots", "topk_weights", "sorted_ids", "expert_ids", "num_padded"]
+_TABLES = ["pages0", "pages1", "ranks", "token_slots", "topk_weights"]
+_TABLES += ["sorted_ids", "expert_ids", "num_padded"]
 
 
 @triton.jit
@@ -46,10 +49,12 @@ def _tail(
     acc,
     z,
     b,
+    pages,
     ranks,
     slots,
     pair,
     column,
+    out,
     num_slots,
     num_experts,
     max_rank,
@@ -60,23 +65,35 @@ def _tail(
     PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     """Return acc + B z.
 
     ``slots`` [BLOCK_M] has the adapter slot of each row, and num_slots for a row without one.
     """
     z += pair[:, None] * z_row
-    b += column.to(tl.int64)[None, :] * stride_out
+    if PAGE > 0:
+        b += column[None, :]
+    else:
+        b += column.to(tl.int64)[None, :] * stride_out
     slot = tl.min(slots, 0)
     while slot < num_slots:
         mine = slots == slot
         rank = tl.minimum(tl.load(ranks + slot * num_experts), max_rank)
-        up_start = b + slot.to(tl.int64) * stride_slot
+        factor = slot.to(tl.int64) * stride_slot
+        up_start = b
+        if PAGE == 0:
+            up_start += factor
         groups = (rank + 7) // 8 * 8
         # The loop mostly has one step, so prefetching would only cost shared memory.
         for first in tl.range(0, rank, BLOCK_R, num_stages=1):
             r = first + tl.arange(0, BLOCK_R)
-            up = tl.load(up_start + r[:, None], mask=(r < groups)[:, None], other=0.0)
+            place = r
+            there = (r < groups)[:, None]
+            if PAGE > 0:
+                place = paged_rows(pages + factor, r, rank, out, PAGE)
+                there = there & (column < out)[None, :]
+            up = tl.load(up_start + place[:, None], mask=there, other=0.0)
             up = tl.where((r < rank)[:, None], up, 0.0)
             down = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
             for part in tl.static_range(PARTS):
@@ -102,6 +119,8 @@ def base_kernel(
     z,
     b0,
     b1,
+    pages0,
+    pages1,
     ranks,
     token_slots,
     topk_weights,
@@ -136,6 +155,7 @@ def base_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PAGE: tl.constexpr = 0,
 ):
     """One program computes BLOCK_M rows of one expert and BLOCK_N columns of one slice.
 
@@ -144,7 +164,10 @@ def base_kernel(
         weight [experts, SLICES * out, width]
         y [pairs, SLICES * out]
         z [PARTS, pairs, SLICES, max_rank] fp32, with rows in the order of the pairs
-        b0, b1 [slots, experts or 1, out, max_rank], lora_b of each slice
+        b0, b1 [slots, experts or 1, out, max_rank], lora_b of each slice; with PAGE, which is the
+            number of ranks of a page, both are the arena [pages, PAGE, out]
+        pages0, pages1 [slots, experts or 1, pages] int32, the page table of each slice; only with
+            PAGE. stride_slot8 and stride_expert8 are then its strides, in entries
         ranks [SLICES, slots, experts] int32
         token_slots [tokens]
         topk_weights [pairs]
@@ -177,7 +200,8 @@ def base_kernel(
     live = (pair >= 0) & (pair < num_pairs)
     # Empty rows and columns read row 0 or column 0 instead. A mask would make the loads narrower.
     pair = tl.where(live, pair, 0)
-    column = column_block % slice_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_column = column_block % slice_blocks * BLOCK_N
+    column = first_column + tl.arange(0, BLOCK_N)
     inside = column < out
     column = tl.where(inside, column, 0)
     expert = tl.load(expert_ids + block).to(tl.int64)
@@ -209,26 +233,40 @@ def base_kernel(
         slots = tl.where(live & (slots >= 0) & (slots < num_slots), slots, num_slots)
         max_rank = max_rank8 * 8
         b = b0
+        pages = pages0
         if SLICES == 2 and slice_id == 1:
             b = b1
+            pages = pages1
+        if PAGE > 0:
+            # Rows of a page have the columns next to each other. So they must not be changed, and
+            # a mask of whole groups of 8 does not make the loads narrower.
+            column = first_column + tl.arange(0, BLOCK_N)
+            pages += expert * stride_expert8
+            stride_slot = stride_slot8
+        else:
+            b += expert * stride_expert8 * 8
+            stride_slot = stride_slot8 * 8
         acc = _tail(
             acc,
             z + slice_id * max_rank,
-            b + expert * stride_expert8 * 8,
+            b,
+            pages,
             ranks + slice_id * num_slots * num_experts + expert,
             slots,
             pair.to(tl.int64),
             column,
+            out,
             num_slots,
             num_experts,
             max_rank,
             SLICES * max_rank,
-            stride_slot8 * 8,
+            stride_slot,
             stride_out8 * 8,
             stride_part8 * 8,
             PARTS,
             BLOCK_M,
             BLOCK_R,
+            PAGE,
         )
     if WEIGHTED:
         acc = acc * tl.load(topk_weights + pair).to(tl.float32)[:, None]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .shrink import paged_rows
+
 _COUNTS = [
     "num_experts",
     "num_segments",
@@ -20,7 +22,8 @@ _COUNTS = [
     "stride_out8",
     "stride_part8",
 ]
-_TABLES = ["ranks", "order", "tile_segment", "tile_start", "tile_rows", "topk_weights"]
+_TABLES = ["ranks", "pages0", "pages1", "order", "tile_segment", "tile_start", "tile_rows"]
+_TABLES += ["topk_weights"]
 
 
 @triton.jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=_TABLES)
@@ -29,6 +32,8 @@ def expand_kernel(
     z,
     b0,
     b1,
+    pages0,
+    pages1,
     ranks,
     topk_weights,
     order,
@@ -51,13 +56,17 @@ def expand_kernel(
     TILE_ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr = 0,
 ):
     """One program computes one tile of pairs and BLOCK_N columns of one slice.
 
     Shapes:
         y [pairs, SLICES * out]
         z [PARTS, pairs, SLICES, max_rank] fp32, with rows in the order of the tiles
-        b0, b1 [slots, experts or 1, out, max_rank], lora_b of each slice
+        b0, b1 [slots, experts or 1, out, max_rank], lora_b of each slice; with PAGE, which is the
+            number of ranks of a page, both are the arena [pages, PAGE, out]
+        pages0, pages1 [slots, experts or 1, pages] int32, the page table of each slice; only with
+            PAGE. stride_slot8 and stride_expert8 are then its strides, in entries
         ranks [SLICES, slots, experts] int32
         topk_weights [pairs]
         order, tile_segment, tile_start, tile_rows: from routing.py
@@ -88,11 +97,17 @@ def expand_kernel(
 
     slot = (segment // num_experts).to(tl.int64)
     expert = (segment % num_experts).to(tl.int64)
+    factor = slot * stride_slot8 + expert * stride_expert8
     b = b0
+    pages = pages0
     if SLICES == 2 and slice_id == 1:
         b = b1
-    b += (slot * stride_slot8 + expert * stride_expert8) * 8
-    b += column.to(tl.int64)[None, :] * stride_out8 * 8
+        pages = pages1
+    if PAGE > 0:
+        b += column[None, :]
+    else:
+        b += factor * 8
+        b += column.to(tl.int64)[None, :] * stride_out8 * 8
     z += (start + row)[:, None] * (SLICES * max_rank) + slice_id * max_rank
     # Loads are masked by whole groups of 8, and columns beyond the rank are set to zero later. A
     # mask at the rank itself would make every load one element wide.
@@ -101,7 +116,10 @@ def expand_kernel(
     acc = tl.zeros([TILE_ROWS, BLOCK_N], tl.float32)
     for first in range(0, rank, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
-        up = tl.load(b + r[:, None], mask=(r < groups)[:, None] & inside[None, :], other=0.0)
+        place = r
+        if PAGE > 0:
+            place = paged_rows(pages + factor, r, rank, out, PAGE)
+        up = tl.load(b + place[:, None], mask=(r < groups)[:, None] & inside[None, :], other=0.0)
         up = tl.where((r < rank)[:, None], up, 0.0)
         down = tl.zeros([TILE_ROWS, BLOCK_R], tl.float32)
         for part in tl.static_range(PARTS):

@@ -127,11 +127,11 @@ def grouped_product(
     # Arguments that the kernel does not read still need some tensor.
     ids = order.num_padded if order.sorted_ids is None else order.sorted_ids
     strides, ranks, slots, z = (0, 0, 0), ids, ids, y
-    b, num_slots = (weight, weight), 0
+    b, num_slots, page = (weight, weight, ids, ids), 0, 0
     if lora is not None:
         factors = lora.factors
         z = shrink(x, factors, lora.routing, by_pair=True)
-        b, num_slots = (factors.lora_b[0], factors.lora_b[-1]), factors.num_slots
+        b, num_slots, page = factors.pointers(factors.lora_b), factors.num_slots, factors.page
         strides, ranks, slots = factors.strides_b, factors.ranks, lora.token_slots
     column_blocks = triton.cdiv(rows // slices, tiles.block_n) * slices
     base_kernel[(blocks * column_blocks,)](
@@ -172,6 +172,7 @@ def grouped_product(
         tiles.block_k,
         tiles.group_m,
         tiles.block_r,
+        page,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )

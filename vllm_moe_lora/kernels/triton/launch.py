@@ -78,8 +78,7 @@ def add_lora(
     ](
         y,
         z,
-        factors.lora_b[0],
-        factors.lora_b[-1],
+        *factors.pointers(factors.lora_b),
         factors.ranks,
         z if topk_weights is None else topk_weights,
         *_tables(routing),
@@ -97,6 +96,7 @@ def add_lora(
         tiles.tile_rows,
         tiles.block_r,
         tiles.block_n,
+        factors.page,
         num_warps=tiles.expand_warps,
         num_stages=1,
     )
@@ -131,8 +131,7 @@ def shrink(
     ranks = triton.cdiv(factors.max_rank, tiles.block_r)
     shrink_kernel[(routing.tile_segment.numel(), ranks, z.shape[0])](
         x,
-        factors.lora_a[0],
-        factors.lora_a[-1],
+        *factors.pointers(factors.lora_a),
         factors.ranks,
         z,
         *_tables(routing),
@@ -151,6 +150,7 @@ def shrink(
         tiles.tile_rows,
         tiles.block_r,
         tiles.block_k,
+        factors.page,
         num_warps=tiles.shrink_warps,
         num_stages=tiles.shrink_stages,
     )

@@ -30,14 +30,25 @@ _COUNTS = [
     "stride_rank8",
     "stride_part8",
 ]
-_TABLES = ["ranks", "order", "tile_segment", "tile_start", "tile_rows"]
+_TABLES = ["ranks", "pages0", "pages1", "order", "tile_segment", "tile_start", "tile_rows"]
 
 
 @triton.jit
-def _step(x, a, acc, ranks, columns, width, rank, stride_rank):
-    """Return acc + x a^T for one block of columns."""
+def paged_rows(pages, ranks, rank, width, PAGE: tl.constexpr):
+    """Return where the rows of ``ranks`` of a factor begin, int64.
+
+    ``pages`` points to the factor's entries of the page table (kernels/paged_stack.py), and
+    ``width`` is the length of a row. Ranks of ``rank`` and more have no meaning.
+    """
+    page = tl.load(pages + ranks // PAGE, mask=ranks < rank, other=0).to(tl.int64)
+    return (page * PAGE + ranks % PAGE) * width
+
+
+@triton.jit
+def _step(x, a, acc, ranks, places, columns, width, rank):
+    """Return acc + x a^T for one block of columns. ``places`` are where rows of a begin."""
     tile = tl.load(
-        a + ranks[None, :] * stride_rank + columns[:, None],
+        a + places[None, :] + columns[:, None],
         mask=(ranks < rank)[None, :] & (columns < width)[:, None],
         other=0.0,
     )
@@ -49,6 +60,8 @@ def shrink_kernel(
     x,
     a0,
     a1,
+    pages0,
+    pages1,
     ranks,
     z,
     order,
@@ -72,12 +85,16 @@ def shrink_kernel(
     TILE_ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PAGE: tl.constexpr = 0,
 ):
     """One program computes one tile of pairs, BLOCK_R ranks and ``parts_here`` parts of the sum.
 
     Shapes:
         x [rows, width], one row per token or per pair
-        a0, a1 [slots, experts or 1, max_rank, width], lora_a of each slice
+        a0, a1 [slots, experts or 1, max_rank, width], lora_a of each slice; with PAGE, which is the
+            number of ranks of a page, both are the arena [pages, PAGE, width]
+        pages0, pages1 [slots, experts or 1, pages] int32, the page table of each slice; only with
+            PAGE. stride_slot8 and stride_expert8 are then its strides, in entries
         ranks [SLICES, slots, experts] int32
         z [parts, pairs, SLICES, max_rank] fp32, with rows in the order of the tiles; with BY_PAIR
             in the order of the pairs
@@ -103,11 +120,19 @@ def shrink_kernel(
     x += (pair // pairs_per_row).to(tl.int64)[:, None] * stride_x8 * 8
     slot = (segment // num_experts).to(tl.int64)
     expert = (segment % num_experts).to(tl.int64)
-    factor = (slot * stride_slot8 + expert * stride_expert8) * 8
-    a0 += factor
-    a1 += factor
     r = first_rank + tl.arange(0, BLOCK_R)
     width = width8 * 8
+    factor = slot * stride_slot8 + expert * stride_expert8
+    if PAGE > 0:
+        places0 = paged_rows(pages0 + factor, r, rank0, width, PAGE)
+        places1 = places0
+        if SLICES == 2:
+            places1 = paged_rows(pages1 + factor, r, rank1, width, PAGE)
+    else:
+        a0 += factor * 8
+        a1 += factor * 8
+        places0 = r * (stride_rank8 * 8)
+        places1 = places0
     steps = (width + BLOCK_K - 1) // BLOCK_K
     part = tl.program_id(2) * parts_here
     z += part.to(tl.int64) * stride_part8 * 8
@@ -121,9 +146,9 @@ def shrink_kernel(
             columns = step * BLOCK_K + tl.arange(0, BLOCK_K)
             inside = live[:, None] & (columns < width)[None, :]
             rows = tl.load(x + columns[None, :], mask=inside, other=0.0)
-            acc0 = _step(rows, a0, acc0, r, columns, width, rank0, stride_rank8 * 8)
+            acc0 = _step(rows, a0, acc0, r, places0, columns, width, rank0)
             if SLICES == 2:
-                acc1 = _step(rows, a1, acc1, r, columns, width, rank1, stride_rank8 * 8)
+                acc1 = _step(rows, a1, acc1, r, places1, columns, width, rank1)
         sum0 += acc0
         sum1 += acc1
 

@@ -115,6 +115,33 @@ def seeds(job):
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def drafts(job):
+    """Sampled requests whose tokens are drafted; for each its prompt, tokens and all scores."""
+    words = {"num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    llm = start(
+        job,
+        max_loras=2,
+        async_scheduling=False,  # upstream refuses both
+        logprobs_mode="processed_logprobs",
+        speculative_config={"method": "ngram", **words},
+    )
+    asked = [None, *requests(job).values()]
+    params = [
+        SamplingParams(
+            temperature=heat, seed=1, max_tokens=12, ignore_eos=True, detokenize=False, logprobs=512
+        )
+        for heat in (0.5, 0, 2)
+    ]
+    prompts = [{"prompt_token_ids": PROMPT * 3}] * len(asked)
+    outputs = llm.generate(prompts, params, lora_request=asked, use_tqdm=False)
+    found = []
+    for output, how in zip(outputs, params, strict=True):
+        one = output.outputs[0]
+        scores = [[step[t].logprob for t in range(512)] for step in one.logprobs]
+        found.append((PROMPT * 3, list(one.token_ids), how.temperature, scores))
+    return found
+
+
 def pinned(job):
     """A batch that needs the place of a pinned adapter, in its slots and in memory."""
     llm, loras = start(job, max_loras=2, max_cpu_loras=2), requests(job)

@@ -114,6 +114,17 @@ def test_seeded_requests_in_chunks(case):
     assert at_once[0] != at_once[1] != at_once[2]
 
 
+def test_sampled_requests_with_drafts(case):
+    """Bare vLLM divides the logits of drafted tokens by uninitialised memory, without LoRA, too."""
+    found = tell("drafts", case, "a", "b")
+    for name, (prompt, answer, heat, scores) in zip((None, "a", "b"), found, strict=True):
+        case.want(name)
+        merged = case.plain if name is None else case.folder / f"{name}-merged"
+        want = oracle.log_probs(merged, [prompt + answer])[0][len(prompt) - 1 : -1]
+        want = (want / (heat or 1)).log_softmax(-1)
+        assert (torch.tensor(scores) - want).abs().max() <= 1e-3, name
+
+
 def test_an_adapter_in_use_whose_files_vanish(case):
     shutil.copytree(case.adapters["a"], case.folder / "vanishing")
     case.adapters["vanishing"] = case.folder / "vanishing"

@@ -46,6 +46,19 @@ def _bookkeeping_sync(original: Callable[..., Any]) -> Callable[..., Any]:
     return _bookkeeping_sync
 
 
+def _sample(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _sample(self: Any, logits: Any, spec_decode_metadata: Any, **more: Any) -> Any:
+        moe = self.lora_config and self.model_config.is_moe
+        if not moe or spec_decode_metadata is None:
+            return original(self, logits, spec_decode_metadata, **more)
+        from ..layers.drafts import expanded
+
+        with expanded():
+            return original(self, logits, spec_decode_metadata, **more)
+
+    return _sample
+
+
 def _initialize_kv_cache(original: Callable[..., Any]) -> Callable[..., Any]:
     def initialize_kv_cache(
         self: Any, kv_cache_config: Any, is_profiling: bool = False, **more: Any
@@ -169,6 +182,17 @@ HOOKS = (
         "CPU's generator has no offset. So it does without LoRA, and in dense models",
         upstream="",
         until="upstream sets generators back without an offset",
+    ),
+    Hook(
+        feature="cpu-experts",
+        target=f"{_CLASS}._sample",
+        make=_sample,
+        releases=">=0.30,<0.34",
+        platforms=("cpu",),
+        why="a request with a temperature under speculative decoding gets tokens from "
+        "uninitialised memory. So it does without LoRA, and in dense models",
+        upstream="",
+        until="upstream's _expand_kernel_impl fills the tensor that it is given",
     ),
     Hook(
         feature="cpu-experts",

@@ -19,8 +19,8 @@ engine of its own:
 
 The engine of row "default" is there all the time. Each other row is measured in turns with it, so
 that the machine is the same for both, and its speed is a share of "default" in those turns. With
---alone there is one engine at a time, "default" first and once more at the end: two engines with 8
-layers in bf16 want more than 20 GB. What slots cost when they are few is in cpu_slots.py.
+--alone (for 8 layers in bf16: 11 to 13 GB each) there is one at a time, "default" first and last.
+cpu_slots.py measures fewer slots than adapters.
 
 INT4 (GPTQ, group 128): upstream offers its CPU INT4 experts only with AMX. On a CPU without AMX the
 rows without LoRA are vLLM's own class with that one check lifted by this script; the operators are
@@ -221,7 +221,7 @@ class Engine:
         """Return the most memory that the process had so far, as Linux says it."""
         status = Path(f"/proc/{self.process.pid}/status")
         lines = status.read_text().splitlines() if status.exists() else []
-        return " ".join(" ".join(line.split()) for line in lines if line.startswith("VmHWM"))
+        return "".join(" ".join(line.split()) for line in lines if line.startswith("VmHWM"))
 
     def _result(self) -> Any:
         assert self.process.stdout is not None
@@ -273,8 +273,7 @@ def one_by_one(
         engine.end()
     for row, case in ((row, case) for row in found for case in CASES):
         own = median(taken[row][case])
-        share = median(taken["default"][case]) / own
-        found[row] |= {case: 1e3 * own, f"{case} share": share}
+        found[row] |= {case: 1e3 * own, f"{case} share": median(taken["default"][case]) / own}
     return found
 
 

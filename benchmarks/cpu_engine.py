@@ -18,7 +18,9 @@ engine of its own:
   llama    llama.cpp without LoRA, and llama1 with one adapter (the same); see llama_row.py
 
 The engine of row "default" is there all the time. Each other row is measured in turns with it, so
-that the machine is the same for both, and its speed is a share of "default" in those turns.
+that the machine is the same for both, and its speed is a share of "default" in those turns. With
+--alone (for 8 layers in bf16: 11 to 13 GB each) there is one at a time, "default" first and last.
+cpu_slots.py measures fewer slots than adapters.
 
 INT4 (GPTQ, group 128): upstream offers its CPU INT4 experts only with AMX. On a CPU without AMX the
 rows without LoRA are vLLM's own class with that one check lifted by this script; the operators are
@@ -34,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -111,27 +114,19 @@ def write_adapter(folder: Path, layers: int, seed: int, rank: int = 16) -> None:
     )
 
 
-def child(spec: dict[str, Any]) -> None:
-    """One engine: for each name of a case on stdin, print how long its steps take."""
-    if spec["by"] == "peft":
-        import peft_row
-
-        peft_row.child(spec, CASES, PEFT_STEPS)
-        return
-    if spec["by"] == "llama":
-        import llama_row
-
-        llama_row.child(spec, CASES, STEPS)
-        return
+def build(spec: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """Return an `LLM` and a `LoRARequest` for each adapter; ``spec`` is `Engine`'s."""
     import torch
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm.lora.request import LoRARequest
 
     if spec["lift_amx"]:
         from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt4
 
         CPUExpertsInt4._supports_current_device = staticmethod(lambda: True)
-    lora = {"enable_lora": True, "max_loras": 4, "max_lora_rank": 16} if spec["adapters"] else {}
+    adapters = spec["adapters"]
+    slots = {"max_loras": spec.get("max_loras", 4), "max_cpu_loras": len(adapters)}
+    lora = {"enable_lora": True, "max_lora_rank": 16, **slots} if adapters else {}
     llm = LLM(
         spec["model"],
         load_format="dummy",
@@ -145,33 +140,45 @@ def child(spec: dict[str, Any]) -> None:
         disable_log_stats=True,
         **lora,
     )
-    requests = [LoRARequest(str(i), i + 1, p) for i, p in enumerate(spec["adapters"])]
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)  # the same prompts for each engine
+    return llm, [LoRARequest(str(i), i + 1, path) for i, path in enumerate(adapters)]
+
+
+def steps(llm: Any, batch: int, length: int, tokens: int, adapters: list[Any]) -> list[float]:
+    """Return the seconds of each engine step of one batch: the prefill's, then each token's."""
+    import torch
+    from vllm import SamplingParams
 
     engine = llm.llm_engine
+    prompts = torch.randint(0, VOCAB, (batch, length)).tolist()
+    sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
+    for i, prompt in enumerate(prompts):
+        chosen = adapters[i % len(adapters)] if adapters else None
+        request = {"prompt_token_ids": prompt}
+        engine.add_request(f"{time.monotonic_ns()}-{i}", request, sampling, lora_request=chosen)
+    taken = []
+    while engine.has_unfinished_requests():
+        start = time.perf_counter()
+        engine.step()
+        taken.append(time.perf_counter() - start)
+    return taken
 
-    def steps(batch: int, length: int, tokens: int, adapters: list[Any]) -> list[float]:
-        """Seconds of each engine step of one batch: the prefill's, then each token's."""
-        prompts = torch.randint(0, VOCAB, (batch, length), generator=generator).tolist()
-        sampling = SamplingParams(
-            max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False
-        )
-        for i, prompt in enumerate(prompts):
-            chosen = adapters[i % len(adapters)] if adapters else None
-            request = {"prompt_token_ids": prompt}
-            engine.add_request(f"{time.monotonic_ns()}-{i}", request, sampling, lora_request=chosen)
-        taken = []
-        while engine.has_unfinished_requests():
-            start = time.perf_counter()
-            engine.step()
-            taken.append(time.perf_counter() - start)
-        return taken
 
+def child(spec: dict[str, Any]) -> None:
+    """One engine: for each name of a case on stdin, print how long its steps take."""
+    if spec["by"] == "slots":
+        import_module("cpu_slots").child(spec)
+        return
+    if spec["by"] != "vllm":
+        few = PEFT_STEPS if spec["by"] == "peft" else STEPS
+        import_module(f"{spec['by']}_row").child(spec, CASES, few)
+        return
+    llm, requests = build(spec)
     if spec["warm"]:
-        steps(4, 4, 2, requests)
+        steps(llm, 4, 4, 2, requests)
     active = requests[: spec["active"]]
     for batch, length in CASES.values():
-        steps(batch, length, 3, active)
+        steps(llm, batch, length, 3, active)
     weights = sum(
         llm.apply_model(lambda m: sum(p.numel() * p.element_size() for p in m.parameters()))
     )
@@ -179,7 +186,7 @@ def child(spec: dict[str, Any]) -> None:
     for line in sys.stdin:
         batch, length = CASES[line.strip()]
         decode = length <= 16
-        taken = steps(batch, length, 1 + STEPS if decode else 1, active)
+        taken = steps(llm, batch, length, 1 + STEPS if decode else 1, active)
         print("RESULT " + json.dumps(taken[1:][:STEPS] if decode else taken[:1]), flush=True)
 
 
@@ -196,6 +203,7 @@ class Engine:
             "VLLM_LOGGING_LEVEL": "WARNING",
             "HF_HUB_OFFLINE": "1",
         }
+        began = time.perf_counter()
         self.row, self.errors = row, tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--child", json.dumps(spec)],
@@ -206,6 +214,14 @@ class Engine:
             text=True,
         )
         self.weights = self._result()
+        took = time.perf_counter() - began
+        print(f"  {row}: started in {took:.0f} s, {self.peak()}", file=sys.stderr, flush=True)
+
+    def peak(self) -> str:
+        """Return the most memory that the process had so far, as Linux says it."""
+        status = Path(f"/proc/{self.process.pid}/status")
+        lines = status.read_text().splitlines() if status.exists() else []
+        return "".join(" ".join(line.split()) for line in lines if line.startswith("VmHWM"))
 
     def _result(self) -> Any:
         assert self.process.stdout is not None
@@ -217,13 +233,12 @@ class Engine:
         self.errors.seek(0)
         sys.exit(f"row {self.row} failed:\n{(''.join(printed) + self.errors.read())[-3000:]}")
 
-    def seconds(self, case: str) -> list[float]:
-        """Run a batch; return how long each step took."""
+    def seconds(self, case: str) -> Any:
+        """Run a case; return how long each step took (what cpu_slots.child says, if it is that)."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{case}\n")
         self.process.stdin.flush()
-        taken: list[float] = self._result()
-        return taken
+        return self._result()
 
     def end(self) -> None:
         assert self.process.stdin is not None
@@ -231,14 +246,42 @@ class Engine:
         self.process.wait()
 
 
+def files(folder: Path, quant: str, layers: int) -> tuple[str, list[str]]:
+    """Write the model's configuration and four adapters, unless there; return where they are."""
+    model, adapters = folder / quant, [folder / f"adapter{i}" for i in range(4)]
+    model.mkdir(exist_ok=True, parents=True)
+    (model / "config.json").write_text(json.dumps(config(layers, quant)))
+    for i, adapter in enumerate(adapters):
+        if not adapter.exists():
+            write_adapter(adapter, layers, seed=i)
+    return str(model), [str(adapter) for adapter in adapters]
+
+
+def one_by_one(
+    order: list[str], rows: dict[str, dict[str, Any]], start: Any, args: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Return what `measure` returns, with one engine at a time."""
+    taken: dict[str, dict[str, list[float]]] = {row: {case: [] for case in CASES} for row in order}
+    found: dict[str, dict[str, float]] = {}
+    for row in order:
+        engine = start(row, rows[row])
+        found[row] = {"weights": engine.weights}
+        for case in CASES:
+            here = [t for _ in range(args.repeats) for t in engine.seconds(case)]
+            print(f"  {row}, {case}: {1e3 * median(here):.2f} ms", file=sys.stderr, flush=True)
+            taken[row][case] += here
+        engine.end()
+    for row, case in ((row, case) for row in found for case in CASES):
+        own = median(taken[row][case])
+        found[row] |= {case: 1e3 * own, f"{case} share": median(taken["default"][case]) / own}
+    return found
+
+
 def measure(folder: Path, quant: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Return row -> case -> milliseconds a step; with " share" its speed as a share of default."""
     import torch
 
-    model = folder / quant
-    model.mkdir(exist_ok=True)
-    (model / "config.json").write_text(json.dumps(config(args.layers, quant)))
-    adapters = [str(folder / f"adapter{i}") for i in range(4)]
+    model, adapters = files(folder, quant, args.layers)
     bare: dict[str, Any] = {"adapters": [], "active": 0, "warm": False, "eager": False}
     bare["by"] = "vllm"
     lora = {**bare, "adapters": adapters}
@@ -257,12 +300,15 @@ def measure(folder: Path, quant: str, args: argparse.Namespace) -> dict[str, dic
 
     def start(row: str, how: dict[str, Any]) -> Engine:
         lifted = lift and not how["adapters"]
-        return Engine(row, {"model": str(model), "lift_amx": lifted, **how})
+        return Engine(row, {"model": model, "lift_amx": lifted, **how})
 
+    chosen = [row for row in rows if row in args.rows]
+    if args.alone:
+        return one_by_one(["default", *chosen, "default"], {"default": bare, **rows}, start, args)
     default = start("default", bare)
     found: dict[str, dict[str, float]] = {"default": {"weights": default.weights}}
     references: dict[str, list[float]] = {case: [] for case in CASES}
-    for row in [row for row in rows if row in args.rows]:
+    for row in chosen:
         engine = start(row, rows[row])
         found[row] = {"weights": engine.weights}
         for case in CASES:
@@ -318,6 +364,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", nargs="+", default=["a", "b", "b'", "c1", "c4", "c1e"])
+    parser.add_argument("--alone", action="store_true", help="one engine at a time, less memory")
     parser.add_argument("--folder", type=Path, help="keep model and adapters here for another run")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--svg", type=Path, help="draw the shares of the first --quant here")
@@ -329,9 +376,6 @@ def main() -> None:
     results = {}
     with tempfile.TemporaryDirectory(prefix="moe-lora-bench-") as name:
         folder = args.folder or Path(name)
-        for i in range(4):
-            if not (folder / f"adapter{i}").exists():
-                write_adapter(folder / f"adapter{i}", args.layers, seed=i)
         for quant in args.quant:
             results[quant] = measure(folder, quant, args)
     if args.svg:

@@ -6,43 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slot_cases import factor_of, steps, written
 
 from vllm_moe_lora.kernels.paged_stack import PAGE_RANKS, Arena, pages_for
 
 SLOTS, EXPERTS, RANK, HIDDEN = 4, 5, 24, 16
 
 
-def _written(stack, slot, factor):
-    """What vLLM's `set_lora` does with a stack, dense or not."""
-    stack[slot] = 0
-    stack[slot, :, : factor.shape[1], : factor.shape[2]].copy_(factor, non_blocking=True)
-
-
-STEPS = st.lists(
-    st.tuples(
-        st.integers(0, SLOTS - 1),
-        st.integers(0, RANK),  # 0: the slot is emptied
-        st.sampled_from(["plain", "shared", "zeros", "narrow", "view"]),
-    ),
-    min_size=1,
-    max_size=16,
-)
-
-
-def _factor(g, shape, kind):
-    """A factor as loading stages it: plain, the same for all experts, zeros, or a part of one."""
-    if kind == "zeros":
-        return torch.zeros(1, 1, 1).expand(shape)
-    if kind == "shared":
-        return torch.randn(1, *shape[1:], generator=g).expand(shape)
-    if kind == "view":
-        return torch.randn(shape[0], shape[1] + 2, shape[2] + 1, generator=g)[:, 1:-1, :-1]
-    return torch.randn(shape, generator=g)
-
-
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(
-    steps=STEPS,
+    steps=steps(SLOTS, RANK, 16),
     slices=st.integers(1, 2),
     axis=st.integers(1, 2),
     experts=st.sampled_from([1, EXPERTS]),
@@ -66,16 +39,16 @@ def test_against_dense(steps, slices, axis, experts, spare, seed):
                 stacks[index][slot] = dense[index][slot] = 0
                 continue
             wide = HIDDEN - 3 if kind == "narrow" else HIDDEN
-            factor = _factor(g, (experts, *((rank, wide) if axis == 1 else (wide, rank))), kind)
+            factor = factor_of(g, (experts, *((rank, wide) if axis == 1 else (wide, rank))), kind)
             need = pages_for(rank) * (1 if kind in ("shared", "zeros") else experts)
             if need > pages - sum(taken.values()):
                 dense[index][slot] = 0
                 with pytest.raises(MemoryError, match=f"needs {need} pages"):
-                    _written(stacks[index], slot, factor)
+                    written(stacks[index], slot, factor)
                 continue
             taken[slot, index] = need
-            _written(stacks[index], slot, factor)
-            _written(dense[index], slot, factor)
+            written(stacks[index], slot, factor)
+            written(dense[index], slot, factor)
     assert arena.free_pages == pages - sum(taken.values())
     here = arena.table[arena.table >= 0]
     assert here.unique().numel() == sum(taken.values()), "a page of two factors, or one lost"

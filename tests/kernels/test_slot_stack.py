@@ -6,17 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slot_cases import factor_of, steps, written
 
 from vllm_moe_lora.kernels.native import pairs
 from vllm_moe_lora.kernels.slot_stack import SlotStack
 
 SLOTS, EXPERTS, RANK, HIDDEN = 4, 5, 16, 24
-
-
-def _written(stack, slot, factor):
-    """What vLLM's `set_lora` does with a stack, dense or not."""
-    stack[slot] = 0
-    stack[slot, :, : factor.shape[1], : factor.shape[2]].copy_(factor, non_blocking=True)
 
 
 def _dense(stack, rank_axis):
@@ -28,28 +23,8 @@ def _dense(stack, rank_axis):
     return whole
 
 
-def _factor(g, shape, kind):
-    """A factor as loading stages it: plain, the same for all experts, zeros, or padded."""
-    if kind == "zeros":
-        return torch.zeros(1, 1, 1).expand(shape)
-    if kind == "shared":
-        return torch.randn(1, *shape[1:], generator=g).expand(shape)
-    return torch.randn(shape, generator=g)
-
-
-STEPS = st.lists(
-    st.tuples(
-        st.integers(0, SLOTS - 1),
-        st.integers(0, RANK),  # 0: the slot is emptied
-        st.sampled_from(["plain", "shared", "zeros", "narrow", "view"]),
-    ),
-    min_size=1,
-    max_size=12,
-)
-
-
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(steps=STEPS, seed=st.integers(0, 10**6))
+@given(steps=steps(SLOTS, RANK, 12), seed=st.integers(0, 10**6))
 def test_against_dense(steps, seed):
     """Loads, evictions and replacements: contents, bytes, and the bits that kernels compute."""
     g = torch.Generator().manual_seed(seed)
@@ -66,12 +41,9 @@ def test_against_dense(steps, seed):
                 continue
             wide = HIDDEN - 3 if kind == "narrow" else HIDDEN
             shape = (EXPERTS, rank, wide) if i < 2 else (EXPERTS, wide, rank)
-            factor = _factor(g, shape, kind)
-            if kind == "view":  # a rank's part of a larger tensor
-                factor = torch.randn(EXPERTS, shape[1] + 2, shape[2] + 1, generator=g)
-                factor = factor[:, 1:-1, :-1]
-            _written(stack, slot, factor)
-            _written(whole, slot, factor)
+            factor = factor_of(g, shape, kind)
+            written(stack, slot, factor)
+            written(whole, slot, factor)
             experts = 1 if kind in ("shared", "zeros") else EXPERTS
             if kind == "zeros" and i == 2 and rank == 1:
                 sizes[slot] += 4  # a view of one number: the last axis is of one element

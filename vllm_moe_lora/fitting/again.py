@@ -22,7 +22,7 @@ class KeptTensors(dict[str, torch.Tensor]):
     `KeptTensors`.
 
     Attributes:
-        found: what was made of them, by a key that has everything else that it depends on.
+        found: what was made of them, see `once`.
     """
 
     found: dict[Hashable, Any]
@@ -33,31 +33,31 @@ class KeptTensors(dict[str, torch.Tensor]):
 
 
 def once(
-    found: dict[Hashable, Any] | None,
+    tensors: dict[str, torch.Tensor],
     key: Hashable,
     make: Callable[[], T],
     may_keep: Callable[[T], bool] = lambda _: True,
 ) -> T:
-    """What ``make`` returns, from ``found`` if it is there.
+    """What ``make`` returns; for `KeptTensors` only the first call with ``key`` calls it.
 
     Args:
-        found: of `KeptTensors`; None if the tensors are not kept.
-        key: of the result.
-        make: called if there is none.
-        may_keep: whether the result holds no numbers, only views of the kept tensors.
+        tensors: what it is made of.
+        key: has everything else that the result depends on.
+        make: makes it.
+        may_keep: whether the result holds no numbers, only views of the tensors.
     """
-    if found is None:
+    if not isinstance(tensors, KeptTensors):
         return make()
-    if key not in found:
+    if key not in tensors.found:
         made = make()
         if not may_keep(made):
             return made
-        found[key] = made
-    result: T = found[key]
+        tensors.found[key] = made
+    result: T = tensors.found[key]
     return result
 
 
-def are_views(layers: Iterable[Experts], tensors: KeptTensors) -> bool:
+def are_views(layers: Iterable[Experts], tensors: dict[str, torch.Tensor]) -> bool:
     """Whether the factors of all layers are views of ``tensors``, and none is a copy."""
     places = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
     return all(

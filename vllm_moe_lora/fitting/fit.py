@@ -20,7 +20,7 @@ from ..kernels.slot_stack import SlotStack
 from ..log import get_logger
 from ..targets import supports_lora
 from . import budget, merged_projections, moved, strict
-from .again import KeptTensors, are_views, once
+from .again import are_views, once
 from .memory import PausedGC
 from .moe_layers import dims_of, for_set_lora, is_experts, serves_moe, slots_of
 from .stage import stage
@@ -157,14 +157,11 @@ def _resolved(
     pending: PendingExperts, layers: dict[str, Tensors], dims: Dims
 ) -> tuple[list[Experts], list[str]]:
     """See `recognise.resolve`. Of tensors that are kept it is done for the first version only."""
-    kept = pending.tensors
-    if not isinstance(kept, KeptTensors):
-        return resolve(layers, dims, pending.config)
     return once(
-        kept.found,
+        pending.tensors,
         ("resolved", tuple(layers), dims),
         lambda: resolve(layers, dims, pending.config),
-        lambda made: are_views(made[0], kept),
+        lambda made: are_views(made[0], pending.tensors),
     )
 
 

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 
 import torch
 
+USED_AGAIN_FROM = 1 << 20  # bytes; see `UsedAgain`
 HUGE_PAGES_FROM = 4 << 20  # bytes; huge pages do not pay off for smaller tensors
 
 
@@ -24,9 +25,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     docs/performance.md).
     """
     size, used_again = math.prod(shape) * dtype.itemsize, _used_again.get()
-    if size < (HUGE_PAGES_FROM if used_again is None else USED_AGAIN_FROM):
-        return torch.empty(shape, dtype=dtype)
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
+    smallest = HUGE_PAGES_FROM if used_again is None else USED_AGAIN_FROM
+    if size < smallest or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype)
     memory = _mapped(size) if used_again is None else used_again.take(size)
     return torch.frombuffer(memory, dtype=dtype).view(*shape)
@@ -36,9 +36,6 @@ def _mapped(size: int) -> mmap.mmap:
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
-
-
-USED_AGAIN_FROM = 1 << 20  # bytes
 
 
 class UsedAgain:

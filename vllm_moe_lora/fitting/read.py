@@ -124,7 +124,7 @@ def _checked(
         The groups, the tensors that vLLM reads for ``modules_to_save``, and the config.
     """
     return once(
-        getattr(tensors, "found", None),
+        tensors,
         ("checked", cls, tuple(skipped or ())),
         lambda: _check(cls, tensors, peft_helper, skipped),
     )

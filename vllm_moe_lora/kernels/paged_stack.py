@@ -12,9 +12,10 @@ No engine uses it yet: nothing puts a `PagedStack` into vLLM's LoRA layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+
+from .writable_slots import WritableSlots
 
 # The fewest ranks that an adapter usually has. Larger pages would waste memory for rank 8; the
 # kernels load one page number per rank in any case. It must be a multiple of 8, because the expand
@@ -97,7 +98,7 @@ class Arena:
         self._free += self._taken.pop((slot, index), ())
 
 
-class PagedStack:
+class PagedStack(WritableSlots):
     """One factor (lora_a or lora_b) of a layer's experts, for all slots.
 
     To vLLM's LoRA layer it looks like the tensor that it replaces.
@@ -131,23 +132,8 @@ class PagedStack:
         """Return the stack itself. vLLM expands one that all experts share; the kernels do not."""
         return self
 
-    def __getitem__(self, key: Any) -> Any:
-        """Return a slot, or with slices, as vLLM's `set_lora` writes one, what has a `copy_`."""
-        if isinstance(key, int):
-            return self.slot(key)
-        slot, *rest = key
-        if any(isinstance(one, slice) for one in rest):
-            return _Place(self, slot)
-        return self.slot(slot)[tuple(rest)]
-
-    def __setitem__(self, slot: int, value: int) -> None:
-        """Empty a slot: vLLM's `reset_lora` sets it to 0.
-
-        Raises:
-            ValueError: ``value`` is something else.
-        """
-        if value != 0:
-            raise ValueError(f"a slot takes a factor by copy_, not {value!r}")
+    def empty(self, slot: int) -> None:
+        """Give the pages of a slot back."""
         self.arena.give_back(slot, self.index)
         self.table[slot] = -1
         self.used[slot] = False
@@ -173,7 +159,7 @@ class PagedStack:
         Raises:
             MemoryError: there are not enough free pages. The slot is then empty.
         """
-        self[slot] = 0
+        self.empty(slot)
         if factor.shape[0] == 1 or factor.stride(0) == 0:  # the same for all experts: one of them
             factor = factor[:1]
         rows = factor.to(self.device, non_blocking=True)
@@ -191,14 +177,3 @@ class PagedStack:
         # Not a comparison, which would make a tensor of the factor's size.
         used = (whole.amax(2) != 0) | (whole.amin(2) != 0)
         self.used[slot, :, :rank] = used[:, :rank]
-
-
-class _Place:
-    """A slot of a `PagedStack`, as vLLM's `set_lora` writes it."""
-
-    def __init__(self, stack: PagedStack, slot: int) -> None:
-        self._stack, self._slot = stack, slot
-
-    def copy_(self, factor: torch.Tensor, non_blocking: bool = False) -> None:
-        """See `PagedStack.write`."""
-        self._stack.write(self._slot, factor)

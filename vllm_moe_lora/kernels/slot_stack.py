@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
+from .writable_slots import WritableSlots
 
-class SlotStack:
+
+class SlotStack(WritableSlots):
     """One factor (lora_a or lora_b) of a layer's experts, for all slots.
 
     Args:
@@ -56,23 +57,8 @@ class SlotStack:
         sizes = {slot: one.shape[self.rank_axis] for slot, one in self._slots.items()}
         return array("q", [sizes.get(slot, 0) for slot in range(self.shape[0])])
 
-    def __getitem__(self, key: Any) -> Any:
-        """Return a slot, or with slices, as vLLM's `set_lora` writes one, what has a `copy_`."""
-        if isinstance(key, int):
-            return self.slot(key)
-        slot, *rest = key
-        if any(isinstance(one, slice) for one in rest):
-            return _Place(self, slot)
-        return self.slot(slot)[tuple(rest)]
-
-    def __setitem__(self, slot: int, value: int) -> None:
-        """Empty a slot: vLLM's `reset_lora` sets it to 0.
-
-        Raises:
-            ValueError: ``value`` is something else.
-        """
-        if value != 0:
-            raise ValueError(f"a slot takes a factor by copy_, not {value!r}")
+    def empty(self, slot: int) -> None:
+        """Forget the factor of a slot."""
         self._put(slot, None)
 
     def slot(self, slot: int) -> torch.Tensor:
@@ -142,17 +128,6 @@ class SlotStack:
                 )
             self._table = table
         return self._table.buffer_info()[0]
-
-
-class _Place:
-    """A slot of a `SlotStack`, as vLLM's `set_lora` writes it."""
-
-    def __init__(self, stack: SlotStack, slot: int) -> None:
-        self._stack, self._slot = stack, slot
-
-    def copy_(self, factor: torch.Tensor, non_blocking: bool = False) -> None:
-        """See `SlotStack.write`."""
-        self._stack.write(self._slot, factor)
 
 
 def nbytes(tensor: torch.Tensor) -> int:

@@ -94,12 +94,41 @@ def add_lora(
         return True
     if y.shape[0] != x.shape[0] or any(t.shape[0] <= highest for t in (*lora_a, *lora_b)):
         return False
-    z = torch.empty(count * ranks, dtype=torch.float32)
+    spans, slices = (len(segments), place), (len(lora_a), address(parts))
+    run(kernels, y, x, spans, slices, count, ranks, scale, count * work < SMALL)
+    return True
+
+
+def run(
+    kernels: build.Kernels,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    segments: tuple[int, int],
+    slices: tuple[int, int],
+    rows: int,
+    ranks: int,
+    scale: float,
+    one_thread: bool,
+    factors: tuple[int, int] = (0, 0),
+) -> None:
+    """Call the kernel of `dense.py`, which says what is in its table.
+
+    Args:
+        kernels: the compiled ones.
+        y: [rows, out of all slices].
+        x: [rows, in].
+        segments: their number and their address.
+        slices: their number and their address.
+        rows: of all segments.
+        ranks: sum of the slices' ranks.
+        scale: of the product.
+        one_thread: the work is too small for more.
+        factors: address of the slots' own factors, number of slots; 0: the slices have them.
+    """
+    z = torch.empty(rows * ranks, dtype=torch.float32)
     given = struct.unpack("<i", struct.pack("<f", scale))[0]
     table = array("q", bytes(24 * 8))
-    table.extend((DTYPES[y.dtype], len(segments), place, len(lora_a), address(parts)))
-    table.extend(
-        (x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), z.data_ptr(), ranks, given, 0, 0)
-    )
-    pool.run(kernels.add_lora, address(table), count * work < SMALL)
-    return True
+    table.extend((DTYPES[y.dtype], *segments, *slices))
+    table.extend((x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), z.data_ptr(), ranks))
+    table.extend((given, *factors))
+    pool.run(kernels.add_lora, address(table), one_thread)

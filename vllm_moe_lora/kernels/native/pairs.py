@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import struct
 from array import array
 from collections.abc import Sequence
 
@@ -11,7 +10,7 @@ import torch
 
 from ..slot_stack import SlotStack
 from . import build, pool
-from .calls import DTYPES, SMALL, address, fit
+from .calls import DTYPES, SMALL, address, fit, run
 
 Segment = tuple[int, int, int, int]  # slot, expert, first pair, one past the last pair
 
@@ -239,11 +238,7 @@ def add_lora_to_pairs(
         places.extend((a.table(), b.table(), address(ranks)))
         keep.append(ranks)
         first, highest, work = first + out, highest + rank, work + rank * (inner + out)
-    z = torch.empty(x.shape[0] * highest, dtype=torch.float32)
-    one = struct.unpack("<i", struct.pack("<f", 1.0))[0]
-    table = array("q", bytes(24 * 8))
-    table.extend((DTYPES[y.dtype], len(segments), address(own), len(lora_a), address(parts)))
-    table.extend((x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), z.data_ptr(), highest))
-    table.extend((one, address(places), slots))
-    pool.run(kernels.add_lora, address(table), x.shape[0] * work < SMALL)
+    rows, spans, slices = x.shape[0], (len(segments), address(own)), (len(lora_a), address(parts))
+    small, by_slot = rows * work < SMALL, (address(places), slots)
+    run(kernels, y, x, spans, slices, rows, highest, 1.0, small, by_slot)
     return True

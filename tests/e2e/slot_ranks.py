@@ -37,7 +37,10 @@ def _held():
     adapters = ranks = 0
     for module in manager.modules.values():
         if isinstance(module, FusedMoEWithLoRA):
-            ranks += int(module._moe_kernel.fused_experts._ranks.sum())
+            if hasattr(module, "_moe_kernel"):
+                ranks += int(module._moe_kernel.fused_experts._ranks.sum())
+            else:  # up to 0.27 the experts read the slots alone
+                ranks += sum(module.w2_lora_a_stacked[0].ranks())
     for lora in manager.list_adapters().values():
         for name, module in manager.modules.items():
             if isinstance(module, FusedMoEWithLoRA) and name in lora.loras:

@@ -18,7 +18,31 @@ def _check_grouped_gemm(original: Callable[..., Any]) -> Callable[..., Any]:
     return check_grouped_gemm
 
 
+class _Activations(dict[Any, Callable[[Any], Any]]):
+    """A dict that can have the attribute `MARK`."""
+
+
+def _activations(original: dict[Any, Callable[[Any], Any]]) -> _Activations:
+    from vllm.model_executor.layers.activation import SiluAndMul
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    return _Activations({**original, MoEActivation.SILU: SiluAndMul.forward_native})
+
+
 HOOKS = (
+    Hook(
+        feature="cpu-experts",
+        target="vllm.model_executor.layers.fused_moe.cpu_fused_moe:_CPU_MOE_ACT_FN",
+        make=_activations,
+        releases=">=0.24,<0.25",
+        platforms=("cpu",),
+        why="unpacked experts stop the engine at the first forward, with and without LoRA: for "
+        "SiLU it makes a custom operator there, which is allowed only while a model is built",
+        upstream="https://github.com/vllm-project/vllm/blob/v0.25.0/vllm/model_executor/layers/"
+        "fused_moe/cpu_fused_moe.py",
+        until="0.25, which does not make one",
+        hashed=False,
+    ),
     Hook(
         feature="cpu-experts",
         target="vllm.model_executor.layers.fused_moe.cpu_fused_moe:CPUFusedMOE.check_grouped_gemm",

@@ -36,7 +36,9 @@ def _create(original: Callable[..., Any]) -> Callable[..., Any]:
         from ..layers.cpu.experts import CPULoRAExperts
         from ..layers.cpu.slots import created
 
-        if not isinstance(self._moe_kernel.fused_experts, CPULoRAExperts):
+        # A layer from torch_experts.init_wrapper has no kernel, and reads a `SlotStack`, too.
+        kernel = getattr(self, "_moe_kernel", None)
+        if kernel is not None and not isinstance(kernel.fused_experts, CPULoRAExperts):
             return original(self, *args, **more)
         with created(self):
             return original(self, *args, **more)
@@ -109,7 +111,6 @@ _KERNELS: dict[str, Any] = {
 _STACKS: dict[str, Any] = {
     "feature": "cpu-experts",
     "make": _create,
-    "releases": ">=0.30,<0.34",
     "platforms": ("cpu",),
     "upstream": "",
     "until": "upstream allocates the factors of an adapter when it is loaded",
@@ -120,7 +121,8 @@ _STACKS: dict[str, Any] = {
 
 
 _STACK_HOOKS = tuple(
-    Hook(target=f"{_FILE}:{name}", **_STACKS)
+    Hook(target=f"{_FILE}:{name}", releases=releases, **_STACKS)
+    for releases in (">=0.24,<0.28", ">=0.30,<0.34")  # between them the CPU experts take no LoRA
     for name in (
         "FusedMoEWithLoRA._create_lora_a_weights",
         "FusedMoEWithLoRA._create_lora_b_weights",

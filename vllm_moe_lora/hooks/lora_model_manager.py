@@ -106,18 +106,20 @@ def _activate_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     return activate_adapter
 
 
+_FREE: dict[str, Any] = {
+    "feature": "cpu-experts",
+    "target": "vllm.lora.model_manager:LoRAModelManager._deactivate_adapter",
+    "make": _deactivate_adapter,
+    "platforms": ("cpu",),
+    "why": "a slot keeps what its last adapter had until another one takes it; on a CPU that is "
+    "the memory of an adapter that was removed",
+    "upstream": "",
+    "until": "the hooks of _create_lora_a_weights go",
+}
+
 HOOKS = (
-    Hook(
-        feature="cpu-experts",
-        target="vllm.lora.model_manager:LoRAModelManager._deactivate_adapter",
-        make=_deactivate_adapter,
-        releases=">=0.30,<0.34",
-        platforms=("cpu",),
-        why="a slot keeps what its last adapter had until another one takes it; on a CPU that is "
-        "the memory of an adapter that was removed",
-        upstream="",
-        until="the hooks of _create_lora_a_weights go",
-    ),
+    Hook(releases=">=0.24,<0.28", **_FREE),
+    Hook(releases=">=0.30,<0.34", **_FREE),
     Hook(
         feature="cpu-experts",
         target="vllm.lora.model_manager:create_lora_manager",

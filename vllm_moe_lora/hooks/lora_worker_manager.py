@@ -124,6 +124,18 @@ def _apply_adapters(original: Callable[..., Any]) -> Callable[..., Any]:
     return _apply_adapters
 
 
+def _apply_unlimited(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Up to 0.27: refuse no adapter inside a step."""
+
+    def _apply_adapters(self: Any, lora_requests: Any) -> None:
+        from ..fitting.budget import unlimited
+
+        with unlimited(self._adapter_manager):
+            original(self, lora_requests)
+
+    return _apply_adapters
+
+
 def _stage(worker: Any, request: Any, path: str) -> Any:
     """Read and fit the adapter at ``path``, in the thread of loading/background.py."""
     from vllm.lora.request import LoRARequest
@@ -188,6 +200,17 @@ HOOKS = (
         "the scheduler counts only the batch's own adapters",
         upstream="",
         until="upstream's scheduler counts the slots of pinned adapters",
+    ),
+    Hook(
+        feature="cpu-experts",
+        target=f"{_FILE}:LRUCacheWorkerLoRAManager._apply_adapters",
+        make=_apply_unlimited,
+        releases=">=0.24,<0.28",
+        platforms=("cpu",),
+        why="an adapter that is read again for its requests may take more memory than "
+        "VLLM_MOE_LORA_MEMORY allows; a refusal would stop the engine",
+        upstream="",
+        until="0.29, where the hooks of safe-loading keep such an adapter",
     ),
     Hook(
         feature="safe-loading",

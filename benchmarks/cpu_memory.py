@@ -4,7 +4,10 @@
     python benchmarks/cpu_memory.py [--max-loras 16] [--max-lora-rank 64] [--ranks 8 16 64]
 
 A model of cpu_engine.py's shape. Prints the resident memory (RSS) in MiB after the start, after
-adapters of the given ranks were loaded and used by one batch, and after they were removed.
+adapters of the given ranks were loaded and used by one batch, and after they were removed. Rows:
+"own rank", as it is; "dense", with vLLM's stacks [slots, experts, max rank, in] for routed experts,
+which are allocated at the start and into which adapters are copied; "no lora", without this package
+and without LoRA. Each row is an engine of its own; the first run of a row fills its compile cache.
 """
 
 from __future__ import annotations
@@ -17,8 +20,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from cpu_engine import config, write_adapter
+
+ROWS = ("own rank", "dense", "no lora")
 
 
 def resident() -> float:
@@ -27,12 +33,40 @@ def resident() -> float:
     return int(status["RssAnon"].split()[0]) / 1024
 
 
-def child(spec: dict[str, str | int | list[str]]) -> None:
+def dense() -> None:
+    """Give the slots of routed experts the memory that vLLM's own stacks take."""
+    import torch
+
+    from vllm_moe_lora.kernels.slot_stack import SlotStack
+
+    made = SlotStack.__init__
+
+    def with_stack(self: SlotStack, *args: Any) -> None:
+        made(self, *args)
+        self.whole = torch.zeros(self.shape, dtype=self.dtype)
+
+    def write(self: SlotStack, slot: int, factor: torch.Tensor) -> None:
+        whole = self.whole[slot]
+        whole.zero_()
+        whole[:, : factor.shape[1], : factor.shape[2]].copy_(factor)
+        self._put(slot, whole.narrow(self.rank_axis, 0, factor.shape[self.rank_axis]))
+
+    SlotStack.__init__, SlotStack.write = with_stack, write
+
+
+def child(spec: dict[str, Any]) -> None:
     """One engine; prints a line for each step."""
+    if spec["row"] == "dense":
+        dense()
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     folders = list(spec["adapters"])
+    lora: dict[str, Any] = {}
+    if spec["row"] != "no lora":
+        lora = {"enable_lora": True, "max_loras": spec["max_loras"]}
+        lora |= {"max_lora_rank": spec["max_rank"]}
+        lora |= {"max_cpu_loras": max(spec["max_loras"], len(folders))}
     llm = LLM(
         spec["model"],
         skip_tokenizer_init=True,
@@ -40,10 +74,7 @@ def child(spec: dict[str, str | int | list[str]]) -> None:
         enforce_eager=bool(spec["eager"]),
         max_model_len=256,
         max_num_seqs=16,
-        enable_lora=True,
-        max_loras=spec["max_loras"],
-        max_lora_rank=spec["max_rank"],
-        max_cpu_loras=max(int(spec["max_loras"]), len(folders)),
+        **lora,
     )
     show, start = {}, resident()
 
@@ -54,6 +85,9 @@ def child(spec: dict[str, str | int | list[str]]) -> None:
     llm.generate([{"prompt_token_ids": [1, 2, 3]}], SamplingParams(max_tokens=2), use_tqdm=False)
     show["after start"] = round(resident())
     start = resident()
+    if not lora:
+        print("MEMORY", json.dumps(show))
+        return
     requests = [LoRARequest(f"a{i}", i + 1, path) for i, path in enumerate(folders)]
     for request in requests:
         llm.llm_engine.add_lora(request)
@@ -76,6 +110,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="*", default=[8, 16, 64])
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--quant", choices=["bf16", "int4"], default="bf16")
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=ROWS)
+    parser.add_argument("--runs", type=int, default=2, help="of each row (default: 2)")
     parser.add_argument("--child")
     args = parser.parse_args()
     if args.child:
@@ -90,6 +126,7 @@ def main() -> None:
         for number, rank in enumerate(args.ranks):
             write_adapter(adapters[number], args.layers, number, rank)
             size += (adapters[number] / "adapter_model.safetensors").stat().st_size
+        print(f"files of the adapters: {size / 2**20:.0f} MiB")
         spec = {
             "model": str(model),
             "adapters": list(map(str, adapters)),
@@ -97,23 +134,34 @@ def main() -> None:
             "max_rank": args.max_lora_rank,
             "eager": args.eager,
         }
-        env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        command = [sys.executable, __file__, "--child", json.dumps(spec)]
-        done = subprocess.run(
-            command,
-            env={**os.environ, **env},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        line = next((x for x in done.stdout.splitlines() if x.startswith("MEMORY")), None)
-        if line is None:
-            sys.exit(done.stdout[-3000:])
-        found = json.loads(line.removeprefix("MEMORY "))
-        print(f"files of the adapters: {size / 2**20:.0f} MiB")
-        for step, value in found.items():
-            print(f"{step}: {value} MiB")
+        for row in args.rows:
+            env = {
+                "VLLM_MOE_LORA": "0" if row == "no lora" else "1",
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                "VLLM_CACHE_ROOT": str(Path(folder, row.replace(" ", "-"))),
+                "HF_HUB_OFFLINE": "1",
+            }
+            for _ in range(args.runs):
+                found = measured({**spec, "row": row}, env)
+                print(f"{row}: {found}", flush=True)
+
+
+def measured(spec: dict[str, Any], env: dict[str, str]) -> dict[str, int]:
+    """Run `child` in a process of its own; MiB of each step."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", json.dumps(spec)],
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    line = next((x for x in done.stdout.splitlines() if x.startswith("MEMORY")), None)
+    if line is None:
+        sys.exit(done.stdout[-3000:])
+    found: dict[str, int] = json.loads(line.removeprefix("MEMORY "))
+    return found
 
 
 if __name__ == "__main__":

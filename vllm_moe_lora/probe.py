@@ -41,6 +41,7 @@ class Question:
     dtype: str = "auto"
     lora_target_modules: tuple[str, ...] | None = None
     no_experts: bool = False
+    trust_remote_code: bool = False
 
 
 @dataclass
@@ -176,6 +177,7 @@ def _config(question: Question) -> Any:
         max_loras=question.max_loras,
         max_lora_rank=question.max_lora_rank,
         dtype=question.dtype,
+        trust_remote_code=question.trust_remote_code,
     ).create_engine_config()
     # Set these only now: EngineArgs would compare them with the number of devices here.
     config.parallel_config.tensor_parallel_size = question.tensor_parallel_size

@@ -148,6 +148,32 @@ def plan(capsys, *args):
     return code, json.loads(capsys.readouterr().out)
 
 
+def test_a_model_with_code_of_its_own(tmp_path, capsys):
+    """Its code runs only with --trust-remote-code, as in vllm serve."""
+    model, ran = models.build("qwen3_moe", tmp_path / "m"), tmp_path / "ran"
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.MyConfig"}}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "configuration_mine.py").write_text(
+        "from pathlib import Path\n\n"
+        "from transformers import Qwen3MoeConfig\n\n"
+        f"Path({str(ran)!r}).touch()\n\n\n"
+        "class MyConfig(Qwen3MoeConfig):\n"
+        '    model_type = "mine"\n'
+    )
+    code, out = plan(capsys, model)
+    assert code == 1
+    assert not ran.exists()
+    (refused,) = [found for found in out["findings"] if not found["well"]]
+    assert "vLLM refuses this model" in refused["what"]
+    assert refused["cure"].startswith("--trust-remote-code ")
+    code, out = plan(capsys, model, "--trust-remote-code")
+    assert code == 0, out
+    assert ran.exists()
+    assert any("2 MoE layers by" in found["what"] for found in out["findings"])
+    assert "--trust-remote-code" in out["command"].split()
+
+
 def test_parallel_sizes(model, capsys):
     """Each device's share, asked of vLLM itself, though the other devices do not exist."""
     sizes = ("-tp", 2, "-tp", 4, "--enable-expert-parallel", "--max-loras", 3)

@@ -42,6 +42,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lora-target-modules", nargs="+", help="the modules that may have LoRA, as for vllm serve"
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code in the model's folder, as for vllm serve (default: do not)",
+    )
     parser.add_argument("--memory", type=float, help="GiB of one device; default: of this one")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -93,6 +98,7 @@ def report(args: argparse.Namespace) -> tuple[list[Finding], str | None]:
         # vLLM starts one API server a rank, and these would give out slots on their own.
         parts += [f"--data-parallel-size {args.data_parallel_size} --api-server-count 1"]
     parts += ["--enable-expert-parallel"] if args.enable_expert_parallel else []
+    parts += ["--trust-remote-code"] if args.trust_remote_code else []
     flag = args.lora_target_modules
     parts += [f"--lora-target-modules {' '.join(flag)}"] if flag else []
     parts += [f"--lora-modules {_lora_modules(args.adapter)}"] if args.adapter else []
@@ -175,6 +181,7 @@ def _ask(
         max_lora_rank=rank,
         lora_target_modules=tuple(flag) if flag else None,
         no_experts=no_experts and not flag,
+        trust_remote_code=args.trust_remote_code,
     )
     return probe.ask(question)
 
@@ -198,6 +205,8 @@ def _check_device(
     parallel += ", experts too" if args.enable_expert_parallel else ""
     if found.error:
         cure = "see docs/compatibility.md; run this command on the machine that will serve"
+        if "trust_remote_code" in found.error and not args.trust_remote_code:
+            cure = "--trust-remote-code runs the Python code in its folder; read that code first"
         return [Finding(False, f"{parallel}: vLLM refuses this model: {found.error}", cure)]
     findings = []
     for name, layers in found.backends.items():

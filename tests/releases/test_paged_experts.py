@@ -15,7 +15,7 @@ from packaging.specifiers import SpecifierSet
 
 pytest.importorskip("triton")
 RELEASES = [r for r in unpacked.available() if r in SpecifierSet(">=0.28,<0.34")]
-LIMIT = 1e-5  # fp32; an adapter moves answers by more than 0.5
+LIMIT, LIMIT_BF16 = 1e-5, 0.01  # by the factors' dtype; an adapter moves answers by more than 0.5
 RANKS = {
     "tp2": 2,
     "ragged": 1,
@@ -26,7 +26,9 @@ RANKS = {
     "moved": 2,
     "router weights on input": 1,
     "sharded in the rank": 2,
+    "factors in bf16": 1,
 }
+DENSE = ("sharded in the rank", "factors in bf16")  # upstream's kernels serve these
 
 
 def results(release):
@@ -43,11 +45,12 @@ def test_answers(release, name):
         return
     found = results(release)["cases"][name]
     assert "error" not in found, found
-    assert max(found["off"], found["base_off"], found["slots"]) <= LIMIT
+    limit = LIMIT_BF16 if name == "factors in bf16" else LIMIT
+    assert max(found["off"], found["base_off"], found["slots"]) <= limit
     assert found["moved"] > 0.5
-    dense = name == "sharded in the rank"
-    assert found["pages"] == [None if dense else 2] * RANKS[name]
-    assert found["calls"] == (0 if dense else 2 * RANKS[name])
+    assert found["pages"] == [None if name in DENSE else 2] * RANKS[name]
+    if name not in DENSE:
+        assert found["calls"] == 2 * RANKS[name]
 
 
 # What is done -> the error, and for how many ranks there are pages left. There are 24.
@@ -61,8 +64,8 @@ LIFE = [
     ("load 2 of 16", "", 0),
     ("load 3 of 24", WITH_OTHERS.format(3), 0),
     ("load 4 of 32", r"LoRA adapter 4: .* more than the \S+ MiB that \S+ allows\. Raise it\.", 0),
-    ("load 1 of 8", "", 0),
-    ("activate 1", "", 0),
+    ("load 2 of 16", "", 0),
+    ("activate 2", "", 0),
     ("remove 1", "", 8),
     ("remove 2", "", 24),
     ("load 3 of 24", "", 0),

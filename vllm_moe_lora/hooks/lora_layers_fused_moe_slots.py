@@ -50,7 +50,7 @@ def _create_a_pages(original: Callable[..., Any]) -> Callable[..., Any]:
     def _create_lora_a_weights(self: Any, *args: Any, **more: Any) -> None:
         from ..layers.gpu import pages
 
-        if not pages.possible(self):
+        if not pages.planned():
             return original(self, *args, **more)
         with pages.on_meta(self):
             return original(self, *args, **more)
@@ -65,7 +65,7 @@ def _create_b_pages(original: Callable[..., Any]) -> Callable[..., Any]:
     def _create_lora_b_weights(self: Any, *args: Any, **more: Any) -> None:
         from ..layers.gpu import pages
 
-        if not pages.possible(self):
+        if not pages.planned():
             return original(self, *args, **more)
         with pages.on_meta(self):
             original(self, *args, **more)

@@ -194,7 +194,8 @@ def serves_all_batches(layer: Any) -> bool:
         return False
     _, record = found
     same = layer.w2_lora_a_stacked[0].dtype == layer.moe_config.in_dtype
-    return same and (record is None or "upstream" not in record.kinds)
+    always = record is None or "upstream" not in record.kinds
+    return same and always and not layer.fully_sharded
 
 
 def _chosen(layer: Any) -> tuple[str, Record | None] | None:

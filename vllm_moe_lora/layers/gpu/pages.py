@@ -139,13 +139,9 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f}"
 
 
-def possible(wrapper: Any) -> bool:
-    """Return whether the stacks of a layer may be in pages; `allocate` decides.
-
-    Args:
-        wrapper: vLLM's `FusedMoEWithLoRA`, in `create_lora_weights`.
-    """
-    return _blocks.get() is not None and not wrapper.fully_sharded
+def planned() -> bool:
+    """Return whether LoRA layers that are created now may get pages; `allocate` decides."""
+    return _blocks.get() is not None
 
 
 @contextmanager

@@ -59,8 +59,9 @@ VARIABLES: dict[str, Callable[[], str | bool]] = {
     "VLLM_MOE_LORA_TUNED": lambda: os.environ.get("VLLM_MOE_LORA_TUNED", ""),
     # 0: compute LoRA on a CPU with torch's operators, not with native kernels (made by numba).
     "VLLM_MOE_LORA_NATIVE": lambda: os.environ.get("VLLM_MOE_LORA_NATIVE", "1") != "0",
-    # How much memory the factors of all loaded adapters for routed experts may take in a worker, on
-    # a CPU: a share of its memory, as 0.25 (the default), or a size, as 8GiB.
+    # How much memory LoRA on routed experts may take in a worker: a share of its memory or its
+    # GPU's, as 0.25 (the default), or a size, as 8GiB. On a CPU it limits all loaded adapters, on a
+    # GPU those in slots (where our kernels serve all batches, see layers/gpu/pages.py).
     "VLLM_MOE_LORA_MEMORY": lambda: os.environ.get("VLLM_MOE_LORA_MEMORY", "").strip() or "0.25",
     # 1: a request may bring its own routes, see rl/replay.py. The engine then has to be eager.
     "VLLM_MOE_LORA_REPLAY": lambda: os.environ.get("VLLM_MOE_LORA_REPLAY", "0") == "1",

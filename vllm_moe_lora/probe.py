@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from vllm_moe_lora import envs
 from vllm_moe_lora.models.declare import declare
 from vllm_moe_lora.plugin import status
 from vllm_moe_lora.records import layer_shapes
@@ -57,6 +58,8 @@ class Answer:
         own_rank: whether a slot of routed experts takes only the rank of its adapter, and nothing
             if it is empty (our CPU experts). ``slot_experts`` is then for rank max_lora_rank.
         widened: bytes by which the experts' weights grow for such an adapter.
+        pages: "on" if the factors of routed experts are in pages (our kernels on a GPU), "possible"
+            if they would be with VLLM_MOE_LORA_KERNELS=ours, or "".
         memory: the device's total memory.
         error: why vLLM refuses the model, or "". If it is set, the other fields mean nothing.
         wrapped: the number of MoE layers whose routed experts get LoRA.
@@ -86,6 +89,7 @@ class Answer:
     sent_for_lora: int = 0
     own_rank: bool = False
     widened: int = 0
+    pages: str = ""
 
 
 def ask(question: Question, timeout: float = 600) -> Answer:
@@ -156,6 +160,9 @@ def answer(question: Question) -> Answer:
         from vllm_moe_lora.layers.cpu.slots import widened
 
         found.own_rank, found.widened = True, widened(moe_layers, config)
+    if wrapped and status().get("moe-kernels") == "on" and question.max_lora_rank % 8 == 0:
+        kernels = envs.get("VLLM_MOE_LORA_KERNELS")
+        found.pages = "on" if kernels in ("ours", "tail") else "possible"
     return found
 
 

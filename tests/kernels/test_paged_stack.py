@@ -40,7 +40,7 @@ def test_against_dense(steps, slices, axis, experts, spare, seed):
                 continue
             wide = HIDDEN - 3 if kind == "narrow" else HIDDEN
             factor = factor_of(g, (experts, *((rank, wide) if axis == 1 else (wide, rank))), kind)
-            need = pages_for(rank) * (1 if kind in ("shared", "zeros") else experts)
+            need = pages_for(rank) * {"shared": 1, "zeros": 0}.get(kind, experts)
             if need > pages - sum(taken.values()):
                 dense[index][slot] = 0
                 with pytest.raises(MemoryError, match=f"needs {need} pages"):

@@ -81,15 +81,24 @@ def test_where_there_is_no_tail_ours_comes_after(release, name):
     assert (found["calls"], found["tails"]) == ([2, 0], 0)
 
 
+@pytest.mark.parametrize("release", RELEASES)
+def test_factors_are_in_pages_where_ours_serve(release):
+    for name in [*CASES, *TAIL, *TAILLESS]:
+        assert result(release, name)["pages"], name
+    for name in REFUSED:
+        assert not result(release, name)["pages"], name
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("release", RELEASES)
 def test_factors_in_pages_give_the_same_bits(release):
-    """vLLM's own `set_lora` and `reset_lora` write the pages; the answer is the same."""
-    dense = unpacked.results(release, "kernels_in_place.py")["cases"]
+    """vLLM's own `set_lora` and `reset_lora` write the pages; the answer is that of dense slots."""
+    paged = unpacked.results(release, "kernels_in_place.py")["cases"]
     folder = str(unpacked.tree(release))
-    paged = unpacked.asked(folder, "kernels_in_place.py", MOE_LORA_PAGED="1")
-    assert isinstance(paged, dict), paged
+    dense = unpacked.asked(folder, "kernels_in_place.py", MOE_LORA_DENSE="1")
+    assert isinstance(dense, dict), dense
     for name in [*CASES, *TAIL, *TAILLESS]:
-        own, whole = paged["cases"][name], dense[name]
+        own, whole = dict(paged[name]), dict(dense["cases"][name])
+        assert (own.pop("pages"), whole.pop("pages")) == (True, False), name
         assert "error" not in own, (name, own)
         assert own == whole, name

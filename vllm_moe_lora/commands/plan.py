@@ -231,7 +231,10 @@ def _check_device(
     memory = args.memory * GIB if args.memory else found.memory
     free = memory * args.gpu_memory_utilization - found.weights
     findings += _check_own_rank(parallel, found, max_loras, rank)
+    findings += _check_pages(parallel, found, max_loras, rank, memory)
     slots = max_loras * (found.slot + found.widened)
+    if found.pages == "on":
+        slots += _pages(found, max_loras, rank, memory) - max_loras * found.slot_experts
     experts = found.slot_experts + found.widened
     what = (
         f"{parallel}: a LoRA slot of rank {rank} takes {slots / max_loras / 2**20:,.1f} MiB per "
@@ -242,14 +245,59 @@ def _check_device(
         left = f"; {(free - slots) / GIB:,.1f} GiB are left for the KV cache and activations"
         findings.append(Finding(True, what + left))
     else:
-        findings.append(
-            Finding(
-                False,
-                f"{what}: this does not fit",
-                _smaller_setting(found.slot + found.widened, free, rank, needed, size),
-            )
-        )
+        cure = _smaller_setting(found.slot + found.widened, free, rank, needed, size)
+        left = free - max_loras * (found.slot - found.slot_experts)
+        if found.pages == "on" and left >= found.slot_experts * 8 // rank:
+            cure = f"VLLM_MOE_LORA_MEMORY={int(left / 2**20)}MiB"
+        findings.append(Finding(False, f"{what}: this does not fit", cure))
     return findings
+
+
+def _pages(found: Answer, max_loras: int, rank: int, memory: float) -> int:
+    """Return the bytes of a device that are allocated for pages (layers/gpu/pages.py).
+
+    Args:
+        found: vLLM's answer.
+        max_loras, rank: the settings --max-loras and --max-lora-rank.
+        memory: bytes of the device.
+    """
+    from vllm_moe_lora import envs
+    from vllm_moe_lora.fitting.budget import limit
+
+    block = found.slot_experts * 8 // rank
+    allowed = limit(str(envs.get("VLLM_MOE_LORA_MEMORY")), int(memory))
+    return min(max_loras * rank // 8, allowed // block) * block
+
+
+def _check_pages(
+    parallel: str, found: Answer, max_loras: int, rank: int, memory: float
+) -> list[Finding]:
+    """Say what adapters take where the factors of routed experts are in pages.
+
+    Args:
+        parallel: the beginning of each finding.
+        found: vLLM's answer.
+        max_loras, rank: the settings --max-loras and --max-lora-rank.
+        memory: bytes of the device.
+    """
+    if not found.pages:
+        return []
+    from vllm_moe_lora import envs
+
+    dense, pages = max_loras * found.slot_experts, _pages(found, max_loras, rank, memory)
+    block = found.slot_experts * 8 // rank
+    value = envs.get("VLLM_MOE_LORA_MEMORY")
+    what = (
+        f"{parallel}: {max_loras} dense slots of rank {rank} take {dense / GIB:,.2f} GiB for "
+        f"routed experts; in pages an adapter takes {block / 2**20:,.2f} MiB for each 8 of its own "
+        f"ranks, of {pages / GIB:,.2f} GiB in all (VLLM_MOE_LORA_MEMORY={value})"
+    )
+    if pages < block:
+        cure = f"raise VLLM_MOE_LORA_MEMORY to {math.ceil(block / 2**20)}MiB or more"
+        return [Finding(found.pages != "on", f"{what}: too few for any adapter", cure)]
+    if found.pages != "on":
+        what += "; pages need VLLM_MOE_LORA_KERNELS=ours, or a record of `vllm-moe-lora tune`"
+    return [Finding(True, what)]
 
 
 def _check_own_rank(parallel: str, found: Answer, max_loras: int, rank: int) -> list[Finding]:

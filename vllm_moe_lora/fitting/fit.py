@@ -16,7 +16,7 @@ from ..adapters.errors import AdapterError, listed, prefixed
 from ..adapters.group import Tensors
 from ..adapters.layouts.recognise import resolve
 from ..adapters.spelling import Spellings
-from ..kernels.slot_stack import SlotStack
+from ..kernels.writable_slots import WritableSlots
 from ..log import get_logger
 from ..targets import supports_lora
 from . import budget, merged_projections, moved, strict
@@ -84,23 +84,35 @@ def fit(manager: Any, lora: Any) -> None:
 def _stage_warm_up(manager: Any, lora: Any) -> None:
     """Replace the experts of vLLM's warm-up adapter by zeros for the experts on this device.
 
-    They are left out where a slot takes memory only for what an adapter has (CPU): the experts'
-    weights would be widened for nothing.
+    They are left out where a slot takes memory only for what an adapter has: pages are for adapters
+    (GPU), and the experts' weights would be widened for nothing (CPU).
+
+    Upstream needs something in an adapter, so one layer stays if there is nothing else.
 
     If gate and up are fused, the warm-up adapter of vLLM up to 0.32 holds only the experts of one
     device, but vLLM then splits it by the number of all experts.
     """
-    staged = {}
+    staged, left_out = {}, []
     for name, wrapper in manager.modules.items():
         if not is_experts(wrapper):
             continue
         fused = lora.loras.pop(f"{name}.base_layer", None) is not None
-        if any(isinstance(one, SlotStack) for one in getattr(wrapper, "w13_lora_a_stacked", ())):
+        stacks = getattr(wrapper, "w13_lora_a_stacked", ())
+        if any(isinstance(one, WritableSlots) for one in stacks):
             lora.loras.pop(name, None)
+            left_out.append(name)
         elif fused:
-            nothing = stage(Experts(name, "warm-up"), slots_of(manager, wrapper))
-            staged[name] = for_set_lora(manager, wrapper, nothing)
+            staged[name] = _nothing(manager, name)
+    if left_out and not lora.loras:
+        staged[left_out[0]] = _nothing(manager, left_out[0])
     _put_staged(manager, lora, staged)
+
+
+def _nothing(manager: Any, name: str) -> Any:
+    """Return zeros for the LoRA layer ``name``, in the form that its `set_lora` takes."""
+    wrapper = manager.modules[name]
+    nothing = stage(Experts(name, "warm-up"), slots_of(manager, wrapper))
+    return for_set_lora(manager, wrapper, nothing)
 
 
 def _fit(manager: Any, lora: Any, pending: PendingExperts | None) -> None:
@@ -138,9 +150,9 @@ def _fit(manager: Any, lora: Any, pending: PendingExperts | None) -> None:
         for count, found in enumerate(resolved, start=1):
             wrapper = wrappers[fitted[found.prefix]]
             tensors = stage(found, slots_of(manager, wrapper))
-            size += budget.size_of(tensors)
             if limit is not None:
-                limit.check(size * len(resolved) // count)
+                size = limit.with_layer(size, tensors)
+                limit.check(limit.expected(size, count, len(resolved)), lora.id)
             staged[fitted[found.prefix]] = for_set_lora(manager, wrapper, tensors)
         for note in notes:
             logger.warning("LoRA adapter %d: %s", lora.id, note)

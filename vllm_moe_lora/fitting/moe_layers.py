@@ -60,7 +60,7 @@ def unwrapped(manager: Any) -> dict[str, Any]:
     if found is None:
         model = getattr(manager, "model", None)
         inside = {id(m.base_layer) for m in manager.modules.values() if is_experts(m)}
-        layers = _layers(model) if model is not None else {}
+        layers = layers_of(model) if model is not None else {}
         found = {name: m for name, m in layers.items() if id(m) not in inside}
         manager.moe_lora_unwrapped = found
     return found
@@ -73,14 +73,14 @@ def suffixes_without_lora(model: Any) -> set[str]:
     """
     without: set[str] = set()
     others: set[str] = set()
-    for name, layer in _layers(model).items():
+    for name, layer in layers_of(model).items():
         config = getattr(layer, "moe_config", None)
         takes = getattr(config, "is_lora_enabled", True)
         (others if takes else without).add(name.rpartition(".")[2])
     return without - others
 
 
-def _layers(model: Any) -> dict[str, Any]:
+def layers_of(model: Any) -> dict[str, Any]:
     """The model's MoE layers by name: `FusedMoE`, or since vLLM 0.24 `MoERunner`."""
     kinds = {"FusedMoE", "MoERunner"}
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -106,6 +107,38 @@ def _activate_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     return activate_adapter
 
 
+def _create_with_pages(original: Callable[..., Any]) -> Callable[..., Any]:
+    # In a patched tree two decorators are applied here, and each finds its hook by this name.
+    @functools.wraps(original, assigned=("__name__",))
+    def create_lora_manager(model: Any, *args: Any, **more: Any) -> Any:
+        from ..layers.gpu import pages
+
+        if not pages.wanted(more["vllm_config"]):
+            return original(model, *args, **more)
+        return pages.created(model, more["lora_config"], lambda: original(model, *args, **more))
+
+    return create_lora_manager
+
+
+def _free_pages(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original, assigned=("__name__",))
+    def _deactivate_adapter(self: Any, lora_id: int) -> None:
+        from ..layers.gpu import pages
+
+        original(self, lora_id)
+        pages.free_unused(self)
+
+    return _deactivate_adapter
+
+
+_PAGES: dict[str, Any] = {
+    "feature": "moe-kernels",
+    "releases": ">=0.28,<0.34",
+    "platforms": ("cuda",),  # the device type of ROCm is "cuda", too
+    "upstream": "",
+    "until": "the hooks of _create_lora_a_weights go",
+}
+
 _FREE: dict[str, Any] = {
     "feature": "cpu-experts",
     "target": "vllm.lora.model_manager:LoRAModelManager._deactivate_adapter",
@@ -118,6 +151,21 @@ _FREE: dict[str, Any] = {
 }
 
 HOOKS = (
+    Hook(
+        target="vllm.lora.model_manager:LoRAModelManager._deactivate_adapter",
+        make=_free_pages,
+        why="a slot keeps what its last adapter had until another one takes it; the next adapter "
+        "may need those pages in another slot",
+        **_PAGES,
+    ),
+    Hook(
+        target="vllm.lora.model_manager:create_lora_manager",
+        also=("vllm.lora.worker_manager:create_lora_manager",),
+        make=_create_with_pages,
+        why="all layers need pages for the same number of ranks, so their number has to be known "
+        "before the first one gets its pages",
+        **_PAGES,
+    ),
     Hook(releases=">=0.24,<0.28", **_FREE),
     Hook(releases=">=0.30,<0.34", **_FREE),
     Hook(

@@ -6,7 +6,7 @@ size that all slots share. A page has `PAGE_RANKS` ranks of one expert. An adapt
 of its own rank while it is in a slot, and an empty slot takes none. A table says which pages belong
 to which slot and expert. Memory and table stay where they are, so a captured CUDA graph reads them.
 
-No engine uses it yet: nothing puts a `PagedStack` into vLLM's LoRA layer.
+layers/gpu/pages.py puts a `PagedStack` into vLLM's LoRA layer, and says how many pages there are.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Arena:
         if count > len(self._free):
             raise MemoryError(
                 f"MoE LoRA: a slot needs {count} pages of {PAGE_RANKS} ranks for one factor, but "
-                f"{len(self._free)} of {self.memory.shape[0]} are free"
+                f"{len(self._free)} of {self.memory.shape[0]} are free. Raise VLLM_MOE_LORA_MEMORY."
             )
         first = len(self._free) - count
         pages = self._free[first:]
@@ -132,6 +132,11 @@ class PagedStack(WritableSlots):
         """Return the stack itself. vLLM expands one that all experts share; the kernels do not."""
         return self
 
+    @property
+    def taken(self) -> set[int]:
+        """The slots that have pages."""
+        return {slot for slot, index in self.arena._taken if index == self.index}
+
     def empty(self, slot: int) -> None:
         """Give the pages of a slot back."""
         self.arena.give_back(slot, self.index)
@@ -140,7 +145,7 @@ class PagedStack(WritableSlots):
 
     def slot(self, slot: int) -> torch.Tensor:
         """Return a copy of a slot, as vLLM's stack has it; zeros that take no memory if empty."""
-        if (slot, self.index) not in self.arena._taken:
+        if slot not in self.taken:
             return self._empty
         pages = self.table[slot].long()
         there = (pages >= 0)[..., None, None]
@@ -149,7 +154,7 @@ class PagedStack(WritableSlots):
         return whole if self.arena.rank_axis == 1 else whole.transpose(1, 2)
 
     def write(self, slot: int, factor: torch.Tensor) -> None:
-        """Put a factor into a slot, in place of what is there.
+        """Put a factor into a slot, in place of what is there. One that is all 0 takes no pages.
 
         Args:
             slot: from 0.
@@ -162,6 +167,8 @@ class PagedStack(WritableSlots):
         self.empty(slot)
         if factor.shape[0] == 1 or factor.stride(0) == 0:  # the same for all experts: one of them
             factor = factor[:1]
+            if not factor.any():  # a projection that the adapter leaves out
+                return
         rows = factor.to(self.device, non_blocking=True)
         if self.arena.rank_axis == 2:
             rows = rows.transpose(1, 2)

@@ -63,6 +63,7 @@ CASES = {
     "lower rank after higher": Case(ranks=((0, 16), (1, 16), (2, 16), (1, 2), (0, 8))),
     "higher rank after lower": Case(ranks=((0, 1), (1, 2), (2, 1), (0, 16))),
     "a slot cleared": Case(cleared=(1,)),
+    "weights transposed": Case(),
     "Marlin": Case("gptq", torch.float16),
     "INT4 in Triton": Case("moe_wna16", torch.float16),
 }
@@ -84,6 +85,7 @@ TAIL = {
         "no adapter in the batch",
         "lower rank after higher",
         "a slot cleared",
+        "weights transposed",
     )
 }
 # And what is not, there: another order of slices, a second stream, quantised weights.
@@ -92,10 +94,8 @@ TAILLESS = {f"tail, {name}": CASES[name] for name in ("second stream", "INT4 in 
 REFUSED = {
     "sharded in the rank": Case(),
     "rank 4 at most": Case(ranks=((0, 4), (1, 3), (2, 4))),
-    "weights transposed": Case(),
     "asked for upstream": Case(),
     "not measured": Case(),
-    "tail, weights transposed": Case(),
 }
 
 

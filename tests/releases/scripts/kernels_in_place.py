@@ -6,7 +6,8 @@ modular kernel, the experts, their mixin and `PunicaWrapperGPU`. Replaced are th
 by loops. For each case:
 "moved", how far adapters move the layer's answer; "off", how far the answer is from fp32 loops',
 both relative to the largest number of theirs; "calls", how often our kernels and upstream's ran;
-"bits", a hash of the answer. With MOE_LORA_PAGED=1 the layers' stacks are in pages.
+"bits", a hash of the answer; "pages", whether the layer's stacks are in pages. With
+MOE_LORA_DENSE=1 none are.
 """
 
 from __future__ import annotations
@@ -155,16 +156,27 @@ class Calls:
             one.stop()
 
 
-def in_pages(wrapper):
-    """Put pages in the place of the stacks; what no adapter has written there is NaN."""
-    from vllm_moe_lora.kernels.paged_stack import Arena
+@contextlib.contextmanager
+def room():
+    """Pages for full slots, as a model's layers get them from its manager."""
+    from vllm_moe_lora.kernels.paged_stack import pages_for
+    from vllm_moe_lora.layers.gpu import pages
 
-    for name in ("w13_lora_a", "w13_lora_b", "w2_lora_a", "w2_lora_b"):
-        dense = getattr(wrapper, f"{name}_stacked")
-        axis = 1 if name.endswith("a") else 2
-        arena = Arena(dense[0].shape, len(dense), axis, dense[0].dtype, dense[0].device)
-        arena.memory.fill_(torch.nan)
-        setattr(wrapper, f"{name}_stacked", arena.stacks())
+    if os.environ.get("MOE_LORA_DENSE") == "1":
+        yield
+        return
+    with pages.blocks_each(SLOTS * pages_for(RANK)):
+        yield
+
+
+def poison(wrapper):
+    """Write NaN where no adapter is; return whether the layer has pages."""
+    from vllm_moe_lora.layers.gpu import pages
+
+    if found := pages.in_pages(wrapper):
+        for name in ("w13_lora_a", "w13_lora_b", "w2_lora_a", "w2_lora_b"):
+            getattr(wrapper, f"{name}_stacked")[0].arena.memory.fill_(torch.nan)
+    return found
 
 
 def punica_for(case, lora_config):
@@ -181,9 +193,9 @@ def run(name, case, number, config):
     layer, routed, dense = layer_of(case, number)
     wrapper = (FusedMoE3DWithLoRA if case.fused else FusedMoEWithLoRA)(layer)
     model = types.SimpleNamespace(architectures=["Qwen3_5MoeForConditionalGeneration"])
-    wrapper.create_lora_weights(SLOTS, lora_config, model)
-    if os.environ.get("MOE_LORA_PAGED") == "1" and name not in REFUSED:
-        in_pages(wrapper)
+    with room():
+        wrapper.create_lora_weights(SLOTS, lora_config, model)
+    has_pages = poison(wrapper)
     punica = punica_for(case, lora_config)
     wrapper.set_mapping(punica)
     adapters = {}
@@ -213,7 +225,7 @@ def run(name, case, number, config):
         else:
             answer = layers.forward(layer, routed, *given)
         if name == "up before gate":
-            return swapped(case, wrapper, routed, *given)
+            return swapped(case, wrapper, routed, *given) | {"pages": has_pages}
     answer = answer.cpu()
     want = loop(case, dense, x, weights, ids, adapters, here)
     plain = loop(case, dense, x, weights, ids, {}, here)
@@ -227,6 +239,7 @@ def run(name, case, number, config):
         "base": len(kernel_operators.launched),
         "experts": type(wrapper._moe_kernel.fused_experts).__name__,
         "ranks": ranks_are_right(wrapper, case, adapters),
+        "pages": has_pages,
     }
 
 

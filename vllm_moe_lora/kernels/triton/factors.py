@@ -67,6 +67,8 @@ class Factors:
         self.out = first_b.shape[2]
         if self.out % 8:
             fail(ValueError, "lora_b", f"has out = {self.out}, not a multiple of 8; pad it")
+        if self.max_rank % 8:
+            fail(ValueError, "max_rank", f"is {self.max_rank}, not a multiple of 8; raise it")
         for what, tensors, rows, columns in (
             ("lora_a", lora_a, self.max_rank, self.width),
             ("lora_b", lora_b, self.out, self.max_rank),

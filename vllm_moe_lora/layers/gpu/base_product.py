@@ -125,7 +125,7 @@ def defer(launch: Callable[[], None], given: dict[str, Any]) -> bool:
         # Upstream launches no more blocks than there are pairs, too.
         ids = ids[: x.shape[0] * given["top_k"] * block_m]
     order = Order(ids, given["expert_ids"], given["num_tokens_post_padded"], block_m)
-    weights = given["topk_weights"] if given["mul_routed_weight"] else None
+    weights = given["topk_weights"].contiguous() if given["mul_routed_weight"] else None
     call = _calls.get()
     assert call is not None
     call.product = DeferredProduct(launch, given["C"], x, weight, weights, order)

@@ -5,12 +5,13 @@ All of upstream's experts with LoRA make two calls: `add_lora_w13` before the ac
 looking at it. hooks/lora_punica_gpu.py calls `add_w13` and `add_w2` here instead. `add_w13`
 computes the routing of the batch once, for both.
 
-The factors stay in vLLM's slot buffers. `LayerFactors` adds the rank that each slot and expert
-uses. It is computed on the device when a slot changes (hooks/lora_layers_fused_moe_slots.py).
+The factors are in vLLM's slot buffers, or in pages (pages.py). `LayerFactors` adds the rank that
+each slot and expert uses. It is computed on the device when a slot changes
+(hooks/lora_layers_fused_moe_slots.py).
 
-Which kernels a layer uses is decided once, when its first slot is written (choose.py). That is
-before any request has an adapter, and before a CUDA graph is captured. A record of `vllm-moe-lora
-tune` may choose others for other batch sizes.
+Which kernels a layer uses is decided once, at the latest when its first slot is written
+(choose.py). That is before any request has an adapter, and before a CUDA graph is captured. A
+record of `vllm-moe-lora tune` may choose others for other batch sizes.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ _FALLBACK = (
     "Upstream's kernels run instead. VLLM_MOE_LORA_KERNELS=upstream selects them without this "
     "warning."
 )
+_CURE = "Cure: VLLM_MOE_LORA_KERNELS=upstream."
 _FACTORS = "_moe_lora_factors"  # attribute of a LoRA layer: its `LayerFactors`, None for upstream
 
 
@@ -144,7 +146,7 @@ def slot_written(layer: Any, slot: int) -> None:
         if _factors_of(layer) is not None:
             layer.__dict__[_FACTORS].slot_written(slot)
         elif _FACTORS not in layer.__dict__:
-            _register(layer)
+            register(layer)
 
 
 def slot_cleared(layer: Any, slot: int) -> None:
@@ -163,31 +165,66 @@ def _factors_of(layer: Any) -> LayerFactors | None:
     return factors
 
 
-def _register(layer: Any) -> None:
-    """Decide which kernels serve ``layer``, and remember it."""
+def register(layer: Any) -> bool:
+    """Decide which kernels serve ``layer``, and remember it. Return whether ours serve it.
+
+    Args:
+        layer: vLLM's `FusedMoEWithLoRA`, with its slot buffers.
+    """
     made = _make_factors(layer)
     layer.__dict__[_FACTORS] = made
-    if made is not None:
-        for factors in (made.w13, made.swapped, made.w2):
-            _by_address[_address(factors.lora_a, factors.lora_b)] = made
+    if made is None:
+        return False
+    for factors in (made.w13, made.swapped, made.w2):
+        _by_address[_address(factors.lora_a, factors.lora_b)] = made
+    return True
+
+
+def serves_all_batches(layer: Any) -> bool:
+    """Return whether our kernels are chosen for batches of all sizes.
+
+    Args:
+        layer: vLLM's `FusedMoEWithLoRA`. Its slot buffers need no memory yet.
+    """
+    try:
+        found = _chosen(layer)
+    except ImportError:  # without Triton; `register` says so
+        return False
+    if found is None:
+        return False
+    _, record = found
+    same = layer.w2_lora_a_stacked[0].dtype == layer.moe_config.in_dtype
+    always = record is None or "upstream" not in record.kinds
+    return same and always and not layer.fully_sharded
+
+
+def _chosen(layer: Any) -> tuple[str, Record | None] | None:
+    """Return the device's architecture, and a record if one chooses; None for upstream's only."""
+    choice = envs.get("VLLM_MOE_LORA_KERNELS")
+    if choice == "upstream":
+        return None
+    from ...kernels.triton import checks
+
+    arch = checks.arch_of(layer.device)
+    record = choose.record_for(layer, arch) if choice == "auto" else None
+    if choice == "auto" and (record is None or record.kinds == {"upstream"}):
+        return None
+    return arch, record
 
 
 def _make_factors(layer: Any) -> LayerFactors | None:
     """Return the factors for our kernels, or None if upstream's kernels serve ``layer``."""
-    choice = envs.get("VLLM_MOE_LORA_KERNELS")
-    if choice == "upstream":
-        return None
-    from ...kernels.triton import checks, config
-
     try:
-        arch = checks.arch_of(layer.w13_lora_a_stacked[0].device)
-        record = choose.record_for(layer, arch) if choice == "auto" else None
-        if choice == "auto" and (record is None or record.kinds == {"upstream"}):
+        found = _chosen(layer)
+        if found is None:
             return None
+        arch, record = found
         if layer.fully_sharded:
             raise ValueError("the factors are split along their rank (--fully-sharded-loras)")
-        made = LayerFactors(layer, str(choice), record)
+        made = LayerFactors(layer, str(envs.get("VLLM_MOE_LORA_KERNELS")), record)
         if record is not None:
+            from ...kernels.triton import config
+
             tiles = tuple(config.Tiles(*sizes) for sizes in record.tiles)
             config.use(arch, made.w13.dtype, made.w13.max_rank, tiles)
     except (TypeError, ValueError, ImportError) as error:
@@ -247,6 +284,10 @@ def add_w13(
         What upstream's function returns, with a `RoutedBatch` as its first item. None if upstream's
         function has to be called, because the layer uses upstream's kernels, or our kernels do not
         support the tensors (then with a warning). ``y`` is then unchanged.
+
+    Raises:
+        TypeError, ValueError: our kernels do not support the tensors, and upstream's cannot run
+            instead, because the factors are in pages.
     """
     layer = _by_address.get(_address(lora_a, lora_b))
     kind = "upstream" if layer is None else layer.kernels(topk_ids.shape[0])
@@ -268,6 +309,7 @@ def add_w13(
     factors = layer.w13
     if factors.lora_a[0].data_ptr() != lora_a[0].data_ptr():
         factors = layer.swapped
+    topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
     try:
         if base_only:
             if product is not None:
@@ -296,6 +338,8 @@ def add_w13(
             product.run(routing.top_k, lora, factors.slices)
             base_product.mark_done()
     except (TypeError, ValueError) as error:  # raised by checks, before y is changed
+        if factors.page:  # upstream's kernels cannot read pages
+            raise type(error)(f"{error}. {_CURE}") from error
         warning_once(f"{error}. {_FALLBACK}")
         return None
     return RoutedBatch(layer, routing, token_slots, kind), None, None, token_slots
@@ -323,7 +367,7 @@ def add_w2(
         TypeError, ValueError: our kernels do not support the tensors. Upstream's kernels cannot run
             instead, because they need their own routing.
     """
-    routing, factors = batch.routing, batch.layer.w2
+    routing, factors, topk_weights = batch.routing, batch.layer.w2, topk_weights.contiguous()
     product = base_product.deferred_for(y, x) if batch.kind == "tail" else None
     if product is not None and product.topk_weights is not None:
         from ...kernels.triton.grouped import Lora
@@ -343,6 +387,5 @@ def add_w2(
     try:
         add_lora(y, x, factors, routing, topk_weights, add_inputs)
     except (TypeError, ValueError) as error:
-        text = f"{error}. Cure: VLLM_MOE_LORA_KERNELS=upstream."
-        raise type(error)(text) from error
+        raise type(error)(f"{error}. {_CURE}") from error
     return None

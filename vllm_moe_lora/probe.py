@@ -309,6 +309,9 @@ def _backend_of(module: Any) -> tuple[str, bool]:
     method = module.quant_method
     experts = getattr(method, "experts_cls", None)
     name = type(method).__name__
+    backend = getattr(getattr(method, "unquantized_backend", None), "name", "")
+    if experts is None and backend == "CPU":  # up to 0.27: layers/cpu/torch_experts.py
+        return f"{name}, CPUFusedMOE", status().get("cpu-experts") == "on"
     if experts is None:
         return f"{name}, without an experts class", False
     return f"{name}, {experts.__name__}", takes_lora(experts)

@@ -11,6 +11,9 @@ from ..patching import Hook
 def _check_grouped_gemm(original: Callable[..., Any]) -> Callable[..., Any]:
     def check_grouped_gemm(self: Any, layer: Any) -> tuple[bool, str]:
         if layer.moe_config.is_lora_enabled:
+            from ..layers.cpu.torch_experts import replace_silu
+
+            replace_silu()
             return False, "none"
         found: tuple[bool, str] = original(self, layer)
         return found
@@ -18,31 +21,7 @@ def _check_grouped_gemm(original: Callable[..., Any]) -> Callable[..., Any]:
     return check_grouped_gemm
 
 
-class _Activations(dict[Any, Callable[[Any], Any]]):
-    """A dict that can have the attribute `MARK`."""
-
-
-def _activations(original: dict[Any, Callable[[Any], Any]]) -> _Activations:
-    from vllm.model_executor.layers.activation import SiluAndMul
-    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-
-    return _Activations({**original, MoEActivation.SILU: SiluAndMul.forward_native})
-
-
 HOOKS = (
-    Hook(
-        feature="cpu-experts",
-        target="vllm.model_executor.layers.fused_moe.cpu_fused_moe:_CPU_MOE_ACT_FN",
-        make=_activations,
-        releases=">=0.24,<0.25",
-        platforms=("cpu",),
-        why="unpacked experts stop the engine at the first forward, with and without LoRA: for "
-        "SiLU it makes a custom operator there, which is allowed only while a model is built",
-        upstream="https://github.com/vllm-project/vllm/blob/v0.25.0/vllm/model_executor/layers/"
-        "fused_moe/cpu_fused_moe.py",
-        until="0.25, which does not make one",
-        hashed=False,
-    ),
     Hook(
         feature="cpu-experts",
         target="vllm.model_executor.layers.fused_moe.cpu_fused_moe:CPUFusedMOE.check_grouped_gemm",
@@ -50,7 +29,8 @@ HOOKS = (
         releases=">=0.24,<0.28",
         platforms=("cpu",),
         why="it decides to pack the experts' weights, but layers/cpu/torch_experts.py, which adds "
-        "LoRA in these releases, needs unpacked weights",
+        "LoRA in these releases, needs unpacked weights. And in 0.24 these stop the engine at the "
+        "first forward: for SiLU it makes a custom operator there, which is not allowed",
         upstream="",
         until="0.28, which does not have this file any more",
     ),

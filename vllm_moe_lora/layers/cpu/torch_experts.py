@@ -23,9 +23,9 @@ class CPUFusedMoEWithLoRA:
 
     Args:
         base: the original callable.
-        wrapper: the LoRA layer (`FusedMoEWithLoRA`). Its buffers are read: lora_a [slots, experts,
+        wrapper: the LoRA layer (`FusedMoEWithLoRA`). Its stacks are read: lora_a [slots, experts,
             rank, in] and lora_b [slots, experts, out, rank], of gate, up and down, or of the fused
-            gate_up and down.
+            gate_up and down. They are dense in 0.11, and a `SlotStack` each from 0.24 on.
     """
 
     def __init__(self, base: Callable[..., torch.Tensor], wrapper: Any) -> None:
@@ -190,6 +190,17 @@ def _activation(which: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         )
     act: Callable[[torch.Tensor], torch.Tensor] = table[which]
     return act
+
+
+def replace_silu() -> None:
+    """Let vLLM 0.24 compute SiLU as later releases do.
+
+    It makes a custom operator in each forward, for which vLLM's config is needed and not set.
+    """
+    from vllm.model_executor.layers.activation import SiluAndMul
+    from vllm.model_executor.layers.fused_moe import cpu_fused_moe
+
+    cpu_fused_moe._CPU_MOE_ACT_FN[cpu_fused_moe.MoEActivation.SILU] = SiluAndMul.forward_native
 
 
 def _silu_and_mul(x: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,15 @@ SHAPES = {
     "no gate": dataclasses.replace(SHAPE, slices=1, fused=1),
     "bf16": dataclasses.replace(SHAPE, dtype="bfloat16"),
     "one expert, one slot": dataclasses.replace(SHAPE, experts=1, top_k=1, slots=1),
+    "experts elsewhere": dataclasses.replace(SHAPE, experts=3, absent=3),
+    "shared factors": dataclasses.replace(SHAPE, shared=True),
 }
+
+
+class UnquantizedFusedMoEMethod:
+    """Of which records know the name."""
+
+    experts_cls = type("TritonExperts", (), {})
 
 
 @pytest.fixture(autouse=True)
@@ -60,10 +68,15 @@ def test_expected_is_the_reference(name, kind):
     ):
         y = torch.zeros(9, shape.top_k, sum(one.shape[2] for one in b))
         ranks = layer.ranks[None].expand(len(a), -1, -1)
-        reference.add_lora(y, x, a, b, ranks, slots, batch.ids, w)
+        here = batch.ids if layer.expert_map is None else layer.expert_map[batch.ids.long()]
+        a, b = ([one.expand(-1, shape.experts, -1, -1) for one in stack] for stack in (a, b))
+        reference.add_lora(y, x, a, b, ranks, slots, here, w)
         torch.testing.assert_close(expected.lora[index], y.flatten(0, 1), rtol=1e-5, atol=1e-5)
         weight = layer.w13 if w is None else layer.w2
-        for pair, expert in enumerate(batch.ids.flatten().tolist()):
+        for pair, expert in enumerate(here.flatten().tolist()):
+            if expert < 0:
+                assert not expected.base[index][pair].any()
+                continue
             row = x[pair // shape.top_k if x.shape[0] == 9 else pair].float()
             want = weight[expert].float() @ row * (1 if w is None else w.flatten()[pair])
             torch.testing.assert_close(expected.base[index][pair], want, rtol=1e-4, atol=1e-4)
@@ -210,6 +223,7 @@ def test_search_keeps_what_is_faster_and_right(monkeypatch):
 def layer_and_batch(tokens):
     layer, batch = cases.layer(SHAPE, "cpu", base=True), cases.batch(SHAPE, tokens, "all", "cpu")
     vllms = layer.as_vllm()
+    vllms.quant_method = UnquantizedFusedMoEMethod()
     for slot in range(SHAPE.slots):
         moe_kernels.slot_written(vllms, slot)
     return layer, vllms, batch

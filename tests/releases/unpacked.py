@@ -26,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 # Scripts that run our Triton kernels, on releases from 0.28 on.
 INTERPRETED = ("kernels_in_place.py", "oai_experts.py", "trtllm_experts.py")
+INTERPRETED += ("tuned_layers.py", "tuned_model.py")
 # What the scripts import by name.
 CODE = [str(HERE / "scripts"), str(HERE / "stand_ins"), str(HERE.parent)]
 FOLDER = Path(os.environ.get("MOE_LORA_TREES", ROOT / ".trees"))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm_moe_lora.probe import Question
     from vllm_moe_lora.records import Conditions, LayerShape, Record
-    from vllm_moe_lora.tuning.model_layers import Serve
+    from vllm_moe_lora.tuning.model_layers import ModelLayers
     from vllm_moe_lora.tuning.session import Session
 
 
@@ -74,12 +74,12 @@ def run(args: argparse.Namespace) -> int:
     end = time.monotonic() + 60 * args.minutes
     sessions, stopped = [], False
     with ExitStack() as stack:
-        serve, why = None, "they need a GPU"
+        layers, why = None, "they need a GPU"
         if not args.interpret and not all(base for _, base in shapes):
-            serve, why = _build(question, stack)
+            layers, why = _build(question, stack)
         for number, (shape, base) in enumerate(shapes):
             left = (end - time.monotonic()) / (len(shapes) - number)
-            session, stopped = _tune(args, shape, base, time.monotonic() + left, serve, why)
+            session, stopped = _tune(args, shape, base, time.monotonic() + left, layers, why)
             sessions.append(session)
             if stopped:
                 break
@@ -126,7 +126,7 @@ def _shapes(
     return list(dict.fromkeys(found)), "the model has no routed experts with LoRA"
 
 
-def _build(question: Question, stack: ExitStack) -> tuple[Serve | None, str]:
+def _build(question: Question, stack: ExitStack) -> tuple[ModelLayers | None, str]:
     """Build the model without memory, for its layers; return None and why if this fails."""
     from vllm_moe_lora.tuning import model_layers
 
@@ -154,7 +154,7 @@ def _tune(
     shape: LayerShape,
     base: bool,
     deadline: float,
-    serve: Serve | None,
+    layers: ModelLayers | None,
     why: str,
 ) -> tuple[Session, bool]:
     """Check and time one shape, with a progress bar; Ctrl-C keeps what is done.
@@ -164,7 +164,7 @@ def _tune(
         shape: what to tune for.
         base: whether unquantised weights and vLLM's Triton GEMMs are the base.
         deadline: `time.monotonic()` at which to stop.
-        serve: makes vLLM's own layer of the shape; None if there are no such layers.
+        layers: vLLM's own; None if there are none.
         why: then, why not.
 
     Returns:
@@ -191,7 +191,9 @@ def _tune(
             kinds: dict[str, Any] = {"clock": clock.StubClock(), "on_gpu": False, **sizes}
         else:
             kinds = {"clock": clock.GraphClock()}
-        base, more, remarks = _base_of(args, shape, base, serve, why)
+        base, more, remarks = _base_of(args, shape, base, layers, why)
+        if "served" in more:  # its kernel may have padded the intermediate size
+            shape = more["served"].shape
         made = session.Session(shape, _conditions(), say=say, base=base, **more, **kinds)
         made.remarks += remarks
         try:
@@ -208,7 +210,7 @@ def _tune(
 
 
 def _base_of(
-    args: argparse.Namespace, shape: LayerShape, base: bool, serve: Serve | None, why: str
+    args: argparse.Namespace, shape: LayerShape, base: bool, layers: ModelLayers | None, why: str
 ) -> tuple[bool, dict[str, Any], list[str]]:
     """Decide what computes the base GEMMs of a layer. Arguments are those of `_tune`.
 
@@ -223,9 +225,9 @@ def _base_of(
         why = "the GPU has no memory for unquantised base weights"
         return False, {"tailless": why}, [f"{why}; LoRA is timed alone"]
     tailless = f"it computes base GEMMs of unquantised weights in Triton, not {experts}'"
-    if serve is not None:
+    if layers is not None:
         try:
-            served = serve(shape)
+            served = layers.served(shape)
             inexact = f"{experts} quantise the tokens: only LoRA's numbers are compared with fp32"
             notes = [] if served.exact else [inexact]
             return False, {"served": served, "tailless": tailless}, notes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +12,51 @@ from vllm_moe_lora import meta_model, probe
 from vllm_moe_lora.records import LayerShape, layer_shape
 from vllm_moe_lora.tuning.served import Served
 
-Serve = Callable[[LayerShape], Served]
+
+class ModelLayers:
+    """The MoE layers of a model, of which `served` gives one memory.
+
+    Attributes:
+        shapes: the distinct ones, in the model's order.
+    """
+
+    def __init__(self, model: Any, config: Any, device: torch.device) -> None:
+        """Find the layers.
+
+        Args:
+            model: vLLM's, on the meta device.
+            config: vLLM's.
+            device: for the layers.
+        """
+        self._config, self._device = config, device
+        runners = {id(m.routed_experts): m for m in model.modules() if hasattr(m, "routed_experts")}
+        self._runners: dict[LayerShape, Any] = {}
+        for layer, packed in probe.moe_layers_of(model, config):
+            runner = runners.get(id(layer))
+            if runner is not None:
+                self._runners.setdefault(layer_shape(layer, packed, config), runner)
+        self.shapes = tuple(self._runners)
+
+    def served(self, shape: LayerShape) -> Served:
+        """Return a layer with random weights.
+
+        Args:
+            shape: one of `shapes`; each only once.
+
+        Raises:
+            LookupError: there is none of this shape.
+            packed.UnknownFormatError: of its weights.
+        """
+        runner = self._runners.pop(shape, None)
+        if runner is None:
+            raise LookupError("this process found other layers in the model than the first one")
+        materialise(runner.routed_experts, self._device)
+        model = self._config.model_config.hf_config
+        return Served(runner, self._config, model, shape.slices < shape.fused)
 
 
 @contextmanager
-def built(question: probe.Question, device: str) -> Iterator[Serve]:
+def built(question: probe.Question, device: str) -> Iterator[ModelLayers]:
     """Build a model without memory. It changes vLLM's and torch's global state.
 
     Args:
@@ -24,7 +64,7 @@ def built(question: probe.Question, device: str) -> Iterator[Serve]:
         device: where to put layers.
 
     Yields:
-        A function that returns a layer of a shape; only this layer gets memory.
+        Its layers; vLLM's config is the current one inside the block.
     """
     from vllm.plugins import load_general_plugins
     from vllm.v1.worker.workspace import init_workspace_manager
@@ -34,20 +74,7 @@ def built(question: probe.Question, device: str) -> Iterator[Serve]:
     with meta_model.built(config) as model:
         torch.set_default_dtype(torch.float32)
         init_workspace_manager(torch.device(device))
-        runners = {id(m.routed_experts): m for m in model.modules() if hasattr(m, "routed_experts")}
-        layers = [
-            (layer_shape(layer, packed, config), runners.get(id(layer)))
-            for layer, packed in probe.moe_layers_of(model, config)
-        ]
-
-        def serve(shape: LayerShape) -> Served:
-            runner: Any = next((one for found, one in layers if found == shape), None)
-            if runner is None:
-                raise LookupError("this process finds other layers in the model than the first one")
-            materialise(runner.routed_experts, torch.device(device))
-            return Served(runner, config, shape.slices < shape.fused)
-
-        yield serve
+        yield ModelLayers(model, config, torch.device(device))
 
 
 def materialise(module: torch.nn.Module, device: torch.device) -> None:

@@ -118,6 +118,33 @@ class Filled:
     bias2: torch.Tensor | None
 
 
+class Padded:
+    """Weights with zeros where vLLM pads the intermediate size after loading.
+
+    Args:
+        weights: without padding.
+        parts: number of equal blocks of rows (2 for gate and up), of which each is padded; 0 to pad
+            the columns.
+        size: rows of a block, or columns, with padding.
+    """
+
+    def __init__(self, weights: Weights, parts: int, size: int) -> None:
+        self._weights, self._parts, self._size = weights, parts, size
+
+    def __getitem__(self, expert: int) -> torch.Tensor:
+        """Return [out, in] fp32."""
+        return padded(self._weights[expert], self._parts, self._size)
+
+
+def padded(values: torch.Tensor, parts: int, size: int) -> torch.Tensor:
+    """Pad rows or columns with zeros; the arguments are those of `Padded`."""
+    if not parts:
+        return torch.nn.functional.pad(values, (0, size - values.shape[-1]))
+    blocks = values.unflatten(0, (parts, -1))
+    gap = [0] * (2 * values.ndim - 1) + [size - blocks.shape[1]]
+    return torch.nn.functional.pad(blocks, gap).flatten(0, 1)
+
+
 Writers = dict[str, Callable[[Weights, int], torch.Tensor]]  # parameter -> what an expert has there
 
 

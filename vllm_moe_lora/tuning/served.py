@@ -143,12 +143,13 @@ class Served:
             of what they must return.
     """
 
-    def __init__(self, runner: Any, config: Any, fused: bool, seed: int = 0) -> None:
+    def __init__(self, runner: Any, config: Any, model: Any, fused: bool, seed: int = 0) -> None:
         """Fill a layer, let vLLM repack its weights, and wrap it.
 
         Args:
             runner: vLLM's `MoERunner`, whose `routed_experts` has its parameters on the device.
             config: vLLM's.
+            model: the model's config, of transformers.
             fused: whether gate and up have the same factors (`FusedMoE3DWithLoRA`).
             seed: of the random numbers.
 
@@ -164,7 +165,7 @@ class Served:
         with _as_in_an_engine(routed.moe_config.in_dtype):
             routed.quant_method.process_weights_after_loading(routed)
             made: Any = kind(runner)
-            made.create_lora_weights(lora.max_loras, lora, config.model_config.hf_config)
+            made.create_lora_weights(lora.max_loras, lora, model)
         self._wrapper = made
         made.adapter_enabled.fill_(1)
         self.shape: LayerShape = choose.shape_of(made)
@@ -175,8 +176,14 @@ class Served:
             tuple(made.w2_lora_b_stacked),
         )
         self.layer = cases.filled(self.shape, stacks, made.adapter_enabled, seed)
-        self.layer.w13, self.layer.w2 = base.w13, base.w2
+        # The stacks have the intermediate size that the kernel really has.
+        fused_rows, inner = self.shape.fused, self.shape.inner
+        self.layer.w13 = packed.Padded(base.w13, fused_rows, inner)
+        self.layer.w2 = packed.Padded(base.w2, 0, inner)
         self.layer.bias13, self.layer.bias2 = base.bias13, base.bias2
+        if base.bias13 is not None:
+            rows = [packed.padded(one, fused_rows, inner) for one in base.bias13]
+            self.layer.bias13 = torch.stack(rows)
         self.layer.expert_map = routed.expert_map
         kernel = made._moe_kernel
         self.experts = type(kernel.fused_experts).__name__

@@ -147,7 +147,7 @@ def test_one_wrong_number_refuses_the_tail_alone(monkeypatch):
 
 
 def test_tail_is_left_out_without_base_weights():
-    assert "quantised" in session_of(base=False).refused["tail"]
+    assert "unquantised base weights" in session_of(base=False).refused["tail"]
 
 
 class Prefers:
@@ -282,10 +282,10 @@ def run_layer(layer, vllms, batch):
     return ran
 
 
-def write_record(*winners, **more):
+def write_record(*winners, shape=SHAPE, **more):
     us = {"upstream": (2.0, 2.0, 2.0)}
     choices = tuple(Choice(tokens, winner, us) for tokens, winner in winners)
-    made = Record(choose.conditions("cpu"), SHAPE, choices, **more)
+    made = Record(choose.conditions("cpu"), shape, choices, **more)
     return records.write(made)
 
 
@@ -328,6 +328,24 @@ def test_a_records_tiles_are_used():
     write_record((8, "ours"), tiles=(tuple(dataclasses.asdict(tiles).values()),))
     assert run_layer(*layer_and_batch(3)) == ["base", "base"]
     assert config.tiles_for("cpu", torch.float32, 16, 8) == tiles
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"path": "MarlinExperts, AutoGPTQMoEMethod, weight_bits 4"},
+        {"path": f"{records.UNQUANTISED}, bias"},
+        {"absent": 4},
+        {"shared": True},
+    ],
+)
+def test_a_record_of_another_path_is_not_read(other):
+    """INT4, a bias, experts on other devices: the same sizes, but another base, or fewer pairs."""
+    write_record((8, "ours"), shape=dataclasses.replace(SHAPE, **other))
+    assert run_layer(*layer_and_batch(3)) == ["base", "upstream", "base"]
+    write_record((8, "ours"))
+    choose._record.cache_clear()
+    assert run_layer(*layer_and_batch(3)) == ["base", "base"]
 
 
 def test_tiles_of_other_rows_fall_back_to_upstream():

@@ -22,7 +22,7 @@ import packages
 import quantised_experts as layers
 import stage
 
-TOKENS = 9
+TOKENS = 7
 
 
 def main(folder, tensor_parallel, expert_parallel):

@@ -109,7 +109,7 @@ Stacks = tuple[
 
 
 def layer(shape: LayerShape, device: str, base: bool = False, seed: int = 0) -> Layer:
-    """Make a layer. The experts that are here are the first of the model.
+    """Make a layer. The experts that are here are spread evenly over those of the model.
 
     Args:
         shape: its sizes.
@@ -142,8 +142,9 @@ def layer(shape: LayerShape, device: str, base: bool = False, seed: int = 0) -> 
             for size in sizes
         )
     if shape.absent:
-        numbers = torch.arange(shape.total, dtype=torch.int32, device=device)
-        made.expert_map = torch.where(numbers < shape.experts, numbers, -1)
+        numbers = torch.arange(shape.experts, dtype=torch.int32, device=device)
+        made.expert_map = torch.full((shape.total,), -1, dtype=torch.int32, device=device)
+        made.expert_map[numbers.long() * shape.total // shape.experts] = numbers
     return made
 
 

@@ -157,9 +157,11 @@ def loop(layer, batch, kind, slots):
 
 def faults(one):
     """Name -> what makes the layer wrong while it is entered."""
+    from vllm import _custom_ops as ops
+
     from vllm_moe_lora.kernels.triton import launch
 
-    real = launch.add_lora
+    real, gemm = launch.add_lora, ops.moe_wna16_marlin_gemm
 
     def one_number(y, *args, **more):
         real(y, *args, **more)
@@ -172,7 +174,15 @@ def faults(one):
     def stored(y, x, factors, routing, weights=None, add_inputs=True):
         real(y, x, factors, routing, weights, add_inputs=False)
 
+    def without_the_last(x, output, *args, **more):
+        before = output.view(-1)[-1].clone()
+        found = gemm(x, output, *args, **more)
+        output.view(-1)[-1] = before
+        return found
+
+    unwritten = mock.patch.object(ops, "moe_wna16_marlin_gemm", without_the_last)
     return {
+        "a number not written": unwritten,
         "a number of the LoRA": mock.patch.object(launch, "add_lora", one_number),
         "rows without LoRA": mock.patch.object(launch, "add_lora", rows_of_base_tokens),
         "no base": mock.patch.object(launch, "add_lora", stored),

@@ -3,10 +3,10 @@
 In Triton's interpreter. The release's own are the layer, its quantisation method and what it does
 to the weights, the wrapper, the modular kernel, the experts and `PunicaWrapperGPU`. Replaced are
 the base's operators, by loops, and which backend the oracle chooses; upstream's LoRA kernels do not
-run. For each case: "path", "experts", "dtype"; "refused" and "remarks" of the session; "off", how
-far the layer's answer is from fp32 loops' over the unpacked weights, and "moved", how far adapters
-move it; "wrong", what the session says of a layer with a fault (without MOE_LORA_ALL=1 of GPTQ's
-alone). ``argv``: "3.8" for gpt-oss' experts with that version of triton_kernels alone.
+run. For each case: "path", "experts", "dtype", "exact"; "refused" and "remarks" of the session;
+"off", how far the layer's answer is from fp32 loops' over the unpacked weights, and "moved", how
+far adapters move it; "wrong", what the session says of a layer with a fault (without MOE_LORA_ALL=1
+of GPTQ's alone). ``argv``: "3.8" for gpt-oss' experts with that triton_kernels alone.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import bf16_exact  # noqa: F401
+import fp8
 import int4
 import marlin
 import oai
@@ -33,7 +34,7 @@ import torch
 
 TOKENS = 7
 INT4 = ("gptq", "awq", "ct", "moe_wna16", "moe_wna16-awq")
-KINDS = (*INT4, *marlin.KINDS, "mxfp4-oai")
+KINDS = (*INT4, *marlin.KINDS, "mxfp4-oai", "fp8")
 # These get faults, and each kind of batch.
 FAULTY = KINDS if os.environ.get("MOE_LORA_ALL") == "1" else ("gptq",)
 ALL_KINDS = ("none", "one", "all", "skewed")
@@ -49,7 +50,7 @@ def runner_of(kind, number):
         oai.stand_in()
         return layer_of(kind, number, oai.Weights, oai.method())
     marlin.choose(kind)
-    sizes, method, *_ = marlin.KINDS[kind]
+    sizes, method, *_ = marlin.KINDS.get(kind, (marlin.Sizes, fp8.method))
     return layer_of(kind, number, sizes, method())
 
 
@@ -109,6 +110,7 @@ def run(kind, number, config):
         "path": one.shape.path,
         "experts": one.experts,
         "dtype": one.shape.dtype,
+        "exact": one.served.exact,
         "refused": one.refused,
         "remarks": one.remarks,
         "kinds": sorted(record.choices[0].us),

@@ -49,11 +49,15 @@ KINDS = {
 
 
 def choose(kind):
-    """Have the oracle choose Marlin."""
-    *_, name, backends = KINDS[kind]
+    """Have the oracle choose Marlin; for the kind "fp8" Triton, which quantises the tokens, too."""
+    *_, name, backends = KINDS.get(kind, KINDS["fp8-marlin"])
     oracle = importlib.import_module(f"{_WHERE}.fused_moe.oracle.{name}")
     experts = importlib.import_module(f"{_WHERE}.fused_moe.experts.marlin_moe").MarlinExperts
-    found = (getattr(oracle, backends).MARLIN, experts)
+    backend = getattr(oracle, backends).MARLIN
+    if kind == "fp8":
+        experts = importlib.import_module(f"{_WHERE}.fused_moe.experts.triton_moe").TritonExperts
+        backend = getattr(oracle, backends).TRITON
+    found = (backend, experts)
     stage.everywhere(f"select_{name}_moe_backend", lambda *args, **more: found)
 
 
@@ -124,7 +128,7 @@ def _repack(given):
 
 
 def stand_in():
-    """Replace the operators; those of `int4` for experts in Triton, too."""
+    """Replace the operators, also those of `int4` and `fp8` for experts in Triton."""
     from vllm import _custom_ops as ops
 
     utils = f"{_WHERE}.quantization.utils"
@@ -134,13 +138,13 @@ def stand_in():
     align = stage.bound(aligned.moe_align_block_size, _align)
     marlin = importlib.import_module(f"{_WHERE}.fused_moe.experts.marlin_moe")
     gemm = stage.bound(ops.moe_wna16_marlin_gemm, _gemm)
+    fp8.stand_in()
     int4.stand_in()
     marlin.moe_align_block_size = align
     marlin.MarlinExperts._supports_current_device = staticmethod(lambda: True)
     ops.moe_wna16_marlin_gemm, ops.moe_sum = gemm, _sum
     ops.awq_marlin_moe_repack = lambda b, *args, **more: int4._marlin(_in_order(int4.unpack(b, 2)))
     ops.gptq_marlin_repack = stage.bound(ops.gptq_marlin_repack, _repack)
-    ops.scaled_fp8_quant = stage.bound(ops.scaled_fp8_quant, fp8._quant)
     for name in ("marlin_permute_scales", "marlin_permute_bias", "mxfp4_marlin_process_scales"):
         stage.everywhere(name, _first)
     stage.everywhere("fp8_fused_exponent_bias_into_scales", _first)

@@ -34,7 +34,8 @@ import torch
 
 TOKENS = 7
 INT4 = ("gptq", "awq", "ct", "moe_wna16", "moe_wna16-awq")
-KINDS = (*INT4, *marlin.KINDS, "mxfp4-oai", "fp8")
+KINDS = (*INT4, *marlin.KINDS, "mxfp4-oai", "fp8", "bias")
+OF_GPT_OSS = ("mxfp4-marlin", "mxfp4-oai", "bias")
 # These get faults, and each kind of batch.
 FAULTY = KINDS if os.environ.get("MOE_LORA_ALL") == "1" else ("gptq",)
 ALL_KINDS = ("none", "one", "all", "skewed")
@@ -49,6 +50,8 @@ def runner_of(kind, number):
     if kind == "mxfp4-oai":
         oai.stand_in()
         return layer_of(kind, number, oai.Weights, oai.method())
+    if kind == "bias":  # and not quantised
+        return layer_of(kind, number, marlin.Biased, None)
     marlin.choose(kind)
     sizes, method, *_ = marlin.KINDS.get(kind, (marlin.Sizes, fp8.method))
     return layer_of(kind, number, sizes, method())
@@ -65,7 +68,7 @@ def layer_of(kind, number, sizes, method):
             hidden_size=sizes.hidden,
             intermediate_size=sizes.inner,
             params_dtype=torch.bfloat16,
-            quant_config=one_method.config(kind, method),
+            quant_config=one_method.config(kind, method) if method is not None else None,
             prefix=f"model.layers.{number}.mlp.experts",
             **sizes.layer,
         )
@@ -85,7 +88,7 @@ def session_of(kind, number, config):
         runner.moe_config.num_experts = len(here)
     config.lora_config.lora_dtype = dtype
     model = types.SimpleNamespace(architectures=["GptOssForCausalLM"])
-    found = served.Served(runner, config, model, kind.startswith("mxfp4"))
+    found = served.Served(runner, config, model, kind in OF_GPT_OSS)
     assert (found.shape.absent > 0) == elsewhere
     more = {"on_gpu": False, "checked": (TOKENS,), "sizes": (1,), "served": found}
     return session.Session(
@@ -146,7 +149,7 @@ def loop(layer, batch, kind, slots):
 
             row = batch.x[token].float()
             row = times(layer.w13, layer.bias13, layer.a13, layer.b13, row)
-            if kind.startswith("mxfp4"):
+            if kind in OF_GPT_OSS:
                 gate, up = row[::2].clamp(max=7), row[1::2].clamp(-7, 7)
                 row = (up + 1) * gate * torch.sigmoid(1.702 * gate)
             else:
@@ -196,6 +199,8 @@ class Other:
     """Weights that are not the ones that were packed, while it is entered: half of expert 0's."""
 
     def __init__(self, weights):
+        if weights.dtype == fp8.FP8:
+            weights = weights.view(torch.uint8)
         self.half, self.before = weights[0][: len(weights[0]) // 2], None
 
     def __enter__(self):

@@ -89,20 +89,34 @@ def _dense(given):
 
 def _gemm(given):
     """`moe_wna16_marlin_gemm`"""
-    weights, output = _dense(given), given.output
+    output = given.output
     if output is None:
         output = given.input.new_full((given.size_m * given.top_k, given.size_n), torch.nan)
     result = output.view(-1, given.size_n)
+    _product(given, given.input, _dense(given), given.b_bias, given.mul_topk_weights, result)
+    return output
+
+
+def _plain(given):
+    """`invoke_fused_moe_triton_kernel`, of unquantised experts with a bias, too."""
+    if given.use_fp8_w8a8:
+        return fp8._triton(given)
+    result = given.C.view(-1, given.C.shape[-1])
+    _product(given, given.A, given.B.float(), given.B_bias, given.mul_routed_weight, result)
+    return None
+
+
+def _product(given, tokens, weights, bias, weighted, result):
+    """Write each pair's row; ``weights`` [experts, out, in] in fp32."""
     for pair, expert in zip(
         given.sorted_token_ids.tolist(), given.expert_ids.tolist(), strict=True
     ):
-        row = weights[expert] @ given.input[pair // given.top_k].float()
-        if given.b_bias is not None:
-            row = row + given.b_bias[expert].float()
-        if given.mul_topk_weights:
+        row = weights[expert] @ tokens[pair // given.top_k].float()
+        if bias is not None:
+            row = row + bias[expert].float()
+        if weighted:
             row = row * given.topk_weights.flatten()[pair]
         result[pair] = row.to(result.dtype)
-    return output
 
 
 def _align(given):
@@ -138,8 +152,12 @@ def stand_in():
     align = stage.bound(aligned.moe_align_block_size, _align)
     marlin = importlib.import_module(f"{_WHERE}.fused_moe.experts.marlin_moe")
     gemm = stage.bound(ops.moe_wna16_marlin_gemm, _gemm)
+    fused_moe = importlib.import_module(f"{_WHERE}.fused_moe.fused_moe")
+    name = "invoke_fused_moe_triton_kernel"
+    real = getattr(fused_moe, name)
     fp8.stand_in()
     int4.stand_in()
+    stage.everywhere(name, stage.bound(real, _plain))
     marlin.moe_align_block_size = align
     marlin.MarlinExperts._supports_current_device = staticmethod(lambda: True)
     ops.moe_wna16_marlin_gemm, ops.moe_sum = gemm, _sum

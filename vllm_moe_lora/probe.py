@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_moe_lora import envs
+from vllm_moe_lora import envs, meta_model
 from vllm_moe_lora.models.declare import declare
 from vllm_moe_lora.plugin import status
 from vllm_moe_lora.records import layer_shapes
@@ -43,6 +43,9 @@ class Question:
     lora_target_modules: tuple[str, ...] | None = None
     no_experts: bool = False
     trust_remote_code: bool = False
+    quantization: str | None = None
+    enable_mixed_moe_lora_format: bool = False
+    enable_moe_shared_loras: bool = False
 
 
 @dataclass
@@ -119,31 +122,18 @@ def answer(question: Question) -> Answer:
 
     It changes vLLM's and torch's global state. Whatever vLLM raises for this model is raised.
     """
-    import torch
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.platforms import current_platform
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    config = _config(question)
-    with set_current_vllm_config(config):
-        _fake_process_groups(question.tensor_parallel_size, question.data_parallel_size)
-        _build_expert_maps_on_cpu()
-        _stay_on_meta()
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(config.model_config.dtype)
-        try:
-            with torch.device("meta"):
-                model = initialize_model(vllm_config=config)
-            row = declare(model) if status().get("model-classes") == "on" else None
-            weights = sum(_tensor_bytes(model))
-            experts = [_backend_of(m) for m in model.modules() if _is_experts(m)]
-            dense_slots, experts_slots, moe_layers = _slot_bytes(model, config)
-            layers = [m for m in model.modules() if hasattr(m, "moe_config")]
-            spread = _spread(layers[0]) if layers else {}
-        finally:
-            torch.set_default_dtype(default)
+    config = config_of(question)
+    with meta_model.built(config) as model:
+        row = declare(model) if status().get("model-classes") == "on" else None
+        weights = sum(_tensor_bytes(model))
+        experts = [_backend_of(m) for m in model.modules() if _is_experts(m)]
+        dense_slots, experts_slots, moe_layers = _slot_bytes(model, config)
+        layers = [m for m in model.modules() if hasattr(m, "moe_config")]
+        spread = _spread(layers[0]) if layers else {}
     names = Counter(name for name, _ in experts)
     wrapped = len(moe_layers)
     takes = wrapped == 0 or all(takes for _, takes in experts)
@@ -166,7 +156,13 @@ def answer(question: Question) -> Answer:
     return found
 
 
-def _config(question: Question) -> Any:
+def moe_layers_of(model: Any, config: Any) -> list[tuple[Any, int]]:
+    """Return each layer whose routed experts get LoRA, with the number of its packed modules."""
+    return _slot_bytes(model, config)[2]
+
+
+def config_of(question: Question) -> Any:
+    """Return vLLM's config for these settings."""
     from vllm.engine.arg_utils import EngineArgs
 
     more: dict[str, Any] = {}
@@ -174,6 +170,10 @@ def _config(question: Question) -> Any:
         more["lora_target_modules"] = list(question.lora_target_modules)
     if question.no_experts:
         more["additional_config"] = {target_modules.NO_EXPERTS_KEY: True}
+    # Left out where they have vLLM's default: older releases do not know all of them.
+    for name in ("quantization", "enable_mixed_moe_lora_format", "enable_moe_shared_loras"):
+        if value := getattr(question, name):
+            more[name] = value
     config = EngineArgs(
         **more,
         model=question.model,
@@ -232,71 +232,6 @@ def _experts_of(rank: int, layer: Any) -> str:
     if len(ids) > 1 and ids == list(range(ids[0], ids[-1] + 1)):
         return f"{ids[0]} to {ids[-1]}"
     return ", ".join(map(str, ids))
-
-
-def _fake_process_groups(size: int, data_parallel_size: int = 1) -> None:
-    """Make vLLM's process groups of all ranks, without communication. We are rank 0.
-
-    Args:
-        size: the tensor parallel size.
-        data_parallel_size: how many such engines there are.
-
-    The other ranks do not exist. Torch's "fake" backend returns from each collective at once.
-    """
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-    from vllm.distributed import parallel_state
-
-    world = size * data_parallel_size
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
-    new_group, coordinator = dist.new_group, parallel_state.GroupCoordinator.__init__
-
-    def fake_group(ranks: Any = None, backend: Any = None, **more: Any) -> Any:
-        return new_group(ranks, backend="fake")
-
-    def without_communicators(self: Any, *args: Any, **more: Any) -> None:
-        off = {"use_device_communicator": False, "use_message_queue_broadcaster": False}
-        coordinator(self, *args, **{**more, **off})
-
-    dist.new_group = fake_group
-    parallel_state.GroupCoordinator.__init__ = without_communicators
-    parallel_state.in_the_same_node_as = lambda *args, **more: [True] * world
-    parallel_state.init_distributed_environment(
-        world_size=size, rank=0, local_rank=0, distributed_init_method="env://", backend="gloo"
-    )
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
-
-
-def _build_expert_maps_on_cpu() -> None:
-    """Let vLLM make each layer's expert map on the CPU instead of the meta device.
-
-    vLLM reads numbers from the map while it builds the model, and a meta tensor has none.
-    """
-    import torch
-    from vllm.model_executor.layers.fused_moe import expert_map_manager
-
-    original = expert_map_manager.ExpertMapManager.__init__
-
-    def on_cpu(self: Any, *args: Any, **more: Any) -> None:
-        with torch.device("cpu"):
-            original(self, *args, **more)
-
-    expert_map_manager.ExpertMapManager.__init__ = on_cpu
-
-
-def _stay_on_meta() -> None:
-    """Let vLLM build models that move a part of themselves to the device, such as Kimi K2.5."""
-    import torch
-
-    original = torch.nn.Module.to
-
-    def to(self: Any, *args: Any, **more: Any) -> Any:
-        try:
-            return original(self, *args, **more)
-        except NotImplementedError:  # "Cannot copy out of meta tensor"
-            return self
-
-    torch.nn.Module.to = to
 
 
 def _is_experts(module: Any) -> bool:

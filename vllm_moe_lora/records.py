@@ -18,10 +18,16 @@ from typing import Any
 
 from . import envs
 
-VERSION = 1  # of the file's format; files of other versions are not read
+VERSION = 2  # of the file's format; files of other versions are not read
 PACKAGE = Path(__file__).parent
 SHIPPED = PACKAGE / "kernels" / "triton" / "measured"  # records that come with the package
 KINDS = ("upstream", "ours", "tail")
+UNQUANTISED = "TritonExperts, UnquantizedFusedMoEMethod"  # `LayerShape.path` of most
+# What a quantisation method, or its config, may say of the weights' format.
+FORMAT = (
+    *("num_bits", "weight_bits", "group_size", "weight_block_size", "strategy", "actorder"),
+    *("symmetric", "is_sym", "has_zp", "zero_point", "desc_act"),
+)
 
 
 class RecordError(ValueError):
@@ -63,6 +69,9 @@ class LayerShape:
         slots: --max-loras.
         rank: --max-lora-rank, as the buffers have it.
         dtype: of the factors: "bfloat16", "float16" or "float32".
+        absent: experts of the model that are on other devices (expert parallelism).
+        shared: whether all experts share lora_a of w13 and lora_b of w2.
+        path: which of vLLM's experts compute the base GEMMs, and on what weights, see `path_of`.
     """
 
     experts: int
@@ -74,11 +83,22 @@ class LayerShape:
     slots: int
     rank: int
     dtype: str
+    absent: int = 0
+    shared: bool = False
+    path: str = UNQUANTISED
+
+    @property
+    def total(self) -> int:
+        """Experts of the model."""
+        return self.experts + self.absent
 
     def __str__(self) -> str:
+        of = f" of {self.total}" if self.absent else ""
+        shared = ", shared factors" if self.shared else ""
         return (
-            f"{self.experts} experts, top {self.top_k}, hidden {self.hidden}, inner {self.inner}, "
-            f"w13 in {self.slices}, {self.slots} slots of rank {self.rank}, {self.dtype}"
+            f"{self.experts}{of} experts, top {self.top_k}, hidden {self.hidden}, inner "
+            f"{self.inner}, w13 in {self.slices}, {self.slots} slots of rank {self.rank}{shared}, "
+            f"{self.dtype}, {self.path}"
         )
 
 
@@ -293,6 +313,27 @@ def kernels_hash() -> str:
     return found.hexdigest()[:16]
 
 
+def path_of(layer: Any) -> str:
+    """Return `LayerShape.path`: the experts' class, the quantisation method's, and its format.
+
+    Args:
+        layer: vLLM's `FusedMoEWithLoRA`; or its `RoutedExperts`, of which only the parameters need
+            to exist.
+    """
+    method = getattr(layer.quant_method, "old_quant_method", layer.quant_method)
+    kernel = getattr(layer, "_moe_kernel", None)
+    experts = getattr(method, "experts_cls", None) if kernel is None else type(kernel.fused_experts)
+    words = [getattr(experts, "__name__", "no experts class"), type(method).__name__]
+    for name in FORMAT:
+        config = getattr(method, "quant_config", None)
+        value = getattr(method, name, getattr(config, name, None))
+        if value is not None:
+            words.append(f"{name} {getattr(value, 'value', value)}")
+    if getattr(layer.moe_config, "has_bias", False):
+        words.append("bias")
+    return ", ".join(words)
+
+
 def layer_shapes(layers: list[tuple[Any, int]], config: Any) -> list[dict[str, Any]]:
     """Return the distinct shapes of MoE layers, see `probe.Answer.layers`.
 
@@ -300,23 +341,41 @@ def layer_shapes(layers: list[tuple[Any, int]], config: Any) -> list[dict[str, A
         layers: each MoE layer with the number of its packed modules.
         config: vLLM's.
     """
-    lora, found = config.lora_config, []
+    found: list[dict[str, Any]] = []
     for layer, packed in layers:
-        moe = layer.moe_config
-        fused = 2 if moe.is_act_and_mul else 1
-        shape = {
-            "experts": moe.num_local_experts,
-            "top_k": moe.experts_per_token,
-            "hidden": moe.hidden_dim,
-            "inner": moe.intermediate_size_per_partition,
-            "slices": min(packed, fused),
-            "fused": fused,
-            "slots": lora.max_loras,
-            "rank": lora.max_lora_rank,
-            "dtype": str(lora.lora_dtype).removeprefix("torch."),
-            "base": type(layer.quant_method).__name__.startswith("Unquantized")
-            and not getattr(moe, "has_bias", False),
-        }
+        shape = asdict(layer_shape(layer, packed, config)) | {"base": is_plain(layer)}
         if shape not in found:
             found.append(shape)
     return found
+
+
+def layer_shape(layer: Any, packed: int, config: Any) -> LayerShape:
+    """Return the shape that a MoE layer will have as `FusedMoEWithLoRA`.
+
+    Args:
+        layer: its `RoutedExperts`; only the parameters need to exist.
+        packed: the number of its packed modules.
+        config: vLLM's.
+    """
+    lora, moe = config.lora_config, layer.moe_config
+    fused = 2 if moe.is_act_and_mul else 1
+    return LayerShape(
+        experts=moe.num_local_experts,
+        top_k=moe.experts_per_token,
+        hidden=moe.hidden_dim,
+        inner=moe.intermediate_size_per_partition,
+        slices=min(packed, fused),
+        fused=fused,
+        slots=lora.max_loras,
+        rank=lora.max_lora_rank,
+        dtype=str(lora.lora_dtype).removeprefix("torch."),
+        absent=moe.num_experts - moe.num_local_experts,
+        shared=bool(getattr(lora, "enable_moe_shared_loras", False)),
+        path=path_of(layer),
+    )
+
+
+def is_plain(layer: Any) -> bool:
+    """Return whether a MoE layer's experts are unquantised and have no bias."""
+    named = type(layer.quant_method).__name__.startswith("Unquantized")
+    return named and not getattr(layer.moe_config, "has_bias", False)

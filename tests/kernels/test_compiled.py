@@ -7,6 +7,7 @@ here and not on a GPU.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 
@@ -249,11 +250,14 @@ def test_factors_in_pages(arch):
 
 
 def searched(arch, part):
-    """What `vllm-moe-lora tune` may choose: (dtype, tiles)."""
-    for dtype in (torch.bfloat16, torch.float32):
+    """What `vllm-moe-lora tune` may choose: (dtype, tiles, slices).
+
+    In fp16, which INT4 models have, too, and for fused gate and up (gpt-oss).
+    """
+    for dtype, slices in itertools.product(config.DTYPES, (2, 1)):
         for rank in (16, 32, 64):
             for entry in config.search_space(arch, dtype, rank)[part]:
-                yield from ((dtype, tiles) for tiles in entry)
+                yield from ((dtype, tiles, slices) for tiles in entry)
 
 
 @pytest.mark.long
@@ -261,16 +265,16 @@ def searched(arch, part):
 def test_search_space(arch):
     """Registers and spills leave room, so that the search meets no tiles that cannot win."""
     bad = []
-    for dtype, tiles in dict.fromkeys(searched(arch, 0)):
-        constants = {"SLICES": 2, "BY_PAIR": False, "TILE_ROWS": tiles.tile_rows}
+    for dtype, tiles, slices in dict.fromkeys(searched(arch, 0)):
+        constants = {"SLICES": slices, "BY_PAIR": False, "TILE_ROWS": tiles.tile_rows}
         constants |= {"BLOCK_R": tiles.block_r, "BLOCK_K": tiles.block_k, "PAGE": 0}
         pointers = dict.fromkeys(("x", "a0", "a1"), ELEMENT[dtype]) | PLAN | {"z": "*fp32"}
         options = tiles.shrink_warps, tiles.shrink_stages
         built = ahead.build(shrink.shrink_kernel, arch, pointers, constants, *options)
         if built.spilled > SPILLED_BYTES or built.shared > SHARED_LIMIT[arch]:
-            bad.append(("shrink", dtype, tiles, built.spilled, built.shared))
-    for dtype, tiles in dict.fromkeys(searched(arch, 1)):
-        constants = {"SLICES": 2, "PARTS": config.PARTS, "WEIGHTED": True, "ADDED": True}
+            bad.append(("shrink", dtype, tiles, slices, built.spilled, built.shared))
+    for dtype, tiles, slices in dict.fromkeys(searched(arch, 1)):
+        constants = {"SLICES": slices, "PARTS": config.PARTS, "WEIGHTED": True, "ADDED": True}
         constants |= {"TILE_ROWS": tiles.tile_rows, "BLOCK_R": tiles.block_r}
         constants |= {"BLOCK_N": tiles.block_n, "PAGE": 0}
         pointers = dict.fromkeys(("y", "b0", "b1"), ELEMENT[dtype]) | PLAN
@@ -278,7 +282,7 @@ def test_search_space(arch):
         warps = tiles.expand_warps
         built = ahead.build(expand.expand_kernel, arch, pointers, constants, warps, 1)
         if built.spilled > SPILLED_BYTES or built.shared > SHARED_LIMIT[arch]:
-            bad.append(("expand", dtype, tiles, built.spilled, built.shared))
+            bad.append(("expand", dtype, tiles, slices, built.spilled, built.shared))
     assert not bad
 
 

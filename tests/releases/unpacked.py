@@ -30,6 +30,8 @@ INTERPRETED = (
     "oai_experts.py",
     "paged_experts.py",
     "trtllm_experts.py",
+    "tuned_layers.py",
+    "tuned_model.py",
 )
 # What the scripts import by name.
 CODE = [str(HERE / "scripts"), str(HERE / "stand_ins"), str(HERE.parent)]

@@ -22,6 +22,7 @@ ROOMS = [
     "tuning",
     "patchset",
     "probe",
+    "meta_model",
     "tiny",
     "trigger",
     "plugin",

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from vllm_moe_lora import cli, probe, records
+from vllm_moe_lora.commands import tune
 from vllm_moe_lora.tiny import models
 
 pytest.importorskip("triton")
@@ -63,6 +64,52 @@ def test_the_layers_of_a_model(model_type, tmp_path, monkeypatch):
     assert (one["experts"], one["inner"], one["hidden"]) == (experts, inner, config["hidden_size"])
     assert (one["top_k"], one["slots"], one["rank"]) == (config["num_experts_per_tok"], 3, 8)
     assert (one["slices"], one["fused"], one["base"]) == (1 if fused else 2, 2, not fused)
+
+
+def test_an_int4_model_says_so_by_itself(tmp_path, monkeypatch):
+    folder = models.build("qwen2_moe", tmp_path / "m", num_experts=32)
+    config = json.loads((folder / "config.json").read_text())
+    packed = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+    config |= {"dtype": "bfloat16", "quantization_config": {**packed, "lm_head": False}}
+    (folder / "config.json").write_text(json.dumps(config))
+    forked = types.SimpleNamespace(run=forks.launch, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(probe, "subprocess", forked)
+    [one] = probe.ask(probe.Question(str(folder))).layers
+    assert "weight_bits 4, group_size 32" in one["path"]
+    assert not one["base"]
+
+
+SHAPE = records.LayerShape(4, 2, 64, 32, 2, 2, 3, 8, "bfloat16", path="MarlinExperts, SomeMethod")
+
+
+class Layers:
+    """Of a model, in the place of `ModelLayers`."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def served(self, shape):
+        if isinstance(self.what, Exception):
+            raise self.what
+        return types.SimpleNamespace(exact=self.what, shape=shape)
+
+
+@pytest.mark.parametrize(
+    ("layers", "why", "said"),
+    [
+        (Layers(True), "", []),
+        (Layers(False), "", ["only LoRA's numbers are compared with fp32"]),
+        (Layers(torch.OutOfMemoryError("8 GiB")), "", ["are left out: OutOfMemoryError: 8 GiB"]),
+        (None, "they need a GPU", ["MarlinExperts' base GEMMs are left out: they need a GPU"]),
+    ],
+)
+def test_what_computes_the_base(layers, why, said):
+    args = types.SimpleNamespace(interpret=False)
+    base, more, remarks = tune._base_of(args, SHAPE, False, layers, why)
+    assert not base
+    assert ("served" in more) == (not said or "compared" in said[0])
+    assert "not MarlinExperts'" in more["tailless"]
+    assert all(text in remark for text, remark in zip(said, remarks, strict=True))
 
 
 def test_interpret(model, tmp_path):

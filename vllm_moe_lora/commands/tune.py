@@ -12,11 +12,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vllm_moe_lora.probe import Question
     from vllm_moe_lora.records import Conditions, LayerShape, Record
+    from vllm_moe_lora.tuning.model_layers import ModelLayers
     from vllm_moe_lora.tuning.session import Session
 
 
@@ -27,6 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
     parser.add_argument("--enable-expert-parallel", action="store_true")
     parser.add_argument("--dtype", default="auto", help="as for vllm serve (default: auto)")
+    parser.add_argument(
+        "--quantization",
+        "--quant",
+        "-q",
+        help="as for vllm serve (default: what config.json says)",
+    )
+    parser.add_argument("--enable-mixed-moe-lora-format", action="store_true")
+    parser.add_argument("--enable-moe-shared-loras", action="store_true")
     parser.add_argument("--minutes", type=float, default=20, help="most time (default: 20)")
     parser.add_argument("--out", type=Path, help="folder of the record; default: where auto looks")
     parser.add_argument("--report", type=Path, help="write a text to paste into an issue here")
@@ -55,48 +66,78 @@ def run(args: argparse.Namespace) -> int:
             print(f"tune: {why}; run it on the machine that will serve. ", file=sys.stderr, end="")
             print("--interpret shows what it does, without times", file=sys.stderr)
             return 2
-    shapes, why = _shapes(args)
+    question = _question(args)
+    shapes, why = _shapes(args, question)
     if not shapes:
         print(f"tune: {why}", file=sys.stderr)
         return 2
     end = time.monotonic() + 60 * args.minutes
     sessions, stopped = [], False
-    for number, (shape, base) in enumerate(shapes):
-        left = (end - time.monotonic()) / (len(shapes) - number)
-        session, stopped = _tune(args, shape, base, time.monotonic() + left)
-        sessions.append(session)
-        if stopped:
-            break
+    with ExitStack() as stack:
+        layers, why = None, "they need a GPU"
+        if not args.interpret and not all(base for _, base in shapes):
+            layers, why = _build(question, stack)
+        for number, (shape, base) in enumerate(shapes):
+            left = (end - time.monotonic()) / (len(shapes) - number)
+            session, stopped = _tune(args, shape, base, time.monotonic() + left, layers, why)
+            sessions.append(session)
+            if stopped:
+                break
     return _finish(args, sessions, stopped)
 
 
-def _shapes(args: argparse.Namespace) -> tuple[list[tuple[LayerShape, bool]], str]:
-    """Ask vLLM for the distinct MoE layers of the model.
-
-    Returns:
-        (shape, whether the experts are unquantised and in Triton) of each, and why there are none.
-    """
+def _question(args: argparse.Namespace) -> Question:
     from vllm_moe_lora import probe
-    from vllm_moe_lora.records import LayerShape
 
-    question = probe.Question(
+    return probe.Question(
         str(args.model),
         args.tensor_parallel_size,
         args.enable_expert_parallel,
         max_loras=args.max_loras,
         max_lora_rank=args.max_lora_rank,
         dtype=args.dtype,
+        quantization=args.quantization,
+        enable_mixed_moe_lora_format=args.enable_mixed_moe_lora_format,
+        enable_moe_shared_loras=args.enable_moe_shared_loras,
     )
+
+
+def _shapes(
+    args: argparse.Namespace, question: Question
+) -> tuple[list[tuple[LayerShape, bool]], str]:
+    """Ask vLLM for the distinct MoE layers of the model.
+
+    Returns:
+        (shape, whether the base GEMMs are vLLM's Triton ones without bias) of each, and why there
+        are none.
+    """
+    from vllm_moe_lora import probe
+    from vllm_moe_lora.records import LayerShape
+
     answer = probe.ask(question)
     if answer.error:
         return [], f"vLLM refuses this model: {answer.error}"
-    found = [
-        (LayerShape(**{key: value for key, value in one.items() if key != "base"}), one["base"])
-        for one in answer.layers
-    ]
-    if args.interpret:
-        found = list(dict.fromkeys((_tiny(shape), True) for shape, _ in found))
-    return found, "the model has no routed experts with LoRA"
+    found = []
+    for one in answer.layers:
+        shape = LayerShape(**{key: value for key, value in one.items() if key != "base"})
+        # On a CPU other experts have this place.
+        triton = args.interpret or shape.path.startswith("TritonExperts,")
+        found.append((_tiny(shape) if args.interpret else shape, one["base"] and triton))
+    return list(dict.fromkeys(found)), "the model has no routed experts with LoRA"
+
+
+def _build(question: Question, stack: ExitStack) -> tuple[ModelLayers | None, str]:
+    """Build the model without memory, for its layers; return None and why if this fails."""
+    from vllm_moe_lora.tuning import model_layers
+
+    try:
+        return stack.enter_context(model_layers.built(question, "cuda")), ""
+    except Exception as error:  # of any kind: vLLM's are many
+        return None, _one_line(error)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def _tiny(shape: LayerShape) -> LayerShape:
@@ -104,13 +145,27 @@ def _tiny(shape: LayerShape) -> LayerShape:
     from dataclasses import replace
 
     few = replace(shape, experts=min(shape.experts, 4), top_k=min(shape.top_k, 2))
+    few = replace(few, absent=min(shape.absent, 4))
     return replace(few, hidden=64, inner=32, slots=min(shape.slots, 3), rank=8, dtype="float32")
 
 
 def _tune(
-    args: argparse.Namespace, shape: LayerShape, base: bool, deadline: float
+    args: argparse.Namespace,
+    shape: LayerShape,
+    base: bool,
+    deadline: float,
+    layers: ModelLayers | None,
+    why: str,
 ) -> tuple[Session, bool]:
     """Check and time one shape, with a progress bar; Ctrl-C keeps what is done.
+
+    Args:
+        args: the command's.
+        shape: what to tune for.
+        base: whether unquantised weights and vLLM's Triton GEMMs are the base.
+        deadline: `time.monotonic()` at which to stop.
+        layers: vLLM's own; None if there are none.
+        why: then, why not.
 
     Returns:
         The session, and whether it was stopped.
@@ -136,8 +191,11 @@ def _tune(
             kinds: dict[str, Any] = {"clock": clock.StubClock(), "on_gpu": False, **sizes}
         else:
             kinds = {"clock": clock.GraphClock()}
-            base = base and _fits(shape)
-        made = session.Session(shape, _conditions(), say=say, base=base, **kinds)
+        base, more, remarks = _base_of(args, shape, base, layers, why)
+        if "served" in more:  # its kernel may have padded the intermediate size
+            shape = more["served"].shape
+        made = session.Session(shape, _conditions(), say=say, base=base, **more, **kinds)
+        made.remarks += remarks
         try:
             made.check()
             now = time.monotonic()
@@ -146,7 +204,36 @@ def _tune(
         except KeyboardInterrupt:
             made.remarks.append("stopped by the user")
             return made, True
+        finally:
+            made.free()
     return made, False
+
+
+def _base_of(
+    args: argparse.Namespace, shape: LayerShape, base: bool, layers: ModelLayers | None, why: str
+) -> tuple[bool, dict[str, Any], list[str]]:
+    """Decide what computes the base GEMMs of a layer. Arguments are those of `_tune`.
+
+    Returns:
+        Whether unquantised weights and vLLM's Triton GEMMs do, other fields of the session, and
+        what to tell the user.
+    """
+    experts = shape.path.partition(",")[0]
+    if base:
+        if args.interpret or _fits(shape):
+            return True, {}, []
+        why = "the GPU has no memory for unquantised base weights"
+        return False, {"tailless": why}, [f"{why}; LoRA is timed alone"]
+    tailless = f"it computes base GEMMs of unquantised weights in Triton, not {experts}'"
+    if layers is not None:
+        try:
+            served = layers.served(shape)
+            inexact = f"{experts} quantise the tokens: only LoRA's numbers are compared with fp32"
+            notes = [] if served.exact else [inexact]
+            return False, {"served": served, "tailless": tailless}, notes
+        except Exception as error:  # of any kind: the format is unknown, no memory, ...
+            why = _one_line(error)
+    return False, {"tailless": tailless}, [f"{experts}' base GEMMs are left out: {why}"]
 
 
 def _fits(shape: LayerShape) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,12 +19,19 @@ CAPTURED = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
 LARGER = (1024, 2048, 4096, 8192)
 
 
+class Dense(Protocol):
+    """Base weights of all experts: a tensor [experts, out, in], or what gives them one by one."""
+
+    def __getitem__(self, expert: int) -> torch.Tensor:
+        """Return [out, in]."""
+
+
 @dataclass
 class Layer:
     """The LoRA buffers of one layer, filled with random adapters.
 
     Slot s has the rank max_rank >> (s % 2), and no factor on expert s % experts if there are
-    several experts.
+    several experts (shared factors are not left out).
 
     Attributes:
         shape: the sizes.
@@ -32,6 +39,8 @@ class Layer:
         ranks: [slots, experts] int, the rank in use.
         enabled: [slots + 1] int32, 1 for each slot, as vLLM's `adapter_enabled`.
         w13, w2: the base weights [experts, out, in]; None if the base GEMMs are left out.
+        bias13, bias2: [experts, out], of the base; None without one.
+        expert_map: [experts of the model] int32, the expert here, or -1; None if all are here.
     """
 
     shape: LayerShape
@@ -41,8 +50,15 @@ class Layer:
     b2: tuple[torch.Tensor, ...]
     ranks: torch.Tensor
     enabled: torch.Tensor
-    w13: torch.Tensor | None = None
-    w2: torch.Tensor | None = None
+    w13: Dense | None = None
+    w2: Dense | None = None
+    bias13: torch.Tensor | None = None
+    bias2: torch.Tensor | None = None
+    expert_map: torch.Tensor | None = None
+
+    def here(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the numbers that experts of the model have on this device; -1 for none."""
+        return ids if self.expert_map is None else self.expert_map[ids.long()]
 
     def as_vllm(self) -> Any:
         """Return the buffers under the names that they have in vLLM's `FusedMoEWithLoRA`."""
@@ -52,7 +68,9 @@ class Layer:
             w2_lora_a_stacked=self.a2,
             w2_lora_b_stacked=self.b2,
             local_num_experts=self.shape.experts,
-            moe_config=SimpleNamespace(experts_per_token=self.shape.top_k),
+            moe_config=SimpleNamespace(
+                experts_per_token=self.shape.top_k, num_experts=self.shape.total
+            ),
             fully_sharded=False,
             adapter_enabled=self.enabled,
         )
@@ -65,7 +83,7 @@ class Batch:
     Attributes:
         x: [tokens, hidden].
         act: [tokens * top_k, inner], what the activation would return.
-        ids: [tokens, top_k] int32, distinct experts for each token.
+        ids: [tokens, top_k] int32, distinct experts of the model for each token.
         weights: [tokens, top_k] float32.
         slots: [tokens] int32, -1 for a token without an adapter.
     """
@@ -81,8 +99,17 @@ class Batch:
         return self.x.shape[0]
 
 
+# vLLM's four tuples of LoRA buffers: lora_a and lora_b of w13, lora_a and lora_b of w2.
+Stacks = tuple[
+    tuple[torch.Tensor, ...],
+    tuple[torch.Tensor, ...],
+    tuple[torch.Tensor, ...],
+    tuple[torch.Tensor, ...],
+]
+
+
 def layer(shape: LayerShape, device: str, base: bool = False, seed: int = 0) -> Layer:
-    """Make a layer.
+    """Make a layer. The experts that are here are spread evenly over those of the model.
 
     Args:
         shape: its sizes.
@@ -90,44 +117,63 @@ def layer(shape: LayerShape, device: str, base: bool = False, seed: int = 0) -> 
         base: whether it has base weights.
         seed: of the random numbers.
     """
-    make, dtype = torch.Generator(device).manual_seed(seed), getattr(torch, shape.dtype)
+    dtype = getattr(torch, shape.dtype)
 
-    def normal(*size: int, scale: float) -> torch.Tensor:
-        return torch.randn(size, generator=make, dtype=dtype, device=device).mul_(scale)
+    def empty(number: int, experts: int, rows: int, columns: int) -> tuple[torch.Tensor, ...]:
+        size = (shape.slots, experts, rows, columns)
+        return tuple(torch.empty(size, dtype=dtype, device=device) for _ in range(number))
 
-    def stacks(number: int, rows: int, columns: int, scale: float) -> tuple[torch.Tensor, ...]:
-        size = (shape.slots, shape.experts, rows, columns)
-        return tuple(normal(*size, scale=scale) for _ in range(number))
+    out, shared = shape.inner * shape.fused // shape.slices, 1 if shape.shared else shape.experts
+    stacks = (
+        empty(shape.slices, shared, shape.rank, shape.hidden),
+        empty(shape.slices, shape.experts, out, shape.rank),
+        empty(1, shape.experts, shape.rank, shape.inner),
+        empty(1, shared, shape.hidden, shape.rank),
+    )
+    made = filled(shape, stacks, torch.ones(shape.slots + 1, dtype=torch.int32), seed)
+    made.enabled = made.enabled.to(device)
+    if base:
+        make = torch.Generator(device).manual_seed(seed + 1)
+        sizes = ((shape.fused * shape.inner, shape.hidden), (shape.hidden, shape.inner))
+        made.w13, made.w2 = (
+            torch.randn(shape.experts, *size, generator=make, dtype=dtype, device=device).mul_(
+                size[1] ** -0.5
+            )
+            for size in sizes
+        )
+    if shape.absent:
+        numbers = torch.arange(shape.experts, dtype=torch.int32, device=device)
+        made.expert_map = torch.full((shape.total,), -1, dtype=torch.int32, device=device)
+        made.expert_map[numbers.long() * shape.total // shape.experts] = numbers
+    return made
 
-    out = shape.inner * shape.fused // shape.slices
+
+def filled(shape: LayerShape, stacks: Stacks, enabled: torch.Tensor, seed: int = 0) -> Layer:
+    """Fill LoRA buffers with random adapters; returns them as a layer without base weights.
+
+    Args:
+        shape: the sizes.
+        stacks: of the layer, overwritten.
+        enabled: see `Layer`.
+        seed: of the random numbers.
+    """
+    device = stacks[0][0].device
+    make = torch.Generator(device).manual_seed(seed)
+    scales = (shape.hidden**-0.5, 1.0, shape.inner**-0.5, 1.0)
     ranks = torch.full((shape.slots, shape.experts), shape.rank)
     for slot in range(shape.slots):
         ranks[slot] = max(1, shape.rank >> (slot % 2))
         if shape.experts > 1:
             ranks[slot, slot % shape.experts] = 0
-    made = Layer(
-        shape,
-        stacks(shape.slices, shape.rank, shape.hidden, shape.hidden**-0.5),
-        stacks(shape.slices, out, shape.rank, 1.0),
-        stacks(1, shape.rank, shape.inner, shape.inner**-0.5),
-        stacks(1, shape.hidden, shape.rank, 1.0),
-        ranks,
-        torch.ones(shape.slots + 1, dtype=torch.int32, device=device),
-    )
     unused = torch.arange(shape.rank) >= ranks[..., None]  # [slots, experts, rank]
-    unused = unused.to(device)
-    for a in (*made.a13, *made.a2):
-        a.masked_fill_(unused[..., None], 0.0)
-    for b in (*made.b13, *made.b2):
-        b.masked_fill_(unused[:, :, None, :], 0.0)
-    if base:
-        columns = shape.hidden, shape.inner
-        rows = shape.fused * shape.inner, shape.hidden
-        made.w13, made.w2 = (
-            normal(shape.experts, row, column, scale=column**-0.5)
-            for row, column in zip(rows, columns, strict=True)
-        )
-    return made
+    for index, (tensors, scale) in enumerate(zip(stacks, scales, strict=True)):
+        for one in tensors:
+            one.normal_(generator=make).mul_(scale)
+            # Shared factors have the ranks of the expert that has the most.
+            mask = unused if one.shape[1] == shape.experts else unused.all(1, keepdim=True)
+            mask = mask.to(device)
+            one.masked_fill_(mask[:, :, None, :] if index % 2 else mask[..., None], 0.0)
+    return Layer(shape, *stacks, ranks, enabled)
 
 
 def batch(shape: LayerShape, tokens: int, kind: str, device: str, seed: int = 0) -> Batch:
@@ -141,9 +187,9 @@ def batch(shape: LayerShape, tokens: int, kind: str, device: str, seed: int = 0)
         seed: of the random numbers.
     """
     make, dtype = torch.Generator().manual_seed(seed), getattr(torch, shape.dtype)
-    odds, slot_odds = torch.ones(shape.experts), torch.ones(shape.slots)
+    odds, slot_odds = torch.ones(shape.total), torch.ones(shape.slots)
     if kind == "skewed":
-        odds[: max(1, shape.experts // 10)] = 9.0
+        odds[: max(1, shape.total // 10)] = 9.0
         slot_odds[0] = max(1, shape.slots - 1)
     ids = torch.multinomial(odds.expand(tokens, -1), shape.top_k, generator=make)
     slots = torch.multinomial(slot_odds, tokens, replacement=True, generator=make)

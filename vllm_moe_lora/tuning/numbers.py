@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_moe_lora.tuning.cases import Batch, Layer
+from vllm_moe_lora.tuning.cases import Batch, Dense, Layer
 
 # How far one rounding of a factor, or of a sum, may be off: half a unit in the last place, doubled.
 # fp32 products of upstream's kernels are in tf32, which has 10 bits as fp16 has.
@@ -17,7 +17,8 @@ class Expected:
 
     Attributes:
         lora: [w13, w2], each [pairs, out] fp32, what LoRA adds; router weights are applied to w2.
-        base: [w13, w2], what the base GEMMs return; zeros without base weights.
+        base: [w13, w2], what the base GEMMs return; zeros without base weights, and for experts on
+            other devices.
         slack: [w13, w2], the error that rounding may cause.
         touched: [w13, w2], each [pairs, out] bool, where an adapter has a factor.
     """
@@ -31,8 +32,9 @@ class Expected:
         tokens = torch.arange(batch.tokens, device=batch.x.device)
         of_pair = tokens.repeat_interleave(layer.shape.top_k)
         weights = batch.weights.flatten()[:, None]
-        self._project(layer, batch, batch.x[of_pair], layer.a13, layer.b13, layer.w13)
-        self._project(layer, batch, batch.act, layer.a2, layer.b2, layer.w2)
+        first, second = (layer.w13, layer.bias13), (layer.w2, layer.bias2)
+        self._project(layer, batch, batch.x[of_pair], layer.a13, layer.b13, *first)
+        self._project(layer, batch, batch.act, layer.a2, layer.b2, *second)
         for values in (self.lora, self.base, self.slack):
             values[1] *= weights
 
@@ -43,10 +45,11 @@ class Expected:
         x: torch.Tensor,
         lora_a: tuple[torch.Tensor, ...],
         lora_b: tuple[torch.Tensor, ...],
-        base: torch.Tensor | None,
+        base: Dense | None,
+        bias: torch.Tensor | None,
     ) -> None:
         """Add one projection to the lists. ``x`` has one row for each pair."""
-        ids = batch.ids.flatten()
+        ids = layer.here(batch.ids.flatten())
         slots = batch.slots.repeat_interleave(layer.shape.top_k)
         out = sum(b.shape[2] for b in lora_b)
         lora, slack, of_base = (
@@ -55,18 +58,23 @@ class Expected:
         touched = torch.zeros_like(lora, dtype=torch.bool)
         rounding = ROUNDING[x.dtype]
         for expert in ids.unique().tolist():
-            if base is not None:
+            if base is not None and expert >= 0:
                 rows = (ids == expert).nonzero().flatten()
                 weight, given = base[expert].float(), x[rows].float()
                 of_base[rows] = given @ weight.T
                 slack[rows] += SUMMING * (given.abs() @ weight.abs().T)
+                if bias is not None:
+                    # It may be added after a rounding.
+                    slack[rows] += rounding * (of_base[rows].abs() + bias[expert].abs())
+                    of_base[rows] += bias[expert].float()
         for slot, expert in torch.stack([slots, ids]).T.unique(dim=0).tolist():
-            if slot < 0 or int(layer.ranks[slot, expert]) == 0:
+            if min(slot, expert) < 0 or int(layer.ranks[slot, expert]) == 0:
                 continue
             rows = ((ids == expert) & (slots == slot)).nonzero().flatten()
             given, start = x[rows].float(), 0
             for a, b in zip(lora_a, lora_b, strict=True):
-                down, up = a[slot, expert].float(), b[slot, expert].float()
+                # Shared factors exist once.
+                down, up = (one[slot, expert % one.shape[1]].float() for one in (a, b))
                 z, stop = given @ down.T, start + up.shape[0]
                 unsure = rounding * z.abs() + SUMMING * (given.abs() @ down.abs().T)
                 lora[rows, start:stop] = z @ up.T
@@ -88,22 +96,23 @@ def wrong(
         found: [w13, w2], what the kernel left in its outputs, [pairs, out] each.
         expected: of the same batch.
         start: [w13, w2], what the outputs held before.
-        how: "add" (LoRA was added to ``start``), "store" (LoRA was stored; pairs without a factor
-            keep ``start``, which may be NaN), or "base" (base and LoRA were stored in all rows).
+        how: "add" (LoRA was added to ``start``), "onto" (the same, and pairs without a factor keep
+            every bit of ``start``, which may be NaN), "store" (LoRA was stored; the same of pairs
+            without a factor), or "base" (base and LoRA were stored in all rows).
 
     Returns:
         The name of the projection, the place and both numbers of the worst error.
     """
     for index, name in enumerate(("w13", "w2")):
         y, before, lora = found[index], start[index].float(), expected.lora[index]
-        if how == "add":
+        if how in ("add", "onto"):
             want = before + lora
         elif how == "store":
             want = torch.where(expected.touched[index], lora, before)
         else:
             want = expected.base[index] + lora
         allowed = expected.slack[index] + ROUNDING[y.dtype] * want.abs() + 1e-7
-        if how == "store":  # NaN is expected where nothing is to be written
+        if how in ("store", "onto"):  # NaN is expected where nothing is to be written
             kept = ~expected.touched[index]
             same = (y.float() == want) | (y.float().isnan() & want.isnan())
             bad = torch.where(kept, ~same, ~((y.float() - want).abs() <= allowed))

@@ -31,6 +31,8 @@ def text(session: Session, record: Record | None) -> str:
         return "\n".join([*lines, "nothing was timed"])
     lines.append(f"tiles: {record.tiles or 'as config.py has them'}")
     what = "LoRA and base GEMMs" if record.base else "LoRA"
+    if session.experts:
+        what = f"{session.experts} with LoRA, activation and sum,"
     lines.append(f"us for {what} of one layer: median (10th to 90th percentile), tokens per batch")
     lines.append(f"{'tokens':>6} " + " ".join(f"{kind:>24}" for kind in KINDS) + "  winner  saves")
     for choice in record.choices:

@@ -14,9 +14,11 @@ from vllm_moe_lora.records import Choice, Conditions, LayerShape, Record
 from vllm_moe_lora.tuning import cases, sides
 from vllm_moe_lora.tuning.clock import Clock, Times
 from vllm_moe_lora.tuning.numbers import Expected, wrong
+from vllm_moe_lora.tuning.served import Served
 
 CHECKED = (1, 3, 33, 257, 1025, 8192)  # tokens: below, at and above the limits of config.py
 SEARCHED = (1, 32, 512)  # tokens of the batches by which tiles are chosen
+MOST_REMARKS = 3  # on one layer's base GEMMs
 CLOSE = 0.97  # another kind than upstream's must need less than this share of upstream's time
 
 Checked = tuple[cases.Batch, Expected, str]  # a batch, what it must give, its name
@@ -32,7 +34,11 @@ class Session:
         clock: times the kernels.
         say: is called after each step.
         on_gpu: False in Triton's interpreter: then upstream's kernels are left out.
-        base: whether the layer is unquantised, so that `tail` and the base GEMMs can run.
+        base: whether the layer has unquantised base weights, so that `tail` and vLLM's Triton GEMMs
+            can run.
+        served: vLLM's own layer, whose base GEMMs run with upstream's and our LoRA kernels; None to
+            run these alone, or with ``base``.
+        tailless: why `tail` cannot serve the layer if it is not ``base``.
         checked: tokens of the batches that are checked.
         sizes: tokens of the batches that are timed, the most important first.
         refused: kind -> why it must not serve this shape.
@@ -47,6 +53,8 @@ class Session:
     say: Say
     on_gpu: bool = True
     base: bool = False
+    served: Served | None = None
+    tailless: str = "it reads unquantised base weights, and here are none"
     checked: Sequence[int] = CHECKED
     sizes: Sequence[int] = ()
     refused: dict[str, str] = field(default_factory=dict)
@@ -60,20 +68,31 @@ class Session:
             powers = [one for one in cases.CAPTURED if one & (one - 1) == 0]
             rest = [one for one in cases.CAPTURED if one not in powers]
             self.sizes = (*powers, *cases.LARGER, *rest)
-        self.layer = cases.layer(self.shape, self.device, self.base)
+        self.layer: Any = None
+        self.experts = ""  # that run with the LoRA; "" for none, or vLLM's Triton GEMMs
+        if self.served is not None:
+            self.layer, self.base = self.served.layer, False
+            self.experts = self.served.experts
+        else:
+            self.layer = cases.layer(self.shape, self.device, self.base)
+        self.supported = True
         try:
             self.factors: Any = sides.factors_of(self.layer)
         except (TypeError, ValueError) as error:
-            self.factors = None
+            self.supported = False
             self.refused |= {"ours": str(error), "tail": str(error)}
         if not self.base:
-            self.refused["tail"] = "the experts are quantised, or there is no memory for them"
+            self.refused["tail"] = self.tailless
 
     @property
     def wrong(self) -> bool:
         """Whether kernels that support the layer gave a wrong number or failed."""
         kinds = {"ours", "tail"} if self.base else {"ours"}
-        return self.factors is not None and not kinds.isdisjoint(self.refused)
+        return self.supported and not kinds.isdisjoint(self.refused)
+
+    def free(self) -> None:
+        """Forget the layer, whose memory the next session needs."""
+        self.layer = self.factors = self.served = None
 
     def check(self) -> None:
         """Compare all kinds with fp32 on all kinds of batches. One wrong number refuses a kind."""
@@ -91,16 +110,34 @@ class Session:
 
     def _check_batch(self, tokens: int, kind: str) -> None:
         """Check all kinds on one batch."""
+        if self.served is not None:
+            self._check_served(self.served, tokens, kind)
         batch, expected, case = self._prepared(tokens, kind)
         if "ours" not in self.refused:
             self._check_ours(batch, expected, case)
         if "tail" not in self.refused:
             self._check_tail(batch, expected, case)
-        if self.on_gpu:
+        if self.on_gpu and self.served is None:
             out = sides.Outputs.of(self.layer, batch)
             start = self._start(out, 1.0)
             call = sides.upstream(self.layer, batch, out)
             self._judge("upstream", call, out, expected, start, "add", case)
+
+    def _check_served(self, served: Served, tokens: int, kind: str) -> None:
+        """Check upstream's and our LoRA kernels in vLLM's own layer on one batch."""
+        batch = cases.batch(self.shape, tokens, kind, self.device, seed=tokens)
+        case = f"{tokens} tokens, adapters: {kind}, after {served.experts}"
+        for side in ("upstream", "ours") if self.on_gpu else ("ours",):
+            if side in self.refused:
+                continue
+            try:
+                lora, base = served.judged(batch, self.factors if side == "ours" else None)
+            except Exception as error:  # of any kind, see `_judge`
+                lora, base = _one_line(error), ""
+            self._wrong(side, case, lora)
+            said = sum(served.experts in one for one in self.remarks)
+            if base and said < MOST_REMARKS:  # it is vLLM's part: no record can avoid it
+                self.remarks.append(f"{case}, with {side}: {base}")
 
     def _check_ours(self, batch: cases.Batch, expected: Expected, case: str) -> None:
         for how in ("store", "add"):
@@ -142,7 +179,11 @@ class Session:
             call()
             found = wrong(out.flat(), expected, start, how)
         except Exception as error:  # of any kind: Triton's and the driver's are many
-            found = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            found = _one_line(error)
+        self._wrong(kind, case, found)
+
+    def _wrong(self, kind: str, case: str, found: str) -> None:
+        """Note what was found wrong with a kind of kernels, if it is not ""."""
         if not found:
             return
         if kind == "upstream":  # it serves all the same, because nothing else may be left
@@ -228,8 +269,13 @@ class Session:
     def _calls(self, tokens: int) -> dict[str, sides.Call]:
         """Return the kinds that may serve a batch of ``tokens`` tokens, all of them with LoRA."""
         batch = cases.batch(self.shape, tokens, "all", self.device)
-        out = sides.Outputs.of(self.layer, batch)
         calls: dict[str, sides.Call] = {}
+        if self.served is not None:
+            calls["upstream"] = self.served.call(batch, None) if self.on_gpu else lambda: None
+            if "ours" not in self.refused:
+                calls["ours"] = self.served.call(batch, self.factors)
+            return calls
+        out = sides.Outputs.of(self.layer, batch)
         first: sides.Call | None = None
         order = None
         if self.base:
@@ -260,8 +306,12 @@ class Session:
             for tokens in sorted(self.times)
         )
         tiles = tuple(tuple(asdict(one).values()) for one in self.tiles)
-        base = self.base and self.on_gpu
+        base = (self.base and self.on_gpu) or bool(self.experts)
         return Record(self.conditions, self.shape, choices, tiles, dict(self.refused), base)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def _winner(times: Times) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vllm_moe_lora.layers.gpu import moe_kernels
+from vllm_moe_lora.records import LayerShape
 from vllm_moe_lora.tuning.cases import Batch, Layer
 
 Call = Callable[[], None]
@@ -68,7 +69,7 @@ def ours(
     from vllm_moe_lora.kernels.triton import launch, route
 
     def call() -> None:
-        routing = _route(route, factors, batch)
+        routing = _route(route, layer, factors, batch)
         launch.add_lora(out.y13, batch.x, factors.w13, routing, add_inputs=add_inputs)
         launch.add_lora(out.y2, batch.act, factors.w2, routing, batch.weights, add_inputs)
 
@@ -93,9 +94,9 @@ def tail(
     top_k, (y13, y2) = layer.shape.top_k, out.flat()
 
     def call() -> None:
-        assert layer.w13 is not None
-        assert layer.w2 is not None
-        routing = _route(route, factors, batch)
+        assert isinstance(layer.w13, torch.Tensor)
+        assert isinstance(layer.w2, torch.Tensor)
+        routing = _route(route, layer, factors, batch)
         on13, on2 = (Lora(one, routing, batch.slots) for one in (factors.w13, factors.w2))
         grouped_product(y13, batch.x, layer.w13, order, top_k, None, on13, factors.w13.slices)
         grouped_product(y2, batch.act, layer.w2, order, top_k, batch.weights, on2, 1)
@@ -103,23 +104,35 @@ def tail(
     return call
 
 
-def _route(route: Any, factors: moe_kernels.LayerFactors, batch: Batch) -> Any:
+def _route(route: Any, layer: Layer, factors: moe_kernels.LayerFactors, batch: Batch) -> Any:
     sizes = factors.w13.num_slots, factors.w13.num_experts
-    return route.route(batch.ids, batch.slots, *sizes, factors.w13.dtype, active=factors.active)
+    more = {"expert_map": layer.expert_map, "active": factors.active}
+    return route.route(batch.ids, batch.slots, *sizes, factors.w13.dtype, **more)
 
 
-def upstream(layer: Layer, batch: Batch, out: Outputs) -> Call:
-    """Return vLLM's own two calls, as its experts make them. Needs a GPU and its vLLM."""
+def punica_of(shape: LayerShape, batch: Batch) -> Any:
+    """Return vLLM's `PunicaWrapperGPU` with the metadata of a batch."""
     from vllm.config.lora import LoRAConfig
     from vllm.lora.layers import LoRAMapping
     from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
-    shape, tokens = layer.shape, batch.tokens
+    tokens = batch.tokens
     config = LoRAConfig(max_loras=shape.slots, max_lora_rank=shape.rank)
     wrapper: Any = PunicaWrapperGPU(tokens, tokens, batch.x.device, lora_config=config)
     names = [slot + 1 for slot in batch.slots.tolist()]  # 0 is a token without an adapter
     mapping = LoRAMapping(tuple(names), tuple(names), is_prefill=tokens > CAPTURE_LIMIT)
     wrapper.update_metadata(mapping, list(range(1, shape.slots + 1)), shape.slots, 1024)
+    return wrapper
+
+
+def upstream(layer: Layer, batch: Batch, out: Outputs) -> Call:
+    """Return vLLM's own two calls, as its experts make them. Needs a GPU and its vLLM."""
+    shape, tokens = layer.shape, batch.tokens
+    wrapper = punica_of(shape, batch)
+    a13, b2 = (  # shared factors as vLLM's experts pass them
+        tuple(one.expand(-1, shape.experts, -1, -1) for one in stack)
+        for stack in (layer.a13, layer.b2)
+    )
     # vLLM only asks these for their shapes, to find its tuned configuration.
     w1, w2 = (
         torch.empty(size, dtype=batch.x.dtype, device="meta")
@@ -136,12 +149,12 @@ def upstream(layer: Layer, batch: Batch, out: Outputs) -> Call:
 
     def call() -> None:
         sorted_ids, expert_ids, padded, mapped = wrapper.add_lora_w13(
-            y=out.y13, x=batch.x, lora_a_stacked=layer.a13, lora_b_stacked=layer.b13,
-            topk_ids=batch.ids, expert_map=None, local_num_experts=shape.experts,
+            y=out.y13, x=batch.x, lora_a_stacked=a13, lora_b_stacked=layer.b13,
+            topk_ids=batch.ids, expert_map=layer.expert_map, local_num_experts=shape.experts,
             num_slices=shape.slices, **same,
         )  # fmt: skip
         wrapper.add_lora_w2(
-            y=out.y2, x=batch.act, lora_a_stacked=layer.a2, lora_b_stacked=layer.b2,
+            y=out.y2, x=batch.act, lora_a_stacked=layer.a2, lora_b_stacked=b2,
             sorted_token_ids_lora=sorted_ids, expert_ids_lora=expert_ids,
             num_tokens_post_padded_lora=padded, token_lora_mapping=mapped, tp_rank=0, **same,
         )  # fmt: skip
@@ -164,11 +177,12 @@ def vllm_base(layer: Layer, batch: Batch, out: Outputs) -> tuple[Call, Any]:
     from vllm_moe_lora.kernels.triton.grouped import Order
 
     shape, tokens = layer.shape, batch.tokens
-    assert layer.w13 is not None
-    assert layer.w2 is not None
+    assert isinstance(layer.w13, torch.Tensor)
+    assert isinstance(layer.w2, torch.Tensor)
     tiles = try_get_optimal_moe_config(layer.w13.shape, layer.w2.shape, shape.top_k, None, tokens)
     # vLLM does not sort few pairs.
-    made = _prepare_expert_assignment(batch.ids, tiles, tokens, shape.top_k, shape.experts, None)
+    sizes = tokens, shape.top_k, shape.total
+    made = _prepare_expert_assignment(batch.ids, tiles, *sizes, layer.expert_map)
     kind = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}[shape.dtype]
 
     def product(x: Any, weight: Any, y: Any, weighted: bool, per_row: int) -> None:
@@ -190,8 +204,8 @@ def plain_order(layer: Layer, batch: Batch, block_m: int = 16) -> Any:
     """Return the order of pairs as vLLM makes it, computed in Python: for the interpreter."""
     from vllm_moe_lora.kernels.triton.grouped import Order
 
-    flat, ids, blocks = batch.ids.flatten().tolist(), [], []
-    for expert in range(layer.shape.experts):
+    flat, ids, blocks = layer.here(batch.ids).flatten().tolist(), [], []
+    for expert in range(-1, layer.shape.experts):
         own = [pair for pair, one in enumerate(flat) if one == expert]
         ids += own + [len(flat)] * (-len(own) % block_m)
         blocks += [expert] * -(-len(own) // block_m)

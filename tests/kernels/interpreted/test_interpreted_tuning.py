@@ -26,7 +26,15 @@ SHAPES = {
     "no gate": dataclasses.replace(SHAPE, slices=1, fused=1),
     "bf16": dataclasses.replace(SHAPE, dtype="bfloat16"),
     "one expert, one slot": dataclasses.replace(SHAPE, experts=1, top_k=1, slots=1),
+    "experts elsewhere": dataclasses.replace(SHAPE, experts=3, absent=3),
+    "shared factors": dataclasses.replace(SHAPE, shared=True),
 }
+
+
+class UnquantizedFusedMoEMethod:
+    """Of which records know the name."""
+
+    experts_cls = type("TritonExperts", (), {})
 
 
 @pytest.fixture(autouse=True)
@@ -60,10 +68,15 @@ def test_expected_is_the_reference(name, kind):
     ):
         y = torch.zeros(9, shape.top_k, sum(one.shape[2] for one in b))
         ranks = layer.ranks[None].expand(len(a), -1, -1)
-        reference.add_lora(y, x, a, b, ranks, slots, batch.ids, w)
+        here = batch.ids if layer.expert_map is None else layer.expert_map[batch.ids.long()]
+        a, b = ([one.expand(-1, shape.experts, -1, -1) for one in stack] for stack in (a, b))
+        reference.add_lora(y, x, a, b, ranks, slots, here, w)
         torch.testing.assert_close(expected.lora[index], y.flatten(0, 1), rtol=1e-5, atol=1e-5)
         weight = layer.w13 if w is None else layer.w2
-        for pair, expert in enumerate(batch.ids.flatten().tolist()):
+        for pair, expert in enumerate(here.flatten().tolist()):
+            if expert < 0:
+                assert not expected.base[index][pair].any()
+                continue
             row = x[pair // shape.top_k if x.shape[0] == 9 else pair].float()
             want = weight[expert].float() @ row * (1 if w is None else w.flatten()[pair])
             torch.testing.assert_close(expected.base[index][pair], want, rtol=1e-4, atol=1e-4)
@@ -134,7 +147,7 @@ def test_one_wrong_number_refuses_the_tail_alone(monkeypatch):
 
 
 def test_tail_is_left_out_without_base_weights():
-    assert "quantised" in session_of(base=False).refused["tail"]
+    assert "unquantised base weights" in session_of(base=False).refused["tail"]
 
 
 class Prefers:
@@ -154,7 +167,6 @@ class Prefers:
 @pytest.mark.parametrize("kind", records.KINDS)
 def test_the_clock_decides(kind):
     one = session_of(clock=Prefers(kind))
-    one.check()
     one.measure(deadline=float("inf"))
     assert {choice.winner for choice in one.record().choices} == {kind}
 
@@ -210,6 +222,7 @@ def test_search_keeps_what_is_faster_and_right(monkeypatch):
 def layer_and_batch(tokens):
     layer, batch = cases.layer(SHAPE, "cpu", base=True), cases.batch(SHAPE, tokens, "all", "cpu")
     vllms = layer.as_vllm()
+    vllms.quant_method = UnquantizedFusedMoEMethod()
     for slot in range(SHAPE.slots):
         moe_kernels.slot_written(vllms, slot)
     return layer, vllms, batch
@@ -268,10 +281,10 @@ def run_layer(layer, vllms, batch):
     return ran
 
 
-def write_record(*winners, **more):
+def write_record(*winners, shape=SHAPE, **more):
     us = {"upstream": (2.0, 2.0, 2.0)}
     choices = tuple(Choice(tokens, winner, us) for tokens, winner in winners)
-    made = Record(choose.conditions("cpu"), SHAPE, choices, **more)
+    made = Record(choose.conditions("cpu"), shape, choices, **more)
     return records.write(made)
 
 
@@ -314,6 +327,26 @@ def test_a_records_tiles_are_used():
     write_record((8, "ours"), tiles=(tuple(dataclasses.asdict(tiles).values()),))
     assert run_layer(*layer_and_batch(3)) == ["base", "base"]
     assert config.tiles_for("cpu", torch.float32, 16, 8) == tiles
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"path": "MarlinExperts, AutoGPTQMoEMethod, weight_bits 4"},
+        {"path": f"{records.UNQUANTISED}, bias"},
+        {"absent": 4},
+        {"shared": True},
+    ],
+)
+def test_a_record_of_another_path_is_not_read(other):
+    """INT4, a bias, experts on other devices: the same sizes, but another base, or fewer pairs."""
+    write_record((8, "ours"), shape=dataclasses.replace(SHAPE, **other))
+    vllms = cases.layer(SHAPE, "cpu").as_vllm()
+    vllms.quant_method = UnquantizedFusedMoEMethod()
+    assert choose.record_for(vllms, "cpu") is None
+    write_record((8, "ours"))
+    choose._record.cache_clear()
+    assert choose.record_for(vllms, "cpu").shape == SHAPE
 
 
 def test_tiles_of_other_rows_fall_back_to_upstream():

@@ -67,6 +67,9 @@ def shape_of(layer: Any) -> records.LayerShape:
         slots=slots,
         rank=rank,
         dtype=str(w13_a[0].dtype).removeprefix("torch."),
+        absent=layer.moe_config.num_experts - layer.local_num_experts,
+        shared=w13_a[0].shape[1] < layer.local_num_experts,
+        path=records.path_of(layer),
     )
 
 

@@ -28,8 +28,8 @@ from ...log import get_logger
 from . import moe_kernels
 
 logger = get_logger(__name__)
-_STACKS = {"w13_lora_a_stacked": 1, "w13_lora_b_stacked": 2}  # name -> where a slot has the rank
-_STACKS |= {"w2_lora_a_stacked": 1, "w2_lora_b_stacked": 2}
+STACKS = {"w13_lora_a_stacked": 1, "w13_lora_b_stacked": 2}  # name -> where a slot has the rank
+STACKS |= {"w2_lora_a_stacked": 1, "w2_lora_b_stacked": 2}
 _blocks: ContextVar[int | None] = ContextVar("moe_lora_blocks", default=None)
 
 
@@ -163,12 +163,12 @@ def allocate(wrapper: Any) -> None:
         wrapper: vLLM's `FusedMoEWithLoRA`.
     """
     blocks = _blocks.get()
-    meta = {name: getattr(wrapper, name) for name in _STACKS}
+    meta = {name: getattr(wrapper, name) for name in STACKS}
     if blocks is not None and moe_kernels.serves_all_batches(wrapper):
         for name, stacks in meta.items():
             first, count = stacks[0], len(stacks)
             pages = blocks * count * first.shape[1]
-            arena = Arena(first.shape, count, _STACKS[name], first.dtype, wrapper.device, pages)
+            arena = Arena(first.shape, count, STACKS[name], first.dtype, wrapper.device, pages)
             setattr(wrapper, name, arena.stacks())
         if moe_kernels.register(wrapper):
             return

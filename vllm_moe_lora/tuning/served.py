@@ -158,10 +158,16 @@ class Served:
 
         Raises:
             packed.UnknownFormatError: of the weights.
+            ValueError: the experts do not add the LoRA to what their base GEMMs wrote.
         """
+        routed, lora = runner.routed_experts, config.lora_config
+        experts = getattr(getattr(routed.quant_method, "experts_cls", None), "__name__", "")
+        if experts.startswith("TrtLlm"):
+            raise ValueError(
+                f"{experts} take the LoRA as an input of one kernel for the whole layer"
+            )
         from vllm.lora.layers import fused_moe
 
-        routed, lora = runner.routed_experts, config.lora_config
         self._config, self._routed = config, routed
         base = packed.fill(routed, seed)
         kind = fused_moe.FusedMoE3DWithLoRA if fused else fused_moe.FusedMoEWithLoRA
@@ -203,6 +209,14 @@ class Served:
                     more[name].fill_(torch.nan)
         return self._apply(*args, **more)
 
+    @contextmanager
+    def _poisoning(self, wanted: bool) -> Iterator[None]:
+        self._poison = wanted
+        try:
+            yield
+        finally:
+            self._poison = False
+
     def call(
         self,
         batch: cases.Batch,
@@ -226,8 +240,11 @@ class Served:
             from vllm.forward_context import set_forward_context
 
             self._wrapper.set_mapping(punica)
-            self._poison = seen is not None
-            with set_forward_context(None, self._config), torch.inference_mode():
+            with (
+                set_forward_context(None, self._config),
+                torch.inference_mode(),
+                self._poisoning(seen is not None),
+            ):
                 found = self._wrapper.quant_method.apply(
                     layer=self._routed,
                     x=batch.x,
@@ -236,7 +253,6 @@ class Served:
                     shared_experts=None,
                     shared_experts_input=None,
                 )
-            self._poison = False
             if keep is not None:
                 keep.append(found)
 

@@ -18,9 +18,10 @@ engine of its own:
   llama    llama.cpp without LoRA, and llama1 with one adapter (the same); see llama_row.py
 
 The engine of row "default" is there all the time. Each other row is measured in turns with it, so
-that the machine is the same for both, and its speed is a share of "default" in those turns. With
---alone (for 8 layers in bf16: 11 to 13 GB each) there is one at a time, "default" first and last.
-cpu_slots.py measures fewer slots than adapters.
+that the machine is the same for both, and its speed is a share of "default" in those turns; see
+turns.py. With --alone (8 layers in bf16 take 10 to 12 GB each) there is one at a time, "default"
+first and last: on a shared machine that says little. cpu_slots.py measures fewer slots than
+adapters.
 
 INT4 (GPTQ, group 128): upstream offers its CPU INT4 experts only with AMX. On a CPU without AMX the
 rows without LoRA are vLLM's own class with that one check lifted by this script; the operators are
@@ -40,6 +41,8 @@ from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import turns
 
 HIDDEN, EXPERTS, TOP_K, INNER, SHARED, VOCAB = 2048, 60, 4, 1408, 5632, 1024
 CASES = {"decode batch 1": (1, 16), "decode batch 8": (8, 16), "prefill 512": (1, 512)}
@@ -138,6 +141,7 @@ def build(spec: dict[str, Any]) -> tuple[Any, list[Any]]:
         max_num_batched_tokens=2048,
         enable_prefix_caching=False,
         disable_log_stats=True,
+        kv_cache_memory_bytes=256 << 20,  # so that two engines of 8 layers fit into 24 GB
         **lora,
     )
     torch.manual_seed(0)  # the same prompts for each engine
@@ -194,10 +198,10 @@ class Engine:
     """One row's engine, in a process of its own. ``weights`` are the bytes of its parameters."""
 
     def __init__(self, row: str, spec: dict[str, Any]) -> None:
+        inherited = {k: v for k, v in os.environ.items() if k != "VLLM_CPU_KVCACHE_SPACE"}
         env = {
-            **os.environ,
+            **inherited,
             "VLLM_MOE_LORA": "1" if spec["adapters"] else "0",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
             "VLLM_LOGGING_LEVEL": "WARNING",
@@ -312,11 +316,13 @@ def measure(folder: Path, quant: str, args: argparse.Namespace) -> dict[str, dic
         engine = start(row, rows[row])
         found[row] = {"weights": engine.weights}
         for case in CASES:
-            turns = [(default.seconds(case), engine.seconds(case)) for _ in range(args.repeats)]
-            reference = [t for one, _ in turns for t in one]
-            own = median([t for _, one in turns for t in one])
-            references[case] += reference
-            found[row] |= {case: 1e3 * own, f"{case} share": median(reference) / own}
+            taken, again = turns.turns(default, engine, case, args.repeats)
+            own = median([t for _, one in taken for t in one])
+            references[case] += [t for one, _ in taken for t in one]
+            middle, low, high = turns.share(taken)
+            found[row] |= {case: 1e3 * own, f"{case} share": middle}
+            print(f"  {row}, {case}: {1e3 * own:.2f} ms, {middle:.3f} (quartiles {low:.3f} to "
+                  f"{high:.3f}), {again} turns disturbed", file=sys.stderr, flush=True)  # fmt: skip
         engine.end()
         print(f"  {quant} {row}: {found[row]}", file=sys.stderr, flush=True)
     default.end()

@@ -43,6 +43,31 @@ def _native(y, x, a, b, slots, scale, widths):
     return got
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_layer_is_called_again(dtype):
+    """What a layer keeps between calls does not outlive the factors, sizes and batches it is of."""
+    widths, layer = (40, 24), calls.DenseLora()
+    cases = [_dense(dtype, 90, widths, rank, 64, rank) for rank in (8, 20)]
+    for tokens, case, columns in [
+        (1, 0, 67), (90, 0, 67), (3, 0, 50), (90, 1, 67), (2, 1, 64), (2, 0, 64), (1, 1, 67),
+    ]:  # fmt: skip
+        y, x, a, b = cases[case]
+        y, x, slots = y[:tokens, :columns].clone(), x[:tokens], (torch.arange(tokens) + 2) % 4 - 1
+        segments, want, got = cpu_dense.row_segments(slots), y.clone(), y.clone()
+        assert not layer.add(got.half(), x.half(), a, b, segments, 1.0, widths)
+        assert layer.add(got, x, a, b, segments, 1.0, widths)
+        start, want = 0, want.double()
+        for one_a, one_b, width in zip(a, b, widths, strict=True):
+            for row, slot in enumerate(slots.tolist()):
+                own = min(width, columns - start)
+                z = one_a[slot, 0].double() @ x[row].double()
+                if slot >= 0:
+                    want[row, start : start + own] += one_b[slot, 0, :own].double() @ z
+            start += width
+        assert _close(got, want), (tokens, case, columns)
+        a[0][1] *= -1.5  # another adapter is copied into a slot
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     dtype=st.sampled_from(DTYPES),

@@ -33,6 +33,13 @@ class _Experts:
         output.copy_(x * weights.sum(1, keepdim=True) + ids.sum(1, keepdim=True))
 
 
+class _Native:
+    """The native kernel: here it takes nothing."""
+
+    def add(self, *given):
+        return False
+
+
 DENSE = types.SimpleNamespace(lora_a_stacked="a", lora_b_stacked="b", output_slices=(3,))
 ROUTED = types.SimpleNamespace(
     w13_weight="w13",
@@ -46,7 +53,8 @@ ROUTED = types.SimpleNamespace(
 
 @pytest.fixture
 def layers(monkeypatch):
-    found = {"dense": (DENSE, _Punica()), "experts": (ROUTED, _Experts())}
+    found = {"dense": (DENSE, _Punica(), _Native()), "experts": (ROUTED, _Experts())}
+    found["embedding"] = DENSE, found["dense"][1]
     monkeypatch.setattr(operators, "_layer", lambda name: found[name])
     return found
 
@@ -54,7 +62,7 @@ def layers(monkeypatch):
 def _calls():
     y, x = torch.zeros(4, 3), torch.randn(4, 5)
     yield operators.OPERATORS.add_lora_linear, (y, x, "dense")
-    yield operators.OPERATORS.add_lora_embedding, (y, x, "dense")
+    yield operators.OPERATORS.add_lora_embedding, (y, x, "embedding")
     weights, ids = torch.rand(4, 2), torch.randint(8, (4, 2))
     yield operators.OPERATORS.routed_experts, (torch.zeros(4, 3), x[:, :3], weights, ids, "experts")
 
@@ -84,8 +92,23 @@ def test_compiled_as_one_graph(layers, tokens):
     torch.testing.assert_close(compiled(x), want)
     layers["dense"][1].token_segments = []
     torch.testing.assert_close(compiled(x), (x[:, :3] + 1) * 3)
-    layers["dense"] = DENSE, types.SimpleNamespace(add_lora_linear=lambda y, *rest: y.zero_())
+    other = types.SimpleNamespace(add_lora_linear=lambda y, *rest: y.zero_())
+    layers["dense"] = DENSE, other, _Native()
     assert (compiled(x) == 0).all()
+
+
+def test_native_kernel_comes_first(layers):
+    """It gets the layer's factors and the batch's segments; only if it refuses, punica is asked."""
+    punica, seen = _Punica(), []
+    native = types.SimpleNamespace(add=lambda y, x, *rest: seen.append(rest) or y.fill_(7) is y)
+    layers["dense"] = DENSE, punica, native
+    y, x = torch.zeros(4, 3), torch.randn(4, 5)
+    operators.OPERATORS.add_lora_linear(y, x, "dense")
+    assert not seen  # a wrapper without segments is upstream's
+    punica.token_segments = [(0, None)]
+    operators.OPERATORS.add_lora_linear(y, x, "dense")
+    assert seen == [("a", "b", [(0, None)], 1.0, (3,))]
+    assert (y == 7).all()
 
 
 def test_uncompiled_calls_go_on(layers):

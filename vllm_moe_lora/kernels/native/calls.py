@@ -18,6 +18,7 @@ from . import build, pool
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 # Multiplications below which a second thread costs more than it saves (2-core EPYC).
 SMALL = 50_000
+KEPT = 4096  # numbers of fp32 scratch that a layer keeps for its next call
 
 
 def address(table: array[int]) -> int:
@@ -63,6 +64,103 @@ class Segments(list[tuple[int, "torch.Tensor | None"]]):
         return address(made), count, highest
 
 
+class DenseLora:
+    """The call of the dense kernel for one layer.
+
+    A step of decoding calls it once for each layer, between products that read tens of megabytes
+    of weights. So whatever Python code and objects a call touches come from main memory: they cost
+    more than the kernel itself. What is the same in each call is looked up once.
+    """
+
+    _factors: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None = None
+
+    def _prepare(
+        self,
+        lora_a: Sequence[torch.Tensor],
+        lora_b: Sequence[torch.Tensor],
+        output_slices: Sequence[int],
+        scale: float,
+        columns: int,
+    ) -> None:
+        self._factors, self._columns, self._table = (lora_a, lora_b), columns, array("q")
+        kernels = build.kernels()
+        if kernels is None or not fit(*lora_a, *lora_b):
+            return
+        parts, start, ranks, work, width = array("q"), 0, 0, 0, 0
+        for a, b, wide in zip(lora_a, lora_b, output_slices, strict=True):
+            rank, inner = a.shape[-2:]
+            own = max(0, min(wide, b.shape[-2], columns - start))
+            if b.shape[-1] != rank:
+                return
+            strides = a.stride(), b.stride()
+            parts.extend((a.data_ptr(), strides[0][0], strides[0][-2], inner, rank))
+            parts.extend((b.data_ptr(), strides[1][0], strides[1][-2], own, start))
+            start, ranks, work = start + wide, ranks + rank, work + rank * (inner + own)
+            width = max(width, inner)
+        self._kernel, self._dtype = kernels.add_lora, lora_a[0].dtype
+        self._parts, self._width = parts, width
+        self._slots = min(t.shape[0] for t in (*lora_a, *lora_b))
+        self._ranks, self._work = ranks, work
+        self._z = torch.empty(0, dtype=torch.float32)
+        given = struct.unpack("<i", struct.pack("<f", scale))[0]
+        self._table = array("q", bytes(38 * 8))
+        self._table[24] = DTYPES[self._dtype]
+        self._table[27], self._table[28] = len(lora_a), address(parts)
+        self._table[34], self._table[35] = ranks, given
+        self._place = address(self._table)
+
+    def add(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a: Sequence[torch.Tensor],
+        lora_b: Sequence[torch.Tensor],
+        segments: Segments,
+        scale: float,
+        output_slices: Sequence[int],
+    ) -> bool:
+        """Do what `kernels.cpu_dense.add_lora` does; return whether it was possible.
+
+        As long as ``lora_a`` and ``lora_b`` are the same objects, the other arguments of the layer
+        must be the same, and their tensors must stay where they are.
+        """
+        y_shape, x_shape = y.shape, x.shape
+        if len(y_shape) != 2 or len(x_shape) != 2:
+            return False
+        tokens, columns = y_shape
+        known = self._factors
+        if (
+            not known
+            or known[0] is not lora_a
+            or known[1] is not lora_b
+            or self._columns != columns
+        ):
+            self._prepare(lora_a, lora_b, output_slices, scale, columns)
+        table, dtype = self._table, y.dtype
+        if not table or dtype != self._dtype or x.dtype != dtype or y.device.type != "cpu":
+            return False
+        y_strides, x_strides = y.stride(), x.stride()
+        if y_strides[1] != 1 or x_strides[1] != 1 or x_shape[1] < self._width:
+            return False
+        place, rows, highest = segments.table(x_shape[0])
+        if rows == 0:
+            return True
+        if x_shape[0] != tokens or highest >= self._slots:
+            return False
+        size = rows * self._ranks
+        z = self._z
+        if z.numel() < size:
+            z = torch.empty(size, dtype=torch.float32)
+            if size <= KEPT:
+                self._z = z
+        table[0] = table[8] = table[16] = 0
+        table[25], table[26] = len(segments), place
+        table[29], table[30], table[31] = x.data_ptr(), x_strides[0], y.data_ptr()
+        table[32], table[33] = y_strides[0], z.data_ptr()
+        pool.run(self._kernel, self._place, rows * self._work < SMALL)
+        return True
+
+
 def add_lora(
     y: torch.Tensor,
     x: torch.Tensor,
@@ -73,30 +171,7 @@ def add_lora(
     output_slices: Sequence[int],
 ) -> bool:
     """Do what `kernels.cpu_dense.add_lora` does; return whether it was possible."""
-    if not fit(y, x, *lora_a, *lora_b):
-        return False
-    kernels = build.kernels()
-    if kernels is None:
-        return False
-    parts, start, ranks, work = array("q"), 0, 0, 0
-    width, columns = x.shape[1], y.shape[1]
-    for a, b, wide in zip(lora_a, lora_b, output_slices, strict=True):
-        rank, inner = a.shape[-2:]
-        own = max(0, min(wide, b.shape[-2], columns - start))
-        if inner > width or b.shape[-1] != rank:
-            return False
-        strides = a.stride(), b.stride()
-        parts.extend((a.data_ptr(), strides[0][0], strides[0][-2], inner, rank))
-        parts.extend((b.data_ptr(), strides[1][0], strides[1][-2], own, start))
-        start, ranks, work = start + wide, ranks + rank, work + rank * (inner + own)
-    place, count, highest = segments.table(x.shape[0])
-    if count == 0:
-        return True
-    if y.shape[0] != x.shape[0] or any(t.shape[0] <= highest for t in (*lora_a, *lora_b)):
-        return False
-    spans, slices = (len(segments), place), (len(lora_a), address(parts))
-    run(kernels, y, x, spans, slices, count, ranks, scale, count * work < SMALL)
-    return True
+    return DenseLora().add(y, x, lora_a, lora_b, segments, scale, output_slices)
 
 
 def run(

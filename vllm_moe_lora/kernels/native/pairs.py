@@ -21,20 +21,26 @@ class Pairs:
     """All pairs of the tokens with an adapter, in token order: pair i * top_k + k of row i.
 
     Attributes:
-        rows: [n] int64, the rows of the batch whose tokens have an adapter, ascending.
+        all_tokens: whether each token of the batch has an adapter.
         ids: [pairs, 1] int32, the local expert of each pair; 0 if it is on another device.
     """
 
     def __init__(self, kernels: build.Kernels, table: array[int], keep: Sequence[object]) -> None:
         self._kernels, self._table, self._keep = kernels, table, keep
-        scratch, ids = keep[0], keep[1]
-        assert isinstance(scratch, torch.Tensor)
+        ids = keep[1]
         assert isinstance(ids, torch.Tensor)
-        self.rows: torch.Tensor = scratch[: table[35]]
-        self.ids: torch.Tensor = ids[: table[35] * table[29]]
+        self.all_tokens = table[35] == table[24]
+        self.ids: torch.Tensor = ids if self.all_tokens else ids[: table[35] * table[29]]
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """[n] int64, the rows of the batch whose tokens have an adapter, ascending."""
+        scratch = self._keep[0]
+        assert isinstance(scratch, torch.Tensor)
+        return scratch[: self._table[35]]
 
     def __len__(self) -> int:
-        return self.ids.shape[0]
+        return self._table[35] * self._table[29]
 
     def sorted(self) -> tuple[torch.Tensor, list[Segment]]:
         """Return the pairs in the order of their experts, then slots; without foreign experts'.

@@ -51,10 +51,10 @@ def run(kernel: int, table: int, one_thread: bool) -> None:
         table: the address of its table.
         one_thread: run it on this thread only: the work is too small for more.
     """
-    if not one_thread and torch.get_num_threads() > 1:
+    if not one_thread:
         parallel = _parallel()
         if parallel is not None:
-            # 0: as many threads as torch's operators have. With another number the runtime would
+            # 0: as many threads as torch's operators have, or one. With another number it would
             # end threads and start new ones, which vLLM has not bound to cores.
             parallel(kernel, table, 0, 0)
             return

@@ -91,7 +91,7 @@ def prepare(config: Any, model: Any, manager: Any) -> None:
 
     if config.compilation_config.mode == CompilationMode.NONE or not _ours(config):
         return
-    found: dict[str, tuple[Any, Any]] = {}
+    found: dict[str, tuple[Any, ...]] = {}
     unknown = [name for name, layer in manager.modules.items() if not _take(name, layer, found)]
     if not unknown:
         config.compilation_config.static_forward_context.update(found)
@@ -148,10 +148,12 @@ def _ours(config: Any) -> bool:
     return bool(current_platform.is_cpu() and config.model_config.is_moe)
 
 
-def _take(name: str, layer: Any, found: dict[str, tuple[Any, Any]]) -> bool:
+def _take(name: str, layer: Any, found: dict[str, tuple[Any, ...]]) -> bool:
     """Prepare one LoRA layer, and add it to ``found``. Return False if there is no operator."""
     from vllm.lora import layers
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
+    from ...kernels.native.calls import DenseLora
 
     # While vLLM runs, their modules may be looked up in what it compiled before.
     from ..gpu import router_weights_on_input  # noqa: F401
@@ -168,9 +170,11 @@ def _take(name: str, layer: Any, found: dict[str, tuple[Any, Any]]) -> bool:
         experts.operator_name = key
         found[key] = layer.base_layer.routed_experts, experts
         return True
-    known = BaseLinearLayerWithLoRA, layers.VocabParallelEmbeddingWithLoRA
-    if isinstance(layer, known):
+    dense = isinstance(layer, BaseLinearLayerWithLoRA)
+    if dense or isinstance(layer, layers.VocabParallelEmbeddingWithLoRA):
         found[key] = layer, layer.punica_wrapper
+        if dense:
+            found[key] += (DenseLora(),)
         layer.punica_wrapper = operators.LayerPunica(layer.punica_wrapper, key)
         return True
     return False

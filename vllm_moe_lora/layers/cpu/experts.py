@@ -33,9 +33,12 @@ def token_slots(context: MoELoRAContext, num_tokens: int) -> torch.Tensor:
     if context.local_token_lora_mapping is not None:
         return context.local_token_lora_mapping.long()
     slots: torch.Tensor = context.punica_wrapper.token_lora_indices
-    if slots.numel() >= num_tokens:
+    have = slots.numel()
+    if have == num_tokens:
+        return slots
+    if have > num_tokens:
         return slots[:num_tokens]
-    return torch.nn.functional.pad(slots, (0, num_tokens - slots.numel()), value=-1)
+    return torch.nn.functional.pad(slots, (0, num_tokens - have), value=-1)
 
 
 def combine(pairs: torch.Tensor, topk_weights: torch.Tensor | None, plan: PairPlan) -> torch.Tensor:
@@ -312,7 +315,8 @@ class CPULoRAExperts:
                 return
             lora = *given, activation, apply_router_weight_on_input
             if self.apply_native(pairs, output, *lora):
-                self._apply_base_rows(base, pairs.rows, output, *given, *rest)
+                if not pairs.all_tokens:
+                    self._apply_base_rows(base, pairs.rows, output, *given, *rest)
                 return
         plan = self.plan_batch(slots, topk_ids)
         if plan is None:

@@ -45,12 +45,14 @@ def _idle(punica: Any) -> bool:
 
 
 def _add_lora_linear(y: torch.Tensor, x: torch.Tensor, name: str) -> None:
-    layer, punica = _layer(name)
+    layer, punica, dense = _layer(name)
     if _idle(punica):
         return
-    punica.add_lora_linear(
-        y, x, layer.lora_a_stacked, layer.lora_b_stacked, 1.0, layer.output_slices
-    )
+    a, b, slices = layer.lora_a_stacked, layer.lora_b_stacked, layer.output_slices
+    segments = getattr(punica, "token_segments", None)
+    if segments is not None and dense.add(y, x, a, b, segments, 1.0, slices):
+        return
+    punica.add_lora_linear(y, x, a, b, 1.0, slices)
 
 
 def _add_lora_embedding(y: torch.Tensor, x: torch.Tensor, name: str) -> None:

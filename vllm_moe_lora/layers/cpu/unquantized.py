@@ -18,6 +18,7 @@ adapter, the weights are upstream's, unchanged.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -38,7 +39,22 @@ from .packing import (
     widen_rows,
 )
 
+KEPT = 64  # pairs
 PACKED = "moe_lora_packed"  # attribute of a Parameter: whether its data are packed
+
+
+@functools.cache
+def _operators() -> Any:
+    from vllm import _custom_ops
+
+    return _custom_ops
+
+
+@functools.cache
+def _ones(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return ones, [count, 1]. Nobody may write to them."""
+    with torch.inference_mode(False):
+        return torch.ones(count, 1, dtype=dtype)
 
 
 class WidenedCPUExperts(CPULoRAExperts):
@@ -228,9 +244,7 @@ class WidenedCPUExperts(CPULoRAExperts):
             activation: upstream's `MoEActivation`.
             unweighted: sum the experts' outputs without ``topk_weights``.
         """
-        from vllm._custom_ops import cpu_fused_moe
-
-        cpu_fused_moe(
+        _operators().cpu_fused_moe(
             out,
             x,
             self._layer.w13_weight,
@@ -317,8 +331,10 @@ class WidenedCPUExperts(CPULoRAExperts):
         columns = [self._w13_columns.regions.get(slot, (0, 0))[0] for slot in slots]
         if not pairs.before(hidden_states, x, columns, context.w13_lora_a_stacked):
             return False
-        out = x.new_empty(len(pairs), self._hidden + self._w2_rows.capacity)
-        ones = topk_weights.new_ones(len(pairs), 1)
+        count = len(pairs)
+        out = x.new_empty(count, self._hidden + self._w2_rows.capacity)
+        # Of few pairs they are kept: steps of decoding have few sizes.
+        ones = (_ones if count <= KEPT else _ones.__wrapped__)(count, topk_weights.dtype)
         # Each pair is a token of its own with one expert, so nothing is summed here.
         self._run_operator(out, x, ones, pairs.ids, activation, True)
         columns = [self._w2_rows.regions.get(slot, (0, 0))[0] for slot in slots]

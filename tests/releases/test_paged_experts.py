@@ -73,9 +73,12 @@ LIFE = [
     ("remove all", "", 24),
     ("load 6 of 16", "", 8),
     ("load 7 of 8", "", 0),
-    ("remove 7", "", 8),
+    ("remove 6", "", 16),
+    ("load 9 of 16", "", 0),
+    ("remove 9", "", 16),
+    ("remove 7", "", 24),
     # In the middle of a step, where nobody can be told.
-    ("load 8 of 24", r"MoE LoRA: a slot needs .* are free\. Raise VLLM_MOE_LORA_MEMORY\.", 8),
+    ("load 8 of 32", r"MoE LoRA: a slot needs .* are free\. Raise VLLM_MOE_LORA_MEMORY\.", 24),
 ]
 
 

@@ -11,7 +11,7 @@ from vllm_moe_lora.kernels.paged_stack import Arena, pages_for
 
 
 def paged(case: cases.Case, seed: int, device: str = "cpu") -> cases.Case:
-    """The same case with `PagedStack`s, of an arena that has no page to spare.
+    """The same case with `PagedStack`s, of an arena with pages for nothing else.
 
     All slots are written, in some order, some more than once. What no page of theirs has is NaN.
     """
@@ -33,6 +33,5 @@ def paged(case: cases.Case, seed: int, device: str = "cpu") -> cases.Case:
             made[index][slot] = 0
         for slot, index in order.sample(writes, len(writes)):
             made[index].write(slot, stacks[index][slot].narrow(axis, 0, ranks[slot]))
-        assert arena.free_pages == 0
         sides.append(list(made))
     return dataclasses.replace(case, lora_a=sides[0], lora_b=sides[1])

@@ -73,9 +73,13 @@ LIFE = [
     ("remove all", "", 24),
     ("load 6 of 16", "", 8),
     ("load 7 of 8", "", 0),
-    ("remove 7", "", 8),
-    # In the middle of a step, where nobody can be told.
-    ("load 8 of 24", r"MoE LoRA: a slot needs .* are free\. Raise VLLM_MOE_LORA_MEMORY\.", 8),
+    ("remove 6", "", 16),
+    ("load 9 of 16", "", 0),
+    ("remove 9", "", 16),
+    ("remove 7", "", 24),
+    # In the middle of a step, where nobody can be told. 0.33 leaves the pages that were written;
+    # the next adapter gets the same slot.
+    ("load 8 of 32", r"MoE LoRA: a slot needs .* are free\. Raise VLLM_MOE_LORA_MEMORY\.", (8, 24)),
 ]
 
 
@@ -83,9 +87,10 @@ LIFE = [
 def test_adapters_come_and_go(release):
     life = results(release)["life"]
     assert "error" not in life, life
-    assert [(what, free) for what, _, free in life["said"]] == [(w, free) for w, _, free in LIFE]
-    for (what, error, _), (_, want, _) in zip(life["said"], LIFE, strict=True):
-        assert re.fullmatch(want, error), (what, error)
+    for said, (what, want, free) in zip(life["said"], LIFE, strict=True):
+        assert said[0] == what
+        assert re.fullmatch(want, said[1]), said
+        assert said[2] in (free if isinstance(free, tuple) else (free,)), said
     assert max(life["off"]) <= LIMIT
 
 

@@ -16,6 +16,7 @@ import torch
 from vllm_moe_lora import cli, probe, records
 from vllm_moe_lora.commands import tune
 from vllm_moe_lora.tiny import models
+from vllm_moe_lora.tuning import served
 
 pytest.importorskip("triton")
 
@@ -110,6 +111,13 @@ def test_what_computes_the_base(layers, why, said):
     assert ("served" in more) == (not said or "compared" in said[0])
     assert "not MarlinExperts'" in more["tailless"]
     assert all(text in remark for text, remark in zip(said, remarks, strict=True))
+
+
+def test_layers_that_take_the_lora_as_an_input_are_not_served():
+    method = types.SimpleNamespace(experts_cls=type("TrtLlmBf16LoRAExperts", (), {}))
+    runner = types.SimpleNamespace(routed_experts=types.SimpleNamespace(quant_method=method))
+    with pytest.raises(ValueError, match="TrtLlmBf16LoRAExperts take the LoRA as an input"):
+        served.Served(runner, types.SimpleNamespace(lora_config=None), None, False)
 
 
 def test_interpret(model, tmp_path):

@@ -46,6 +46,7 @@ class Switch:
     Args:
         punica: vLLM's, with the metadata of the batch.
         factors: for our kernels; None for upstream's.
+        gate: the address of gate's lora_a in vLLM's buffers.
         slots: [tokens] int32, the adapter slot of each token, -1 for none.
         seen: where to keep copies; None to keep none.
     """
@@ -54,10 +55,12 @@ class Switch:
         self,
         punica: Any,
         factors: moe_kernels.LayerFactors | None,
+        gate: int,
         slots: torch.Tensor,
         seen: Seen | None = None,
     ) -> None:
-        self._punica, self._factors, self._slots, self.seen = punica, factors, slots, seen
+        self._punica, self._factors, self._gate = punica, factors, gate
+        self._slots, self.seen = slots, seen
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._punica, name)
@@ -80,7 +83,7 @@ class Switch:
         from vllm_moe_lora.kernels.triton import launch, route
 
         factors = self._factors.w13
-        if factors.lora_a[0].data_ptr() != given["lora_a_stacked"][0].data_ptr():
+        if given["lora_a_stacked"][0].data_ptr() != self._gate:
             factors = self._factors.swapped
         sizes = factors.num_slots, factors.num_experts, factors.dtype
         mapped = {"expert_map": given["expert_map"], "active": self._factors.active}
@@ -155,10 +158,16 @@ class Served:
 
         Raises:
             packed.UnknownFormatError: of the weights.
+            ValueError: the experts do not add the LoRA to what their base GEMMs wrote.
         """
+        routed, lora = runner.routed_experts, config.lora_config
+        experts = getattr(getattr(routed.quant_method, "experts_cls", None), "__name__", "")
+        if experts.startswith("TrtLlm"):
+            raise ValueError(
+                f"{experts} take the LoRA as an input of one kernel for the whole layer"
+            )
         from vllm.lora.layers import fused_moe
 
-        routed, lora = runner.routed_experts, config.lora_config
         self._config, self._routed = config, routed
         base = packed.fill(routed, seed)
         kind = fused_moe.FusedMoE3DWithLoRA if fused else fused_moe.FusedMoEWithLoRA
@@ -200,6 +209,14 @@ class Served:
                     more[name].fill_(torch.nan)
         return self._apply(*args, **more)
 
+    @contextmanager
+    def _poisoning(self, wanted: bool) -> Iterator[None]:
+        self._poison = wanted
+        try:
+            yield
+        finally:
+            self._poison = False
+
     def call(
         self,
         batch: cases.Batch,
@@ -215,14 +232,19 @@ class Served:
             seen: where to keep what the LoRA read and wrote.
             keep: where to put the layer's answer, [tokens, hidden].
         """
-        punica: Any = Switch(sides.punica_of(self.shape, batch), factors, batch.slots, seen)
+        gate = self.layer.a13[0].data_ptr()
+        made = sides.punica_of(self.shape, batch)
+        punica: Any = Switch(made, factors, gate, batch.slots, seen)
 
         def call() -> None:
             from vllm.forward_context import set_forward_context
 
             self._wrapper.set_mapping(punica)
-            self._poison = seen is not None
-            with set_forward_context(None, self._config), torch.inference_mode():
+            with (
+                set_forward_context(None, self._config),
+                torch.inference_mode(),
+                self._poisoning(seen is not None),
+            ):
                 found = self._wrapper.quant_method.apply(
                     layer=self._routed,
                     x=batch.x,
@@ -231,7 +253,6 @@ class Served:
                     shared_experts=None,
                     shared_experts_input=None,
                 )
-            self._poison = False
             if keep is not None:
                 keep.append(found)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from vllm_moe_lora.layers.gpu import moe_kernels
+from vllm_moe_lora.kernels.paged_stack import Arena
+from vllm_moe_lora.layers.gpu import moe_kernels, pages
 from vllm_moe_lora.records import LayerShape
 from vllm_moe_lora.tuning.cases import Batch, Layer
 
@@ -49,6 +50,24 @@ def factors_of(layer: Layer) -> moe_kernels.LayerFactors:
         TypeError, ValueError: our kernels do not support the buffers; the text says why.
     """
     return moe_kernels.LayerFactors(layer.as_vllm())
+
+
+def in_pages(layer: Layer) -> moe_kernels.LayerFactors:
+    """Return a copy of the layer's factors in pages, as engines have them (layers/gpu/pages.py).
+
+    Raises:
+        TypeError, ValueError: our kernels do not support the buffers; the text says why.
+    """
+    made = layer.as_vllm()
+    for name, rank_axis in pages.STACKS.items():
+        dense = getattr(made, name)
+        first = dense[0]
+        stacks = Arena(first.shape, len(dense), rank_axis, first.dtype, first.device).stacks()
+        for stack, factors in zip(stacks, dense, strict=True):
+            for slot, factor in enumerate(factors):
+                stack.write(slot, factor)
+        setattr(made, name, stacks)
+    return moe_kernels.LayerFactors(made)
 
 
 def ours(

@@ -108,16 +108,14 @@ def arenas(wrapper):
 
 
 def blocks(wrapper, free=False):
-    """Blocks of 8 ranks of all slices and experts, the same in all arenas; None without."""
+    """Blocks of 8 ranks of all slices and experts: of the fullest arena; None without."""
     found = set()
     for arena in arenas(wrapper):
         _, slices, experts, _ = arena.table.shape
         pages = arena.free_pages if free else arena.memory.shape[0]
         found.add(pages / slices / experts)
-    if not found:
-        return None
-    (one,) = found
-    return one
+    assert free or len(found) <= 1, "all arenas have the same number"
+    return min(found, default=None)
 
 
 class Life:
@@ -138,10 +136,11 @@ class Life:
     def note(self, what, error=""):
         self.said.append((what, error, 8 * blocks(self.one.wrapper, free=True)))
 
-    def load(self, number, rank, seed=0, replace=False):
+    def load(self, number, rank, seed=0, replace=False, without=()):
         from vllm.lora.request import LoRARequest
 
         adapter = Adapter(self.whole, rank, 10 * number + seed)
+        adapter.factors |= {name: {} for name in without}
         path = adapter.write(self.folder / str(len(self.said)), adapter.per_expert())
         more = {"load_inplace": True} if replace else {}
         try:
@@ -201,10 +200,14 @@ def life(base, folder):
     one.load(6, 16)
     one.load(7, 8)
     offs.append(one.off([7, 6, 0]))
+    one.remove(6)
+    one.load(9, 16, without=["w2"])
+    offs.append(one.off([7, 9, 0]))
+    one.remove(9)
     # Behind the budget's back, as for a request that needs an adapter again at once.
     one.manager.moe_lora_budget.refuses = False
     one.remove(7)
-    one.load(8, 24)
+    one.load(8, 32)
     return {"said": one.said, "off": offs}
 
 

@@ -205,7 +205,7 @@ def _chosen(layer: Any) -> tuple[str, Record | None] | None:
         return None
     from ...kernels.triton import checks
 
-    arch = checks.arch_of(layer.device)
+    arch = checks.arch_of(layer.adapter_enabled.device)
     record = choose.record_for(layer, arch) if choice == "auto" else None
     if choice == "auto" and (record is None or record.kinds == {"upstream"}):
         return None

@@ -28,8 +28,8 @@ from ...log import get_logger
 from . import moe_kernels
 
 logger = get_logger(__name__)
-_STACKS = {"w13_lora_a_stacked": 1, "w13_lora_b_stacked": 2}  # name -> where a slot has the rank
-_STACKS |= {"w2_lora_a_stacked": 1, "w2_lora_b_stacked": 2}
+STACKS = {"w13_lora_a_stacked": 1, "w13_lora_b_stacked": 2}  # name -> where a slot has the rank
+STACKS |= {"w2_lora_a_stacked": 1, "w2_lora_b_stacked": 2}
 _blocks: ContextVar[int | None] = ContextVar("moe_lora_blocks", default=None)
 
 
@@ -43,22 +43,20 @@ def blocks_each(number: int) -> Iterator[None]:
         _blocks.reset(token)
 
 
-def wanted(config: Any) -> bool:
+def possible(config: Any) -> bool:
     """Return whether our kernels may serve routed experts. All ranks get the same answer.
 
     Args:
         config: the `VllmConfig`.
     """
-    choice = envs.get("VLLM_MOE_LORA_KERNELS")
-    ours = choice in ("ours", "tail") or (choice == "auto" and any(records.files()))
-    return ours and bool(config.model_config.is_moe)
+    return envs.get("VLLM_MOE_LORA_KERNELS") != "upstream" and bool(config.model_config.is_moe)
 
 
 def created(model: Any, lora: Any, create: Callable[[], Any]) -> Any:
-    """Create vLLM's `LoRAModelManager`, with pages in its LoRA layers.
+    """Create vLLM's `LoRAModelManager`, with pages in the layers that our kernels serve.
 
     All ranks of the engine get the same number of blocks, so that all of them admit the same
-    adapters.
+    adapters. So all ranks must call this.
 
     Args:
         model: it has no LoRA layers yet.
@@ -75,9 +73,12 @@ def created(model: Any, lora: Any, create: Callable[[], Any]) -> Any:
     allowed = budget.limit(value, current_platform.get_device_total_memory())
     separate = lora.enable_mixed_moe_lora_format or lora.enable_moe_shared_loras
     fused = model.is_3d_moe_weight and not separate
-    each = sum(block_bytes(one.moe_config, lora, fused) for one in layers_of(model).values())
+    layers = [layer.moe_config for layer in layers_of(model).values()]
+    each = sum(block_bytes(moe, lora, fused) for moe in layers if moe.is_lora_enabled)
     dense = lora.max_loras * pages_for(lora.max_lora_rank)
-    blocks = _smallest(min(dense, allowed // each if each else dense))
+    blocks, ours = _agreed(min(dense, allowed // each if each else dense))
+    if not ours:
+        return create()
     if blocks < 1:
         raise ValueError(
             f"VLLM_MOE_LORA_MEMORY={value} allows {_mib(allowed)} MiB for LoRA on routed experts, "
@@ -106,18 +107,23 @@ def created(model: Any, lora: Any, create: Callable[[], Any]) -> Any:
     return manager
 
 
-def _smallest(number: int) -> int:
-    """Return the smallest of all ranks' numbers. All ranks of the engine must call this."""
+def _agreed(blocks: int) -> tuple[int, bool]:
+    """Return the smallest number of blocks of all ranks, and whether our kernels may serve some.
+
+    With VLLM_MOE_LORA_KERNELS=auto they may where there is a record of `tune`, which not all
+    machines need have. All ranks of the engine must call this.
+    """
+    ours = envs.get("VLLM_MOE_LORA_KERNELS") != "auto" or any(records.files())
     if not torch.distributed.is_initialized():
-        return number
+        return blocks, ours
     from vllm.distributed.parallel_state import get_world_group
 
     group = get_world_group()
-    if group.world_size > 1:
-        found = torch.tensor([number], dtype=torch.int64)
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
-        number = int(found)
-    return number
+    if group.world_size == 1:
+        return blocks, ours
+    found = torch.tensor([blocks, -int(ours)])
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+    return int(found[0]), bool(found[1])
 
 
 def block_bytes(moe: Any, lora: Any, fused: bool) -> int:
@@ -163,12 +169,12 @@ def allocate(wrapper: Any) -> None:
         wrapper: vLLM's `FusedMoEWithLoRA`.
     """
     blocks = _blocks.get()
-    meta = {name: getattr(wrapper, name) for name in _STACKS}
+    meta = {name: getattr(wrapper, name) for name in STACKS}
     if blocks is not None and moe_kernels.serves_all_batches(wrapper):
         for name, stacks in meta.items():
             first, count = stacks[0], len(stacks)
             pages = blocks * count * first.shape[1]
-            arena = Arena(first.shape, count, _STACKS[name], first.dtype, wrapper.device, pages)
+            arena = Arena(first.shape, count, STACKS[name], first.dtype, wrapper.device, pages)
             setattr(wrapper, name, arena.stacks())
         if moe_kernels.register(wrapper):
             return
@@ -190,5 +196,6 @@ def free_unused(manager: Any) -> None:
     """
     used = {slot for slot, lora_id in enumerate(manager.lora_index_to_id) if lora_id is not None}
     for module in filter(in_pages, manager.modules.values()):
-        for slot in module.w2_lora_a_stacked[0].taken - used:
+        # A projection without LoRA has no pages.
+        for slot in set().union(*(one.taken for n in STACKS for one in getattr(module, n))) - used:
             module.reset_lora(slot)

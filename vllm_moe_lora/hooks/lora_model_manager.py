@@ -113,9 +113,10 @@ def _create_with_pages(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_lora_manager(model: Any, *args: Any, **more: Any) -> Any:
         from ..layers.gpu import pages
 
-        if not pages.possible(more["vllm_config"]):
+        config: Any = more.get("vllm_config")
+        if not pages.possible(config):
             return original(model, *args, **more)
-        return pages.created(model, more["lora_config"], lambda: original(model, *args, **more))
+        return pages.created(model, config.lora_config, lambda: original(model, *args, **more))
 
     return create_lora_manager
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from pathlib import Path
 
 import layouts
@@ -24,6 +25,7 @@ def run(tmp_path, case, adapters, order, bad, env, **options):
     torch.save(adapters, file)
     job = {"model": str(case.model), "prompts": PROMPTS, "adapters": str(file), "order": order}
     job |= {"bad": bad, "options": options}
+    env = {"VERL_RAY_JOB_ID": uuid.uuid4().hex, **env}  # names the socket; tests run side by side
     return engine.saved_by(SCRIPT, job, env, first=[str(unpacked.other("verl-0.9.1"))])[0]
 
 

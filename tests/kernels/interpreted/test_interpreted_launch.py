@@ -171,9 +171,9 @@ def test_factors_refuse(name):
 
 
 def test_factors_refuse_what_cannot_be_read_in_groups():
-    for rank, width, out in ((4, 24, 40), (16, 20, 40)):
-        a, b = factor(2, 3, rank, width), factor(2, 3, out, rank)
-        with pytest.raises(ValueError, match="multiples of 8 elements"):
+    for rank, width, message in ((4, 24, "max_rank is 4"), (16, 20, "multiples of 8 elements")):
+        a, b = factor(2, 3, rank, width), factor(2, 3, 40, rank)
+        with pytest.raises(ValueError, match=message):
             Factors([a], [b], 3)
     with pytest.raises(ValueError, match="out = 20"):
         Factors([factor(2, 3, 16, 24)], [factor(2, 3, 20, 16)], 3)

@@ -2,8 +2,8 @@
 
 As parallel_experts.py, whose managers, wrappers and ranks these are, with our Triton kernels in the
 interpreter and room for two adapters of 8 ranks. "cases": what `parallel_experts.run` says of each,
-"pages", for each rank how many blocks of 8 ranks it has, None for dense slots, and "calls" of our
-kernels. "life": what is said to adapters that come and go, and how many ranks are free after it.
+"pages", for each rank how many blocks of 8 ranks it has, None for dense slots, "dense", how many
+dense stacks were allocated, if only for a moment, and "calls" of our kernels. "life": what is said to adapters that come and go, and how many ranks are free after it.
 "starts": the errors of engines that do not start. "measured": as "cases", where a record chooses.
 """
 
@@ -86,10 +86,17 @@ def block_bytes(case):
 def run(case, base, folder):
     from vllm_moe_lora.kernels.triton import launch
 
-    made, init = [], parallel_experts.Rank.__init__
+    made, init, zeros, dense = [], parallel_experts.Rank.__init__, torch.zeros, []
+
+    def allocated(*size, **more):
+        shape = size[0] if isinstance(size[0], tuple) else size
+        if len(shape) == 4 and more.get("device") != torch.device("meta"):
+            dense.append(shape)
+        return zeros(*size, **more)
 
     def kept(self, *args):
-        init(self, *args)
+        with mock.patch("vllm.lora.layers.fused_moe.torch.zeros", allocated):
+            init(self, *args)
         made.append(self)
 
     os.environ["VLLM_MOE_LORA_MEMORY"] = str(2 * block_bytes(case))
@@ -98,7 +105,8 @@ def run(case, base, folder):
         mock.patch.object(launch, "add_lora", wraps=launch.add_lora) as ours,
     ):
         found = parallel_experts.run(case, base, folder)
-    return found | {"pages": [blocks(one.wrapper) for one in made], "calls": ours.call_count}
+    has = {"pages": [blocks(one.wrapper) for one in made], "dense": len(dense)}
+    return found | has | {"calls": ours.call_count}
 
 
 def arenas(wrapper):

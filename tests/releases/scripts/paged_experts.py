@@ -3,8 +3,9 @@
 As parallel_experts.py, whose managers, wrappers and ranks these are, with our Triton kernels in the
 interpreter and room for two adapters of 8 ranks. "cases": what `parallel_experts.run` says of each,
 "pages", for each rank how many blocks of 8 ranks it has, None for dense slots, "dense", how many
-dense stacks were allocated, if only for a moment, and "calls" of our kernels. "life": what is said to adapters that come and go, and how many ranks are free after it.
-"starts": the errors of engines that do not start. "measured": as "cases", where a record chooses.
+dense stacks were allocated, if only for a moment, and "calls" of our kernels. "life": what is said
+to adapters that come and go, and how many ranks are free after it. "starts": the errors of engines
+that do not start. "measured": as "cases", where a record chooses.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import bars
 import turns
 
 HIDDEN, EXPERTS, TOP_K, INNER, SHARED, VOCAB = 2048, 60, 4, 1408, 5632, 1024
@@ -330,40 +331,6 @@ def measure(folder: Path, quant: str, args: argparse.Namespace) -> dict[str, dic
     return found
 
 
-NAMES = {
-    "a": "bare vLLM, eager",
-    "b": "LoRA enabled, no adapter loaded",
-    "b'": "four loaded, none in the batch",
-    "c1": "one adapter",
-    "c4": "four adapters in the batch",
-    "c1e": "one adapter, eager",
-}
-
-
-def svg(rows: dict[str, dict[str, float]]) -> str:
-    """Return bars: the speed of each row as a share of vLLM's as started by default."""
-    from vllm_moe_lora import report
-
-    shown, left, width, line = [row for row in NAMES if row in rows], 200, 300, 16
-    parts, y = (
-        ['<text x="4" y="14">speed, as a share of bare vLLM as started by default</text>'],
-        40,
-    )
-    for case in CASES:
-        parts.append(f'<text x="4" y="{y}" font-weight="bold">{case}</text>')
-        for row in shown:
-            y += line
-            share = rows[row][f"{case} share"]
-            bar = f'x="{left}" y="{y - 10}" width="{width * min(share, 1.1):.0f}" height="11"'
-            colour = "#888888" if row == "a" else "#1f77b4"
-            parts.append(f'<text x="16" y="{y}">{NAMES[row]}</text><rect {bar} fill="{colour}"/>')
-            parts.append(f'<text x="{left + width * share + 6:.0f}" y="{y}">{share:.2f}</text>')
-        y += 26
-    one = left + width
-    parts.append(f'<path d="M{one} 24 V{y - 20}" stroke="#000" stroke-dasharray="3"/>')
-    return report.svg(parts, one + 60, y)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quant", nargs="+", default=["bf16", "int4"], choices=["bf16", "int4"])
@@ -385,7 +352,7 @@ def main() -> None:
         for quant in args.quant:
             results[quant] = measure(folder, quant, args)
     if args.svg:
-        args.svg.write_text(svg(results[args.quant[0]]))
+        args.svg.write_text(bars.svg(results[args.quant[0]], CASES))
     if args.json:
         print(json.dumps(results, indent=1))
         return

@@ -21,6 +21,7 @@ from vllm_moe_lora import envs, meta_model
 from vllm_moe_lora.models.declare import declare
 from vllm_moe_lora.plugin import status
 from vllm_moe_lora.records import layer_shapes
+from vllm_moe_lora.report import one_line
 from vllm_moe_lora.targets import data_parallel, target_modules
 from vllm_moe_lora.targets.supports_lora import takes_lora
 
@@ -316,8 +317,7 @@ def main() -> None:
     try:
         found = answer(question)
     except Exception as error:  # the error is the answer
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        found = Answer({}, False, 0, 0, 0, 0, text[:600])
+        found = Answer({}, False, 0, 0, 0, 0, one_line(error)[:600])
     print("@" + json.dumps(asdict(found)))
 
 

@@ -23,6 +23,11 @@ class Finding:
     cure: str = ""
 
 
+def one_line(error: Exception) -> str:
+    """Return the class of an error and its text, without line breaks."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def svg(parts: Iterable[str], width: float, height: float, font_size: int = 11) -> str:
     """Return a drawing.
 

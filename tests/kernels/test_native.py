@@ -11,21 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_cases import DTYPES, close
 
 from vllm_moe_lora.kernels import cpu_dense
 from vllm_moe_lora.kernels.native import build, calls, pairs
-
-pytest.importorskip("numba", reason="the native kernels need numba: ci/install.sh")
-# Here they have to compile: a failure must not look like a machine that cannot have them.
-assert build.kernels() is not None
-
-DTYPES = [torch.bfloat16, torch.float32]
-
-
-def _close(got, want):
-    """Whether ``got`` is the fp64 ``want``, summed in fp32 and rounded once to got's dtype."""
-    unit = 2.0**-8 if got.dtype == torch.bfloat16 else 2.0**-21
-    return bool(((got.double() - want).abs() <= unit * want.abs() + 2e-6).all())
 
 
 def _dense(dtype, tokens, widths, rank, inner, seed, slots=3):
@@ -39,7 +28,7 @@ def _dense(dtype, tokens, widths, rank, inner, seed, slots=3):
 
 def _native(y, x, a, b, slots, scale, widths):
     got = y.clone()
-    assert calls.add_lora(got, x, a, b, cpu_dense.row_segments(slots), scale, widths)
+    assert calls.DenseLora().add(got, x, a, b, cpu_dense.row_segments(slots), scale, widths)
     return got
 
 
@@ -64,7 +53,7 @@ def test_a_layer_is_called_again(dtype):
                 if slot >= 0:
                     want[row, start : start + own] += one_b[slot, 0, :own].double() @ z
             start += width
-        assert _close(got, want), (tokens, case, columns)
+        assert close(got, want), (tokens, case, columns)
         a[0][1] *= -1.5  # another adapter is copied into a slot
 
 
@@ -91,7 +80,7 @@ def test_dense(dtype, tokens, widths, rank, inner, own_rank, seed):
                 z = one_a[slot, 0].double() @ x[row].double()
                 want[row, start : start + width] += 0.5 * (one_b[slot, 0].double() @ z)
         start += width
-    assert _close(got, want)
+    assert close(got, want)
     assert torch.equal(got[slots < 0], y[slots < 0])
     assert torch.equal(got[:, start:], y[:, start:])  # columns beyond the slices
     plain = y.clone()
@@ -129,7 +118,7 @@ def test_dense_takes_views():
     want = _native(y[:, :40].contiguous(), x, a, b, slots, 1.0, (40,))
     view = wide_y[:, 7:47]
     segments = cpu_dense.row_segments(slots)
-    assert calls.add_lora(view, wide_x[:, 5:69], a, b, segments, 1.0, (40,))
+    assert calls.DenseLora().add(view, wide_x[:, 5:69], a, b, segments, 1.0, (40,))
     assert torch.equal(view, want)
     assert wide_y[:, :7].isnan().all()
     assert wide_y[:, 47:].isnan().all()
@@ -161,7 +150,7 @@ def test_dense_falls_back(change):
     y, x, a, b = change(*_dense(torch.float32, 4, (8,), 4, 12, 0))
     segments = cpu_dense.row_segments(torch.tensor([0, 1, -1, 2]))
     got = y.clone()
-    assert not calls.add_lora(got, x, a, b, segments, 1.0, (8,))
+    assert not calls.DenseLora().add(got, x, a, b, segments, 1.0, (8,))
     assert torch.equal(got, y)
     cpu_dense.add_lora(got, x, a, b, segments, 1.0, (8,))
     want = y.double()
@@ -174,16 +163,18 @@ def test_dense_falls_back(change):
 def test_dense_checks_indices():
     y, x, a, b = _dense(torch.float32, 4, (8,), 4, 12, 0)
     with pytest.raises(IndexError, match="row 5 of 4 rows"):
-        calls.add_lora(y, x, a, b, calls.Segments([(0, torch.tensor([0, 5]))]), 1.0, (8,))
-    assert not calls.add_lora(y, x, a, b, calls.Segments([(3, None)]), 1.0, (8,))  # slots: 0 to 2
-    assert calls.add_lora(y, x, a, b, calls.Segments(), 1.0, (8,))
+        calls.DenseLora().add(y, x, a, b, calls.Segments([(0, torch.tensor([0, 5]))]), 1.0, (8,))
+    assert not calls.DenseLora().add(
+        y, x, a, b, calls.Segments([(3, None)]), 1.0, (8,)
+    )  # slots: 0 to 2
+    assert calls.DenseLora().add(y, x, a, b, calls.Segments(), 1.0, (8,))
     empty = y[:0], x[:0]
-    assert calls.add_lora(*empty, a, b, calls.Segments([(0, None)]), 1.0, (8,))
+    assert calls.DenseLora().add(*empty, a, b, calls.Segments([(0, None)]), 1.0, (8,))
     # The same segments, for a batch of another size.
     segments = calls.Segments([(1, None)])
     for tokens in (2, 4, 1):
         got = y.clone()
-        assert calls.add_lora(got[:tokens], x[:tokens], a, b, segments, 1.0, (8,))
+        assert calls.DenseLora().add(got[:tokens], x[:tokens], a, b, segments, 1.0, (8,))
         assert (got != y)[:, :8].any(1).tolist() == [row < tokens for row in range(4)]
 
 

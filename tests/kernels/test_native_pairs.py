@@ -6,21 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_cases import DTYPES, close
 
-from vllm_moe_lora.kernels.native import build, pairs
+from vllm_moe_lora.kernels.native import pairs
 from vllm_moe_lora.kernels.slot_stack import SlotStack
-
-pytest.importorskip("numba", reason="the native kernels need numba: ci/install.sh")
-# Here they have to compile: a failure must not look like a machine that cannot have them.
-assert build.kernels() is not None
-
-DTYPES = [torch.bfloat16, torch.float32]
-
-
-def _close(got, want):
-    """Whether ``got`` is the fp64 ``want``, summed in fp32 and rounded once to got's dtype."""
-    unit = 2.0**-8 if got.dtype == torch.bfloat16 else 2.0**-21
-    return bool(((got.double() - want).abs() <= unit * want.abs() + 2e-6).all())
 
 
 def _routed(dtype, tokens, top_k, experts, ranks, hidden, shared, foreign, seed):
@@ -109,7 +98,7 @@ def test_routed(dtype, tokens, top_k, ranks, hidden, shared, foreign, weighted, 
                 z = y[hidden + second[slot] :][:rank]
                 y = y[:hidden] + b[slot, e, :, :rank].double() @ z
                 want += y * (weights[row, k].double() if weighted else 1)
-            assert _close(before[pair, hidden:], columns)
+            assert close(before[pair, hidden:], columns)
         unit = 2.0**-8 if dtype == torch.bfloat16 else 1e-5
         assert torch.allclose(out[row].double(), want, rtol=unit, atol=1e-4), row
     others = [row for row in range(tokens) if row not in rows]

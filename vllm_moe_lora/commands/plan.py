@@ -247,10 +247,15 @@ def _check_device(
     else:
         cure = _smaller_setting(found.slot + found.widened, free, rank, needed, size)
         left = free - max_loras * (found.slot - found.slot_experts)
-        if found.pages == "on" and left >= found.slot_experts * 8 // rank:
+        if found.pages == "on" and left >= _block(found, rank):
             cure = f"VLLM_MOE_LORA_MEMORY={int(left / 2**20)}MiB"
         findings.append(Finding(False, f"{what}: this does not fit", cure))
     return findings
+
+
+def _block(found: Answer, rank: int) -> int:
+    """Return the bytes of a device that 8 ranks of one adapter take for routed experts."""
+    return found.slot_experts * 8 // rank
 
 
 def _pages(found: Answer, max_loras: int, rank: int, memory: float) -> int:
@@ -264,7 +269,7 @@ def _pages(found: Answer, max_loras: int, rank: int, memory: float) -> int:
     from vllm_moe_lora import envs
     from vllm_moe_lora.fitting.budget import limit
 
-    block = found.slot_experts * 8 // rank
+    block = _block(found, rank)
     allowed = limit(str(envs.get("VLLM_MOE_LORA_MEMORY")), int(memory))
     return min(max_loras * rank // 8, allowed // block) * block
 
@@ -285,7 +290,7 @@ def _check_pages(
     from vllm_moe_lora import envs
 
     dense, pages = max_loras * found.slot_experts, _pages(found, max_loras, rank, memory)
-    block = found.slot_experts * 8 // rank
+    block = _block(found, rank)
     value = envs.get("VLLM_MOE_LORA_MEMORY")
     what = (
         f"{parallel}: {max_loras} dense slots of rank {rank} take {dense / GIB:,.2f} GiB for "

@@ -16,6 +16,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_moe_lora.report import one_line
+
 if TYPE_CHECKING:
     from vllm_moe_lora.probe import Question
     from vllm_moe_lora.records import Conditions, LayerShape, Record
@@ -133,11 +135,7 @@ def _build(question: Question, stack: ExitStack) -> tuple[ModelLayers | None, st
     try:
         return stack.enter_context(model_layers.built(question, "cuda")), ""
     except Exception as error:  # of any kind: vLLM's are many
-        return None, _one_line(error)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        return None, one_line(error)[:500]
 
 
 def _tiny(shape: LayerShape) -> LayerShape:
@@ -232,7 +230,7 @@ def _base_of(
             notes = [] if served.exact else [inexact]
             return False, {"served": served, "tailless": tailless}, notes
         except Exception as error:  # of any kind: the format is unknown, no memory, ...
-            why = _one_line(error)
+            why = one_line(error)[:500]
     return False, {"tailless": tailless}, [f"{experts}' base GEMMs are left out: {why}"]
 
 

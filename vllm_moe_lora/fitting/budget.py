@@ -108,12 +108,12 @@ class Budget:
         taken, count = self.taken(lora_id)
         if size + taken <= self.limit:
             return
-        need = f"its factors for routed experts take about {_mib(size)} MiB"
-        of = f"the {_mib(self.limit)} MiB that VLLM_MOE_LORA_MEMORY={self.value}"
+        need = f"its factors for routed experts take about {mib(size)} MiB"
+        of = f"the {mib(self.limit)} MiB that VLLM_MOE_LORA_MEMORY={self.value}"
         if size > self.limit:
             raise AdapterError(f"{need}, more than {of} allows. Raise it.")
         raise AdapterError(
-            f"{need}, but {_mib(taken)} of {of} {FULL} by {count} adapters {self._others}. Raise "
+            f"{need}, but {mib(taken)} of {of} {FULL} by {count} adapters {self._others}. Raise "
             "it, or remove an adapter."
         )
 
@@ -163,7 +163,8 @@ class PageBudget(Budget):
         return sum(others), len(others)
 
 
-def _mib(size: int) -> str:
+def mib(size: int) -> str:
+    """Return a number of bytes in MiB, for messages."""
     return f"{size / 2**20:,.1f}"
 
 

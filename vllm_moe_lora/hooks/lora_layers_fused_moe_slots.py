@@ -47,33 +47,22 @@ def _create(original: Callable[..., Any]) -> Callable[..., Any]:
     return create_lora_weights
 
 
-def _create_a_pages(original: Callable[..., Any]) -> Callable[..., Any]:
+def _create_pages(original: Callable[..., Any]) -> Callable[..., Any]:
+    # Upstream creates lora_b after lora_a. Then the sizes of all are known.
+    is_last = original.__name__ == "_create_lora_b_weights"
+
     @functools.wraps(original, assigned=("__name__",))
-    def _create_lora_a_weights(self: Any, *args: Any, **more: Any) -> None:
+    def create_lora_weights(self: Any, *args: Any, **more: Any) -> None:
+        from ..kernels.writable_slots import without_memory
         from ..layers.gpu import pages
 
         if not pages.planned():
             return original(self, *args, **more)
-        with pages.on_meta(self):
-            return original(self, *args, **more)
-
-    return _create_lora_a_weights
-
-
-def _create_b_pages(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Upstream creates lora_b after lora_a. Then the sizes of all are known."""
-
-    @functools.wraps(original, assigned=("__name__",))
-    def _create_lora_b_weights(self: Any, *args: Any, **more: Any) -> None:
-        from ..layers.gpu import pages
-
-        if not pages.planned():
-            return original(self, *args, **more)
-        with pages.on_meta(self):
+        with without_memory(self):
             original(self, *args, **more)
-        return pages.allocate(self)
+        return pages.allocate(self) if is_last else None
 
-    return _create_lora_b_weights
+    return create_lora_weights
 
 
 def _set_lora(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,11 +146,11 @@ _PAGES: dict[str, Any] = {
     "adapters' own ranks",
 }
 
-_CREATE = {
-    "FusedMoEWithLoRA._create_lora_a_weights": _create_a_pages,
-    "FusedMoEWithLoRA._create_lora_b_weights": _create_b_pages,
-    "FusedMoE3DWithLoRA._create_lora_b_weights": _create_b_pages,
-}
+_CREATE = (
+    "FusedMoEWithLoRA._create_lora_a_weights",
+    "FusedMoEWithLoRA._create_lora_b_weights",
+    "FusedMoE3DWithLoRA._create_lora_b_weights",
+)
 
 HOOKS = (
     *(
@@ -169,7 +158,7 @@ HOOKS = (
         for releases in (">=0.24,<0.28", ">=0.30,<0.34")  # between them CPU experts take no LoRA
         for name in _CREATE
     ),
-    *(Hook(target=f"{_FILE}:{name}", make=make, **_PAGES) for name, make in _CREATE.items()),
+    *(Hook(target=f"{_FILE}:{name}", make=_create_pages, **_PAGES) for name in _CREATE),
     Hook(target=f"{_FILE}:FusedMoEWithLoRA.set_lora", make=_set_lora, **_COMMON),
     Hook(target=f"{_FILE}:FusedMoE3DWithLoRA.set_lora", make=_set_lora, **_COMMON),
     Hook(target=f"{_FILE}:FusedMoEWithLoRA.reset_lora", make=_reset_lora, **_COMMON),

@@ -56,7 +56,7 @@ def add_lora(
         output_slices: the width of each slice in y. It may be smaller than out_i, if the base
             layer is padded.
     """
-    if not calls.add_lora(y, x, lora_a, lora_b, segments, scale, output_slices):
+    if not calls.DenseLora().add(y, x, lora_a, lora_b, segments, scale, output_slices):
         add_lora_torch(y, x, lora_a, lora_b, segments, scale, output_slices)
 
 

@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+# The stacks of vLLM's `FusedMoEWithLoRA` -> where a slot has the rank.
+RANK_AXES = {"w13_lora_a_stacked": 1, "w13_lora_b_stacked": 2}
+RANK_AXES |= {"w2_lora_a_stacked": 1, "w2_lora_b_stacked": 2}
+
+
+@contextmanager
+def without_memory(wrapper: Any) -> Iterator[None]:
+    """Let vLLM's `FusedMoEWithLoRA` create stacks on torch's "meta" device, inside the block."""
+    device, wrapper.device = wrapper.device, torch.device("meta")
+    try:
+        yield
+    finally:
+        wrapper.device = device
 
 
 class WritableSlots(ABC):

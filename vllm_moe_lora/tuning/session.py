@@ -11,6 +11,7 @@ import torch
 
 from vllm_moe_lora.kernels.triton import config
 from vllm_moe_lora.records import Choice, Conditions, LayerShape, Record
+from vllm_moe_lora.report import one_line
 from vllm_moe_lora.tuning import cases, sides
 from vllm_moe_lora.tuning.clock import Clock, Times
 from vllm_moe_lora.tuning.numbers import Expected, wrong
@@ -136,7 +137,7 @@ class Session:
             try:
                 lora, base = served.judged(batch, self.factors if side == "ours" else None)
             except Exception as error:  # of any kind, see `_judge`
-                lora, base = _one_line(error), ""
+                lora, base = one_line(error)[:500], ""
             self._wrong(side, case, lora)
             said = sum(served.experts in one for one in self.remarks)
             if base and said < MOST_REMARKS:  # it is vLLM's part: no record can avoid it
@@ -183,7 +184,7 @@ class Session:
             call()
             found = wrong(out.flat(), expected, start, how)
         except Exception as error:  # of any kind: Triton's and the driver's are many
-            found = _one_line(error)
+            found = one_line(error)[:500]
         self._wrong(kind, case, found)
 
     def _wrong(self, kind: str, case: str, found: str) -> None:
@@ -312,10 +313,6 @@ class Session:
         tiles = tuple(tuple(asdict(one).values()) for one in self.tiles)
         base = (self.base and self.on_gpu) or bool(self.experts)
         return Record(self.conditions, self.shape, choices, tiles, dict(self.refused), base)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def _winner(times: Times) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from vllm_moe_lora.kernels.paged_stack import Arena
-from vllm_moe_lora.layers.gpu import moe_kernels, pages
+from vllm_moe_lora.kernels.writable_slots import RANK_AXES
+from vllm_moe_lora.layers.gpu import moe_kernels
 from vllm_moe_lora.records import LayerShape
 from vllm_moe_lora.tuning.cases import Batch, Layer
 
@@ -59,7 +60,7 @@ def in_pages(layer: Layer) -> moe_kernels.LayerFactors:
         TypeError, ValueError: our kernels do not support the buffers; the text says why.
     """
     made = layer.as_vllm()
-    for name, rank_axis in pages.STACKS.items():
+    for name, rank_axis in RANK_AXES.items():
         dense = getattr(made, name)
         first = dense[0]
         stacks = Arena(first.shape, len(dense), rank_axis, first.dtype, first.device).stacks()

@@ -36,6 +36,7 @@ from parallel_cases import (
     OSS,
     RAGGED,
     SHARDED,
+    SHARED,
     UNEVEN,
     Case,
     GptOss,
@@ -44,7 +45,6 @@ from parallel_cases import (
 from parallel_truth import Adapter, answer
 
 MAX_RANK, SLOTS = 32, stage.SLOTS
-SHARED = {"lora": {"enable_moe_shared_loras": True}, "adapter": {"shared": True}}
 
 
 class Rounded(Case):

@@ -102,11 +102,8 @@ class DenseLora:
         self._slots = min(t.shape[0] for t in (*lora_a, *lora_b))
         self._ranks, self._work = ranks, work
         self._z = torch.empty(0, dtype=torch.float32)
-        given = struct.unpack("<i", struct.pack("<f", scale))[0]
-        self._table = array("q", bytes(38 * 8))
-        self._table[24] = DTYPES[self._dtype]
-        self._table[27], self._table[28] = len(lora_a), address(parts)
-        self._table[34], self._table[35] = ranks, given
+        slices = len(lora_a), address(parts)
+        self._table = _table(self._dtype, (0, 0), slices, (0,) * 5, ranks, scale)
         self._place = address(self._table)
 
     def add(
@@ -161,19 +158,6 @@ class DenseLora:
         return True
 
 
-def add_lora(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
-    segments: Segments,
-    scale: float,
-    output_slices: Sequence[int],
-) -> bool:
-    """Do what `kernels.cpu_dense.add_lora` does; return whether it was possible."""
-    return DenseLora().add(y, x, lora_a, lora_b, segments, scale, output_slices)
-
-
 def run(
     kernels: build.Kernels,
     y: torch.Tensor,
@@ -201,9 +185,25 @@ def run(
         factors: address of the slots' own factors, number of slots; 0: the slices have them.
     """
     z = torch.empty(rows * ranks, dtype=torch.float32)
+    places = x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), z.data_ptr()
+    table = _table(y.dtype, segments, slices, places, ranks, scale, factors)
+    pool.run(kernels.add_lora, address(table), one_thread)
+
+
+def _table(
+    dtype: torch.dtype,
+    segments: tuple[int, int],
+    slices: tuple[int, int],
+    places: tuple[int, ...],
+    ranks: int,
+    scale: float,
+    factors: tuple[int, int] = (0, 0),
+) -> array[int]:
+    """Return the table of the kernel of `dense.py`; see `run`.
+
+    ``places``: address and stride of x, of y, and the address of z.
+    """
     given = struct.unpack("<i", struct.pack("<f", scale))[0]
     table = array("q", bytes(24 * 8))
-    table.extend((DTYPES[y.dtype], *segments, *slices))
-    table.extend((x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), z.data_ptr(), ranks))
-    table.extend((given, *factors))
-    pool.run(kernels.add_lora, address(table), one_thread)
+    table.extend((DTYPES[dtype], *segments, *slices, *places, ranks, given, *factors))
+    return table

@@ -11,10 +11,8 @@ import torch
 from ... import envs
 from ...fitting import budget
 from ...kernels.slot_stack import SlotStack
+from ...kernels.writable_slots import RANK_AXES, without_memory
 from .packing import PACK_COLUMNS, PACK_ROWS, round_up
-
-_AXES = {"w13_lora_a_stacked": 1, "w13_lora_b_stacked": 2}
-_AXES |= {"w2_lora_a_stacked": 1, "w2_lora_b_stacked": 2}
 
 
 @contextmanager
@@ -28,12 +26,9 @@ def created(wrapper: Any) -> Iterator[None]:
         ValueError: VLLM_MOE_LORA_MEMORY has a value that is not allowed.
     """
     budget.limit(str(envs.get("VLLM_MOE_LORA_MEMORY")), 0)  # better now than at the first load
-    device, wrapper.device = wrapper.device, torch.device("meta")
-    try:
+    with without_memory(wrapper):
         yield
-    finally:
-        wrapper.device = device
-    for name, axis in _AXES.items():
+    for name, axis in RANK_AXES.items():
         stacks = getattr(wrapper, name, ())
         if any(isinstance(one, torch.Tensor) for one in stacks):
             setattr(wrapper, name, tuple(SlotStack(one.shape, one.dtype, axis) for one in stacks))

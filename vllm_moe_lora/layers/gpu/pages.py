@@ -24,12 +24,11 @@ from ... import envs, records
 from ...fitting import budget
 from ...fitting.moe_layers import is_experts, layers_of
 from ...kernels.paged_stack import PAGE_RANKS, Arena, PagedStack, pages_for
+from ...kernels.writable_slots import RANK_AXES
 from ...log import get_logger
 from . import moe_kernels
 
 logger = get_logger(__name__)
-STACKS = {"w13_lora_a_stacked": 1, "w13_lora_b_stacked": 2}  # name -> where a slot has the rank
-STACKS |= {"w2_lora_a_stacked": 1, "w2_lora_b_stacked": 2}
 _blocks: ContextVar[int | None] = ContextVar("moe_lora_blocks", default=None)
 
 
@@ -82,16 +81,16 @@ def created(model: Any, lora: Any, create: Callable[[], Any]) -> Any:
         return create()
     if blocks < 1:
         raise ValueError(
-            f"VLLM_MOE_LORA_MEMORY={value} allows {_mib(allowed)} MiB for LoRA on routed experts, "
-            f"but {PAGE_RANKS} ranks of one adapter take {_mib(each)} MiB. Raise it, or set "
-            "VLLM_MOE_LORA_KERNELS=upstream."
+            f"VLLM_MOE_LORA_MEMORY={value} allows {budget.mib(allowed)} MiB for LoRA on routed "
+            f"experts, but {PAGE_RANKS} ranks of one adapter take {budget.mib(each)} MiB. Raise "
+            "it, or set VLLM_MOE_LORA_KERNELS=upstream."
         )
     try:
         with blocks_each(blocks):
             manager = create()
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
-            f"{error} LoRA on routed experts takes pages of {_mib(blocks * each)} MiB here: "
+            f"{error} LoRA on routed experts takes pages of {budget.mib(blocks * each)} MiB here: "
             f"VLLM_MOE_LORA_MEMORY={value}. Lower it."
         ) from error
     if not any(map(in_pages, manager.modules.values())):
@@ -100,8 +99,8 @@ def created(model: Any, lora: Any, create: Callable[[], Any]) -> Any:
     logger.info(
         "MoE LoRA: pages of %s MiB for LoRA on routed experts (dense slots would take %s). "
         "Adapters that run together may have %d ranks in all; VLLM_MOE_LORA_MEMORY=%s.",
-        _mib(blocks * each),
-        _mib(dense * each),
+        budget.mib(blocks * each),
+        budget.mib(dense * each),
         blocks * PAGE_RANKS,
         value,
     )
@@ -142,23 +141,9 @@ def block_bytes(moe: Any, lora: Any, fused: bool) -> int:
     return PAGE_RANKS * lora.lora_dtype.itemsize * (outer + (2 + gated) * inner * experts)
 
 
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f}"
-
-
 def planned() -> bool:
     """Return whether LoRA layers that are created now may get pages; `allocate` decides."""
     return _blocks.get() is not None
-
-
-@contextmanager
-def on_meta(wrapper: Any) -> Iterator[None]:
-    """Let upstream create stacks without memory, inside the block."""
-    device, wrapper.device = wrapper.device, torch.device("meta")
-    try:
-        yield
-    finally:
-        wrapper.device = device
 
 
 def allocate(wrapper: Any) -> None:
@@ -170,12 +155,12 @@ def allocate(wrapper: Any) -> None:
         wrapper: vLLM's `FusedMoEWithLoRA`.
     """
     blocks = _blocks.get()
-    meta = {name: getattr(wrapper, name) for name in STACKS}
+    meta = {name: getattr(wrapper, name) for name in RANK_AXES}
     if blocks is not None and moe_kernels.serves_all_batches(wrapper):
         for name, stacks in meta.items():
             first, count = stacks[0], len(stacks)
             pages = blocks * count * first.shape[1]
-            arena = Arena(first.shape, count, STACKS[name], first.dtype, wrapper.device, pages)
+            arena = Arena(first.shape, count, RANK_AXES[name], first.dtype, wrapper.device, pages)
             setattr(wrapper, name, arena.stacks())
         if moe_kernels.register(wrapper):
             return
@@ -198,5 +183,7 @@ def free_unused(manager: Any) -> None:
     used = {slot for slot, lora_id in enumerate(manager.lora_index_to_id) if lora_id is not None}
     for module in filter(in_pages, manager.modules.values()):
         # A projection without LoRA has no pages.
-        for slot in set().union(*(one.taken for n in STACKS for one in getattr(module, n))) - used:
+        for slot in (
+            set().union(*(one.taken for n in RANK_AXES for one in getattr(module, n))) - used
+        ):
             module.reset_lora(slot)

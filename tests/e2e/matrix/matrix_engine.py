@@ -128,7 +128,7 @@ def main(file, result):
             answers.append(batch(llm, loras, step, pooling))
         else:
             answers.append((beam if step["do"] == "beam" else call)(llm, loras, step))
-        torch.save(answers, result)
+    torch.save(answers, result)
     print("@done", flush=True)
     os._exit(0)
 

@@ -1,6 +1,7 @@
 """Engine settings x adapters x requests x order of loads, drawn; every answer == merged.
 
-    pytest tests/e2e/matrix --minutes 20                     a longer run; it shrinks what it finds
+    pytest tests/e2e/matrix                                  the same draws in every run
+    pytest tests/e2e/matrix --minutes 20                     new draws; it shrinks what it finds
     pytest tests/e2e/matrix --minutes 20 --hypothesis-seed N the draws of another run
 
 With MOE_LORA_ALL=1 in the environment engines of two processes are drawn, too.
@@ -60,7 +61,7 @@ def compare(oracle, options, steps):
         if step["do"] == "batch"
     ]
     # Upstream's INT4 experts want AMX, which few machines have.
-    has_plain = options["family"] != "int4"
+    has_plain = bool(base) and options["family"] != "int4"
     plain = iter(run(oracle.case, options, base, lora=False) if has_plain else [])
     pinned = set()
     for number, (step, got) in enumerate(zip(steps, answers, strict=True)):
@@ -116,7 +117,10 @@ def oracles(make_case):
 def test_drawn(oracles, request, processes):
     minutes = request.config.getoption("--minutes")
     first = request.config.getoption("--hypothesis-seed")
-    first = int(first) if first and first.isdigit() else random.randrange(10**6)
+    if first and first.isdigit():
+        first = int(first)
+    else:
+        first = random.randrange(10**6) if minutes else 0
     end, seen, answers = time.monotonic() + (60 * minutes or SECONDS[processes]), set(), []
 
     def draw(number):

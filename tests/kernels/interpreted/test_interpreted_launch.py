@@ -243,6 +243,29 @@ def test_a_device_that_cannot_run_them(monkeypatch):
         arch_of(torch.device("cpu"))
 
 
+@pytest.mark.parametrize("arch", config.ARCHES)
+def test_options_of_the_launch_are_those_that_were_compiled(arch, monkeypatch):
+    launched = {}
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.update({self.name: options})
+
+    monkeypatch.setattr(launch, "arch_of", lambda device: arch)
+    for name in ("shrink", "expand"):
+        monkeypatch.setattr(launch, f"{name}_kernel", Kernel(name))
+    add_lora(**call())
+    tiles = config.tiles_for(arch, torch.bfloat16, 16, RANK)
+    more = {"matrix_instr_nonkdim": 16} if arch == "gfx942" else {}
+    assert launched == {
+        "shrink": {"num_warps": tiles.shrink_warps, "num_stages": tiles.shrink_stages, **more},
+        "expand": {"num_warps": tiles.expand_warps, "num_stages": 1, **more},
+    }
+
+
 def test_tables_hold_every_choice():
     """Nothing that can be chosen is missing from what test_compiled.py compiles."""
     for arch in (*config.ARCHES, "sm_120"):

@@ -2,8 +2,8 @@
 
 The order in which a sum is added depends on the steps along x and on the number of parts. Both are
 chosen from the layer's shape only, never from the batch. So a request gets the same bits alone and
-in a batch. Tiles of the LoRA kernels have fewer than 64 rows: there tensor cores use the same
-`mma.sync` instructions on every GPU.
+in a batch. Tiles of the LoRA kernels have fewer than 64 rows: there NVIDIA's tensor cores use the
+same `mma.sync` instructions on every GPU. On AMD `matrix_options` asks for one instruction.
 
 No size was measured on a GPU yet. They were chosen by the registers, spills and shared memory of
 the compiled kernels, and tests/kernels/test_compiled.py checks these. `vllm-moe-lora tune` measures
@@ -32,6 +32,7 @@ PARTS_FROM_WIDTH = 1024  # a sum over a narrower x has one part
 
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")  # the architectures that the tests compile for
 AMD_STAGES = 2  # most pipeline stages on AMD: more do not fit into 64 KB of shared memory
+AMD_WARPS = 4  # most warps of an expand on AMD: each of its 64 threads should load 16 bytes
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # what the kernels compute in
 
 
@@ -139,7 +140,23 @@ def table(arch: str, dtype: torch.dtype) -> tuple[Tiles, ...]:
     found = _DEFAULT[dtype.itemsize]
     if not arch.startswith("gfx"):
         return found
-    return tuple(replace(one, shrink_stages=min(one.shrink_stages, AMD_STAGES)) for one in found)
+    return tuple(
+        replace(
+            one,
+            shrink_stages=min(one.shrink_stages, AMD_STAGES),
+            expand_warps=min(one.expand_warps, AMD_WARPS),
+        )
+        for one in found
+    )
+
+
+def matrix_options(arch: str) -> dict[str, int]:
+    """Return launch options of shrink and expand that only AMD's compiler knows.
+
+    Left to itself, it multiplies 16 x 16 tiles in a small batch and 32 x 32 ones in a large batch.
+    These add in different orders. The large ones also take two to three times the registers.
+    """
+    return {"matrix_instr_nonkdim": 16} if arch.startswith("gfx") else {}
 
 
 def tile_rows(arch: str, dtype: torch.dtype, num_pairs: int) -> int:

@@ -99,6 +99,7 @@ def add_lora(
         factors.page,
         num_warps=tiles.expand_warps,
         num_stages=1,
+        **config.matrix_options(arch),
     )
 
 
@@ -126,7 +127,8 @@ def shrink(
         dtype=torch.float32,
         device=factors.device,
     )
-    tiles = config.tiles_for(arch_of(factors.device), factors.dtype, routing.rows, factors.max_rank)
+    arch = arch_of(factors.device)
+    tiles = config.tiles_for(arch, factors.dtype, routing.rows, factors.max_rank)
     steps = triton.cdiv(factors.width, tiles.block_k)
     ranks = triton.cdiv(factors.max_rank, tiles.block_r)
     shrink_kernel[(routing.tile_segment.numel(), ranks, z.shape[0])](
@@ -153,6 +155,7 @@ def shrink(
         factors.page,
         num_warps=tiles.shrink_warps,
         num_stages=tiles.shrink_stages,
+        **config.matrix_options(arch),
     )
     return z
 

@@ -116,11 +116,9 @@ def oracles(make_case):
 )
 def test_drawn(oracles, request, processes):
     minutes = request.config.getoption("--minutes")
-    first = request.config.getoption("--hypothesis-seed")
-    if first and first.isdigit():
-        first = int(first)
-    else:
-        first = random.randrange(10**6) if minutes else 0
+    given_seed = request.config.getoption("--hypothesis-seed") or ""
+    own = random.randrange(10**6) if minutes else 0
+    first = int(given_seed) if given_seed.isdigit() else own
     end, seen, answers = time.monotonic() + (60 * minutes or SECONDS[processes]), set(), []
 
     def draw(number):

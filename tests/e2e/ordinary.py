@@ -160,6 +160,10 @@ def pinned(job):
         "pinned": sorted(slots.pinned_items),
     }
     tokens(llm, b, c)  # its place is taken once more
+    engine.add_lora(a)
+    engine.pin_lora(a.lora_int_id)
+    found["again"] = sorted(slots.pinned_items)
+    tokens(llm, b, c)
     engine.remove_lora(a.lora_int_id)
     tokens(llm, a)
     return {**found, "removed": sorted(slots.pinned_items)}
@@ -283,6 +287,41 @@ def pinned_online(job):
 
     return asyncio.run(story())
 
+
+
+def displaced_online(job):
+    """A server's batch takes the place of a pinned adapter; then it is pinned again."""
+    from vllm_moe_lora.loading import admit
+
+    admit.ROOM_SECONDS = 0  # no load waits until others are idle
+    a, b, c = requests(job).values()
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, detokenize=False)
+    numbers = iter(range(99))
+
+    async def story():
+        llm = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(**OPTIONS, model=job["model"], max_loras=2, max_cpu_loras=2)
+        )
+
+        async def ask(lora):
+            async for output in llm.generate(
+                {"prompt_token_ids": PROMPT}, params, str(next(numbers)), lora_request=lora
+            ):
+                last = list(output.outputs[0].token_ids)
+            return last
+
+        want = [await ask(one) for one in (a, b, c)]
+        await llm.add_lora(a)
+        await llm.pin_lora(a.lora_int_id)
+        both = await asyncio.gather(ask(b), ask(c))
+        held = sorted(await llm.engine_core.list_loras_async())
+        await llm.pin_lora(a.lora_int_id)
+        again = sorted(await llm.engine_core.list_loras_async())
+        found = {"want": want, "got": [await ask(a), *both], "held": held, "again": again}
+        llm.shutdown()
+        return found
+
+    return asyncio.run(story())
 
 if __name__ == "__main__":
     print("@" + json.dumps(globals()[sys.argv[1]](json.loads(sys.argv[2]))), flush=True)

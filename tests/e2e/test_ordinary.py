@@ -84,6 +84,7 @@ def test_a_batch_that_needs_the_slot_of_a_pinned_adapter(case):
     assert a != b
     assert 1 in found["held"], "the pinned adapter stays in memory when others need room"
     assert found["pinned"] == [1], "and is pinned to a slot again"
+    assert found["again"] == [1], "also by a call, while it has no place"
     assert found["removed"] == [], "but not what has its id after it was removed"
 
 
@@ -105,6 +106,14 @@ def test_slots_pinned_and_files_lost_online(case):
     assert found["removed"] == [b, a], "nothing is pinned any more"
     assert "LoRA adapter 3" in found["lost"][0]
     assert found["lost"][1] == b, "the engine goes on"
+
+
+@pytest.mark.long
+def test_a_pinned_adapter_that_lost_its_place_is_pinned_again_online(case):
+    found = tell("displaced_online", case, "a", "b", "c")
+    assert found["got"] == found["want"]
+    assert found["held"] == [2, 3], "the batch needed both places"
+    assert 1 in found["again"]
 
 
 def test_seeded_requests_in_chunks(case):

@@ -79,6 +79,9 @@ def _pin_lora(original: Callable[..., Any]) -> Callable[..., Any]:
             with held.claimed(lora_id):
                 if (request := held.request_of(lora_id)) is not None:
                     await admit.give_slot(self, request)
+                    if held.slots is None:
+                        # A batch may have taken its place.
+                        await self.engine_core.add_lora_async(request)
                 done = bool(await original(self, lora_id))
             held.pinned.add(lora_id)
         return done

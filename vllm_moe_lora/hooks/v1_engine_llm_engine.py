@@ -55,10 +55,13 @@ def _pin_lora(original: Callable[..., Any]) -> Callable[..., Any]:
     def pin_lora(self: Any, lora_id: int) -> bool:
         from ..loading import front_end
 
-        done = bool(original(self, lora_id))
         held = front_end.held_adapters(self)
-        if held is not None:
-            held.pinned.add(lora_id)
+        if held is None:
+            return bool(original(self, lora_id))
+        if (request := held.request_of(lora_id)) is not None:
+            self.engine_core.add_lora(request)  # a batch may have taken its place
+        done = bool(original(self, lora_id))
+        held.pinned.add(lora_id)
         return done
 
     return pin_lora

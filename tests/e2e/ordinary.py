@@ -288,7 +288,6 @@ def pinned_online(job):
     return asyncio.run(story())
 
 
-
 def displaced_online(job):
     """A server's batch takes the place of a pinned adapter; then it is pinned again."""
     from vllm_moe_lora.loading import admit
@@ -322,6 +321,7 @@ def displaced_online(job):
         return found
 
     return asyncio.run(story())
+
 
 if __name__ == "__main__":
     print("@" + json.dumps(globals()[sys.argv[1]](json.loads(sys.argv[2]))), flush=True)

@@ -89,6 +89,25 @@ def test_dense(dtype, tokens, widths, rank, inner, own_rank, seed):
     assert torch.allclose(got.float(), plain.float(), atol=0.1 if dtype == torch.bfloat16 else 1e-4)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_many_items_for_few_threads(threads):
+    """A thread takes several items at once, the last time perhaps fewer."""
+    widths, tokens = (600, 300), 25
+    y, x, a, b = _dense(torch.float32, tokens, widths, 14, 64, 0, slots=tokens)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = _native(y, x, a, b, torch.arange(tokens), 1.0, widths)
+    finally:
+        torch.set_num_threads(before)
+    want, start = y.double(), 0
+    for one_a, one_b, width in zip(a, b, widths, strict=True):
+        z = torch.einsum("trk,tk->tr", one_a[:, 0].double(), x.double())
+        want[:, start : start + width] += torch.einsum("tnr,tr->tn", one_b[:, 0].double(), z)
+        start += width
+    assert close(got, want)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_dense_alone_and_in_a_batch(dtype, threads):

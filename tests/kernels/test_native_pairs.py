@@ -169,17 +169,18 @@ def test_pairs_in_the_order_of_experts(shared):
     assert merged == sorted(set(own.tolist()))
     y = torch.randn(len(keys), 48)
     got, pairs_x = y.clone(), x[tokens]
-    assert pairs.add_lora_to_pairs(got, pairs_x, stacks_a, stacks_b, segments)
+    whole = pairs.dense_segments(segments, len(ranks))
+    assert pairs.add_lora_to_pairs(got, pairs_x, stacks_a, stacks_b, whole)
     for i, (expert, slot) in enumerate(keys):
         e = 0 if shared else expert
         deltas = [b[slot, e].double() @ f[slot, e].double() @ pairs_x[i].double() for f in a]
         assert torch.allclose(got[i].double(), y[i] + torch.cat(deltas), atol=1e-5)
     for slot, expert, start, _ in segments[::7]:  # alone: the same bits
         alone = y[start : start + 1].clone()
-        one = [(slot, expert, 0, 1)]
+        one = pairs.dense_segments([(slot, expert, 0, 1)], len(ranks))
         assert pairs.add_lora_to_pairs(alone, pairs_x[start : start + 1], stacks_a, stacks_b, one)
         assert torch.equal(alone[0], got[start]), start
     uneven = [SlotStack.of(f, [5, 5, 16], 1) for f in a]
-    assert not pairs.add_lora_to_pairs(got, pairs_x, uneven, stacks_b, segments)
+    assert not pairs.add_lora_to_pairs(got, pairs_x, uneven, stacks_b, whole)
     half = [SlotStack.of(f.half(), ranks, 1) for f in a]
-    assert not pairs.add_lora_to_pairs(got, pairs_x, half, stacks_b, segments)
+    assert not pairs.add_lora_to_pairs(got, pairs_x, half, stacks_b, whole)

@@ -31,7 +31,8 @@ class SlotStack(WritableSlots):
         self.device = torch.device("cpu")
         self._empty = torch.zeros(1, dtype=dtype).expand(self.shape[1:])
         self._slots: dict[int, torch.Tensor] = {}
-        self._table: array[int] | None = None
+        self._table: array[int] | None = None  # both are made anew after a change of a slot
+        self._ranks: array[int] | None = None
 
     @classmethod
     def of(cls, stack: torch.Tensor, ranks: Sequence[int], rank_axis: int) -> SlotStack:
@@ -50,12 +51,14 @@ class SlotStack(WritableSlots):
     @property
     def highest_rank(self) -> int:
         """The highest rank of all slots; 0 if all are empty."""
-        return max((one.shape[self.rank_axis] for one in self._slots.values()), default=0)
+        return max(self.ranks())
 
     def ranks(self) -> array[int]:
-        """Return the rank of each slot; 0 if it is empty."""
-        sizes = {slot: one.shape[self.rank_axis] for slot, one in self._slots.items()}
-        return array("q", [sizes.get(slot, 0) for slot in range(self.shape[0])])
+        """Return the rank of each slot; 0 if it is empty. Do not change it."""
+        if self._ranks is None:
+            sizes = {slot: one.shape[self.rank_axis] for slot, one in self._slots.items()}
+            self._ranks = array("q", [sizes.get(slot, 0) for slot in range(self.shape[0])])
+        return self._ranks
 
     def empty(self, slot: int) -> None:
         """Forget the factor of a slot."""
@@ -108,7 +111,7 @@ class SlotStack(WritableSlots):
             self._put(slot, wide.expand(self.shape[1], -1, -1))
 
     def _put(self, slot: int, factor: torch.Tensor | None) -> None:
-        self._table = None
+        self._table = self._ranks = None
         if factor is None:
             self._slots.pop(slot, None)
         else:

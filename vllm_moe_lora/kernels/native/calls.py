@@ -206,4 +206,5 @@ def _table(
     given = struct.unpack("<i", struct.pack("<f", scale))[0]
     table = array("q", bytes(24 * 8))
     table.extend((DTYPES[dtype], *segments, *slices, *places, ranks, given, *factors))
+    table.append(torch.get_num_threads())
     return table

@@ -6,6 +6,7 @@ The table (int64, see loops.py) and the tables it points to:
     24  dtype   25  segments   26  address of segments   27  slices   28  address of slices
     29  x   30  its row stride   31  y   32  its row stride   33  z   34  its row stride
     35  scale, a float32   36  address of factors; 0: the slices have them   37  slots
+    38  threads that run the kernel
 
     a segment: slot, address of the rows' numbers (int64; 0: adjacent rows), number of rows, the
                first of adjacent rows
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .loops import compiled, expand_rows, shrink, turn, wait
+from .loops import compiled, expand_rows, share, shrink, turn, wait
 from .memory import (
     BF16,
     COLUMNS,
@@ -174,12 +175,15 @@ def add_lora(table):
     scratch = np.empty(3 * ROW_CHUNK + COLUMNS + 1 + _highest_rank(table) * COLUMNS, np.int64)
     xs = address_of(scratch)
     blocks, total = _items(table, False)
+    step = share(total, get(table, 38))
     while True:
-        item = take(table, 0, 1)
-        if item >= total:
+        first = take(table, 0, step)
+        if first >= total:
             break
-        _shrink_item(table, item, blocks, xs)
-        take(table, 8, 1)
+        last = min(first + step, total)
+        for item in range(first, last):
+            _shrink_item(table, item, blocks, xs)
+        take(table, 8, last - first)
     ys = xs + (ROW_CHUNK << 3)
     scales = ys + (ROW_CHUNK << 3)
     edge = scales + (ROW_CHUNK << 3)
@@ -188,10 +192,12 @@ def add_lora(table):
         write(FP32, read(FP32, table, 2 * 35), scales, i)
     wait(table, 8, total)
     blocks, total = _items(table, True)
+    step = share(total, get(table, 38))
     while True:
-        item = take(table, 16, 1)
-        if item >= total:
+        first = take(table, 16, step)
+        if first >= total:
             break
-        _expand_item(table, item, blocks, xs, ys, scales, tile, edge)
+        for item in range(first, min(first + step, total)):
+            _expand_item(table, item, blocks, xs, ys, scales, tile, edge)
     # Keep the array alive until here: only its address is used above.
     scratch[0] = 0

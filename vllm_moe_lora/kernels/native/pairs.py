@@ -92,7 +92,7 @@ class Pairs:
         table.extend((len(factors), address(parts)))
         table.extend((0, 0) if z is None else (z.data_ptr(), z.shape[1]))
         table.extend((0, 0) if weights is None else (weights.data_ptr(), weights.stride(0)))
-        table.extend((x.data_ptr(), x.stride(0), wide.shape[1]))
+        table.extend((x.data_ptr(), x.stride(0), wide.shape[1], torch.get_num_threads()))
         work = len(self) * hidden * factors[0].highest_rank
         pool.run(kernel, address(table), work < SMALL)
 
@@ -209,12 +209,21 @@ def merge_experts(segments: Sequence[Segment]) -> list[tuple[int, int, int]]:
     return merged
 
 
+def dense_segments(segments: Sequence[Segment], slots: int) -> array[int]:
+    """Return ``segments`` as `add_lora_to_pairs` takes them; ``slots``: of the stacks."""
+    made = array("q")
+    for slot, expert, start, stop in segments:
+        # The kernel for dense layers does the work. There a segment's slot is this number.
+        made.extend((expert * slots + slot, 0, stop - start, start))
+    return made
+
+
 def add_lora_to_pairs(
     y: torch.Tensor,
     x: torch.Tensor,
     lora_a: Sequence[SlotStack],
     lora_b: Sequence[SlotStack],
-    segments: Sequence[Segment],
+    segments: array[int],
 ) -> bool:
     """Compute y[pair, slice i] += lora_b[i] (lora_a[i] x[pair]); return whether it was possible.
 
@@ -223,28 +232,23 @@ def add_lora_to_pairs(
         x: [pairs, in], in the same order.
         lora_a: one stack a slice, [slots, experts or 1, rank, in].
         lora_b: one stack a slice, [slots, experts or 1, out, rank].
-        segments: from `Pairs.sorted`.
+        segments: from `dense_segments`.
     """
-    kernels, factors = build.kernels(), (*lora_a, *lora_b)
-    if kernels is None or not fit(y, x) or any(f.dtype != y.dtype for f in factors):
+    kernels, rows = build.kernels(), x.shape[0]
+    if kernels is None or not fit(y, x) or y.shape[0] != rows:
         return False
-    slots = lora_a[0].shape[0]
-    if any(f.shape[0] != slots for f in factors) or y.shape[0] != x.shape[0]:
-        return False
-    # The kernel for dense layers does it; a segment's slot is there expert * slots + slot.
-    own, parts, places, keep = array("q"), array("q"), array("q"), []
-    for slot, expert, start, stop in segments:
-        own.extend((expert * slots + slot, 0, stop - start, start))
+    slots, parts, places = lora_a[0].shape[0], array("q"), array("q")
     first, highest, work = 0, 0, 0
     for a, b in zip(lora_a, lora_b, strict=True):
-        out, inner, rank, ranks = b.shape[2], a.shape[3], a.highest_rank, a.ranks()
-        if inner > x.shape[1] or first + out > y.shape[1] or b.ranks() != ranks:
+        (have, _, _, inner), out, ranks = a.shape, b.shape[2], a.ranks()
+        same = a.dtype == b.dtype == y.dtype and have == b.shape[0] == slots and b.ranks() == ranks
+        if not same or inner > x.shape[1] or first + out > y.shape[1]:
             return False
+        rank = max(ranks)
         parts.extend((0, 0, 0, inner, rank, 0, 0, 0, out, first))
         places.extend((a.table(), b.table(), address(ranks)))
-        keep.append(ranks)
         first, highest, work = first + out, highest + rank, work + rank * (inner + out)
-    rows, spans, slices = x.shape[0], (len(segments), address(own)), (len(lora_a), address(parts))
-    small, by_slot = rows * work < SMALL, (address(places), slots)
-    run(kernels, y, x, spans, slices, rows, highest, 1.0, small, by_slot)
+    spans = len(segments) // 4, address(segments)
+    slices, by_slot = (len(lora_a), address(parts)), (address(places), slots)
+    run(kernels, y, x, spans, slices, rows, highest, 1.0, rows * work < SMALL, by_slot)
     return True

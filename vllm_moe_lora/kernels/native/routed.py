@@ -16,7 +16,7 @@ three kernels get the same table (int64, see loops.py), `plan` the first half of
     47  slices            48  address of slices (one a slice: the address of its factor's slots)
     49  fp32 scratch z, [pairs, rank]          50  highest rank (row stride of z)
     51  router weights (fp32 address; 0: all 1) 52  their row stride
-    53  output            54  its row stride   55  width of a wide row
+    53  output            54  its row stride   55  width of a wide row    56  threads
 
 A segment is a range of pairs, sorted by expert, then slot: (slot, expert, first, number). A slot of
 a factor is (address, stride of experts, stride of rows), see `SlotStack.table`.
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .loops import compiled, expand_rows, shrink, turn, wait
+from .loops import compiled, expand_rows, share, shrink, turn, wait
 from .memory import (
     BF16,
     COLUMNS,
@@ -201,30 +201,46 @@ def _shrink_item(table, segment, slice_, block, start, xs, z):
                 write(FP32, read(FP32, z, i * RANKS + k), wide, first + k)
 
 
+@compiled
+def _shrink_items(table, segment):
+    """Return the number of items of one slice and one chunk of a segment, and of all of it."""
+    blocks = (get(get(table, 31), get(segment, 0)) + RANKS - 1) // RANKS
+    chunks = (get(segment, 3) + CHUNK - 1) // CHUNK
+    return blocks, get(table, 47) * blocks * chunks
+
+
+@compiled
+def _next(table, item, step):
+    """Return the item after ``item``: of those this thread has, or the first that it takes."""
+    return item + 1 if (item + 1) % step != 0 else take(table, 0, step)
+
+
 def before(table):
     """Fill the wide rows: hidden states, and lora_a x in the columns of the adapter's slot."""
     scratch = np.empty(CHUNK * (1 + RANKS), np.int64)
     xs = address_of(scratch)
     z = xs + (CHUNK << 3)
     copies = (get(table, 35) * get(table, 29) + CHUNK - 1) // CHUNK
-    slices = get(table, 47)
+    slices, total = get(table, 47), copies
+    for s in range(get(table, 37)):
+        total += _shrink_items(table, _segments(table) + ((s * SEGMENT) << 3))[1]
+    step = share(total, get(table, 56))
     # Items count on over all segments, which differ in size: walk them along with the counter.
-    item = take(table, 0, 1)
+    item = take(table, 0, step)
     while item < copies:
         _widen_item(table, item)
-        item = take(table, 0, 1)
+        item = _next(table, item, step)
     base = copies
     for s in range(get(table, 37)):
         segment = _segments(table) + ((s * SEGMENT) << 3)
-        blocks = (get(get(table, 31), get(segment, 0)) + RANKS - 1) // RANKS
-        chunks = (get(segment, 3) + CHUNK - 1) // CHUNK
-        end = base + slices * blocks * chunks
+        blocks, items = _shrink_items(table, segment)
+        end = base + items
         while item < end:
             part = item - base
             chunk, rest = part // (slices * blocks), part % (slices * blocks)
             place = chunk * CHUNK
             _shrink_item(table, segment, rest // blocks, rest % blocks, place, xs, z)
-            item = take(table, 0, 1)
+            item = _next(table, item, step)
         base = end
     scratch[0] = 0
 
@@ -336,9 +352,11 @@ def after(table):
         take(table, 8, 1)
     wait(table, 8, items)
     items = (get(table, 43) + COLUMN_CHUNK - 1) // COLUMN_CHUNK
+    step = share(items, get(table, 56))
     while True:
-        item = take(table, 16, 1)
-        if item >= items:
+        first = take(table, 16, step)
+        if first >= items:
             break
-        _combine_item(table, item, totals, zs, ys, scales, tile, edge)
+        for item in range(first, min(first + step, items)):
+            _combine_item(table, item, totals, zs, ys, scales, tile, edge)
     scratch[0] = 0

@@ -12,14 +12,17 @@ against the product with dequantised weights.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...kernels.cpu import PairPlan, expand_add, shrink
 from ...kernels.native.calls import fit
-from ...kernels.native.pairs import Pairs, add_lora_to_pairs, merge_experts
+from ...kernels.native.pairs import Pairs, add_lora_to_pairs, dense_segments, merge_experts
 from .experts import CPULoRAExperts, combine
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.experts.lora_context import MoELoRAContext
 
 
 @functools.cache
@@ -66,30 +69,30 @@ def _product_is_right() -> bool:
     return bool(((got - want).abs().mean() / want.abs().mean()) < 0.05)
 
 
-def _matmul(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    z: torch.Tensor,
-    s: torch.Tensor,
-    slices: list[tuple[int, int, int]],
-) -> torch.Tensor:
+# A projection's packed weights, zeros and scales of each expert.
+Views = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def _matmul(x: torch.Tensor, experts: Views, slices: list[tuple[int, int, int]]) -> torch.Tensor:
     """Multiply each pair's row with the weights of its expert.
 
     Args:
         x: [pairs, in], sorted by expert.
-        w, z, s: upstream's packed weights, zeros and scales of all experts.
+        experts: of this projection.
         slices: (expert, first pair, one past the last pair); they cover all pairs.
 
     Returns:
         [pairs, out].
     """
-    from vllm._custom_ops import int4_scaled_mm_cpu
-
-    # s is packed in blocks of columns: shape[1] blocks of shape[-1] columns are all of y's.
-    y = x.new_empty(x.shape[0], s.shape[1] * s.shape[-1])
-    for expert, start, stop in slices:
-        y[start:stop] = int4_scaled_mm_cpu(x[start:stop], w[expert], z[expert], s[expert], None)
-    return y
+    if not slices:
+        blocks = experts[0][2].shape  # scales of columns in blocks: all blocks are all of y
+        return x.new_empty(0, blocks[0] * blocks[-1])
+    product = torch.ops._C.int4_scaled_mm_cpu.default
+    rows = x.split([stop - start for _, start, stop in slices])
+    # In a step of decoding this is a call for every few tokens: whatever is around it counts.
+    return torch.cat(
+        [product(row, *experts[e], None) for row, (e, _, _) in zip(rows, slices, strict=True)]
+    )
 
 
 class Int4CPUExperts(CPULoRAExperts):
@@ -102,6 +105,26 @@ class Int4CPUExperts(CPULoRAExperts):
     w2_scale: torch.Tensor
     w1_zp: torch.Tensor
     w2_zp: torch.Tensor
+    _views: dict[str, tuple[tuple[int, ...], Views]]
+
+    def set_lora_context(self, context: MoELoRAContext) -> None:
+        """See `CPULoRAExperts.set_lora_context`."""
+        super().set_lora_context(context)
+        self._views = {}
+
+    def _experts(self, name: str, w: torch.Tensor) -> Views:
+        """Return the weights of each expert; ``name`` is "w1" or "w2".
+
+        Making a view takes as long as a product of some tokens with a small expert, so they are
+        kept. vLLM reloads weights in place; if they are elsewhere all the same, views are new.
+        """
+        z, s = getattr(self, f"{name}_zp"), getattr(self, f"{name}_scale")
+        places = w.data_ptr(), z.data_ptr(), s.data_ptr()
+        known = self._views.get(name)
+        if known is None or known[0] != places:
+            known = places, list(zip(w.unbind(), z.unbind(), s.unbind(), strict=True))
+            self._views[name] = known
+        return known[1]
 
     @staticmethod
     def _supports_current_device() -> bool:
@@ -153,14 +176,14 @@ class Int4CPUExperts(CPULoRAExperts):
         order, found = pairs.sorted()
         tokens = pairs.rows[order // topk_ids.shape[1]]
         x = hidden_states.index_select(0, tokens)
-        slices = merge_experts(found)
-        gate_up = _matmul(x, w1, self.w1_zp, self.w1_scale, slices)
-        if not add_lora_to_pairs(gate_up, x, a13, b13, found):
+        slices, segments = merge_experts(found), dense_segments(found, a2.shape[0])
+        gate_up = _matmul(x, self._experts("w1", w1), slices)
+        if not add_lora_to_pairs(gate_up, x, a13, b13, segments):
             return False
         h = gate_up.new_empty(x.shape[0], gate_up.shape[1] // 2)
         torch.ops._C.silu_and_mul(h, gate_up)
-        y = _matmul(h, w2, self.w2_zp, self.w2_scale, slices)
-        if not add_lora_to_pairs(y, h, (a2,), (b2,), found):
+        y = _matmul(h, self._experts("w2", w2), slices)
+        if not add_lora_to_pairs(y, h, (a2,), (b2,), segments):
             return False
         weighted = y.to(torch.float32)
         if not router_weight_on_input:
@@ -187,7 +210,7 @@ class Int4CPUExperts(CPULoRAExperts):
         rank = max(self.rank_of(slot) for slot in plan.slot_set())
         x = hidden_states.index_select(0, plan.tokens())
         slices = plan.expert_slices()
-        gate_up = _matmul(x, w1, self.w1_zp, self.w1_scale, slices)
+        gate_up = _matmul(x, self._experts("w1", w1), slices)
         start = 0
         for a, b in zip(context.w13_lora_a_stacked, context.w13_lora_b_stacked, strict=True):
             part = gate_up[:, start : start + b.shape[2]]
@@ -195,7 +218,7 @@ class Int4CPUExperts(CPULoRAExperts):
             start += b.shape[2]
         h = gate_up.new_empty(len(plan), gate_up.shape[1] // 2)
         torch.ops._C.silu_and_mul(h, gate_up)
-        y = _matmul(h, w2, self.w2_zp, self.w2_scale, slices)
+        y = _matmul(h, self._experts("w2", w2), slices)
         z = shrink(h, context.w2_lora_a_stacked[0], plan, rank)
         expand_add(y, z, context.w2_lora_b_stacked[0], plan)
         return combine(y, None if router_weight_on_input else topk_weights, plan)

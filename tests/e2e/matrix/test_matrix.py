@@ -114,6 +114,7 @@ def oracles(make_case):
     "processes",
     [pytest.param(False, id="one"), pytest.param(True, id="processes", marks=pytest.mark.long)],
 )
+@pytest.mark.timeout(0)  # --minutes may ask for more; each engine has a limit of its own
 def test_drawn(oracles, request, processes):
     minutes = request.config.getoption("--minutes")
     given_seed = request.config.getoption("--hypothesis-seed") or ""

@@ -24,15 +24,15 @@ from vllm_moe_lora.sources import target_text
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-# Scripts that run our Triton kernels, on releases from 0.28 on.
-INTERPRETED = (
-    "kernels_in_place.py",
-    "oai_experts.py",
-    "paged_experts.py",
-    "trtllm_experts.py",
-    "tuned_layers.py",
-    "tuned_model.py",
-)
+# Scripts that run Triton kernels in the interpreter, and from which release on.
+INTERPRETED = {
+    "kernels_in_place.py": "0.28",
+    "oai_experts.py": "0.28",
+    "paged_experts.py": "0.28",
+    "trtllm_experts.py": "0.26",
+    "tuned_layers.py": "0.28",
+    "tuned_model.py": "0.28",
+}
 # What the scripts import by name.
 CODE = [str(HERE / "scripts"), str(HERE / "stand_ins"), str(HERE.parent)]
 FOLDER = Path(os.environ.get("MOE_LORA_TREES", ROOT / ".trees"))
@@ -68,7 +68,7 @@ def _tree(release: str) -> Path | None:
 def results(release: str, script: str, *arguments: str) -> dict[str, object]:
     """What a script of this folder prints as its last line, a JSON object, on ``release``."""
     more = {}
-    if script in INTERPRETED and Version(release) >= Version("0.28"):
+    if script in INTERPRETED and Version(release) >= Version(INTERPRETED[script]):
         more["TRITON_INTERPRET"] = "1"  # another import of the release than the other scripts'
     found = asked(str(tree(release)), script, *arguments, **more)
     assert isinstance(found, dict), f"{release}: {found}"

@@ -80,6 +80,13 @@ def traced(torch, checkpoint):
 def as_on_a_gpu(torch, model, modules):
     from vllm.lora.layers import FusedMoEWithLoRA, LoRAMapping
     from vllm.lora.punica_wrapper import punica_gpu
+    from vllm.utils import torch_utils
+
+    to_device = getattr(torch_utils, "async_tensor_h2d", None)
+    if to_device is not None and to_device.__defaults__:  # 0.22 and 0.23 pin memory
+        to_device.__defaults__ = tuple(
+            False if one is True else one for one in to_device.__defaults__
+        )
 
     triton_ops = importlib.import_module("vllm.lora.ops.triton_ops")
     for name in triton_ops.__all__:  # they are there where Triton finds a GPU
@@ -109,9 +116,20 @@ def as_on_a_gpu(torch, model, modules):
         mock.patch.object(type(current_platform), "is_cpu", no_cpu),
     ):
         for module in model.modules():
-            if hasattr(module, "_select_forward"):  # of the MoE layer; it asks when it is made
-                module._forward_entry = module._select_forward()
+            call_as_on_a_gpu(torch, module)
         yield
+
+
+def call_as_on_a_gpu(torch, module):
+    """Have a MoE layer choose its forward function again, which it does when it is made."""
+    runner = getattr(module, "runner", module)  # up to 0.20 it is no module
+    if hasattr(runner, "_forward_entry"):
+        runner._forward_entry = runner._select_forward()
+    elif hasattr(runner, "_select_forward"):  # 0.19
+        runner.moe_forward = runner._select_forward(module)
+    elif hasattr(runner, "moe_forward"):  # 0.17 and 0.18 choose in the constructor
+        shared = "" if runner.shared_experts is None else "_shared"
+        runner.moe_forward = getattr(torch.ops.vllm, f"moe_forward{shared}")
 
 
 @contextlib.contextmanager

@@ -170,7 +170,7 @@ def test_pairs_in_the_order_of_experts(shared):
     y = torch.randn(len(keys), 48)
     got, pairs_x = y.clone(), x[tokens]
     whole = pairs.dense_segments(segments, len(ranks))
-    assert pairs.add_lora_to_pairs(got, pairs_x, stacks_a, stacks_b, whole)
+    assert pairs.ExpertLora().add(got, pairs_x, stacks_a, stacks_b, whole)
     for i, (expert, slot) in enumerate(keys):
         e = 0 if shared else expert
         deltas = [b[slot, e].double() @ f[slot, e].double() @ pairs_x[i].double() for f in a]
@@ -178,9 +178,35 @@ def test_pairs_in_the_order_of_experts(shared):
     for slot, expert, start, _ in segments[::7]:  # alone: the same bits
         alone = y[start : start + 1].clone()
         one = pairs.dense_segments([(slot, expert, 0, 1)], len(ranks))
-        assert pairs.add_lora_to_pairs(alone, pairs_x[start : start + 1], stacks_a, stacks_b, one)
+        assert pairs.ExpertLora().add(alone, pairs_x[start : start + 1], stacks_a, stacks_b, one)
         assert torch.equal(alone[0], got[start]), start
     uneven = [SlotStack.of(f, [5, 5, 16], 1) for f in a]
-    assert not pairs.add_lora_to_pairs(got, pairs_x, uneven, stacks_b, whole)
+    assert not pairs.ExpertLora().add(got, pairs_x, uneven, stacks_b, whole)
     half = [SlotStack.of(f.half(), ranks, 1) for f in a]
-    assert not pairs.add_lora_to_pairs(got, pairs_x, half, stacks_b, whole)
+    assert not pairs.ExpertLora().add(got, pairs_x, half, stacks_b, whole)
+
+
+def test_a_projection_is_called_again():
+    """What it keeps between calls does not outlive a change of a slot, in the same stacks."""
+    g, slots, experts, inner, out = torch.Generator().manual_seed(0), 2, 3, 24, 40
+    a = SlotStack((slots, experts, 16, inner), torch.float32, 1)
+    b = SlotStack((slots, experts, out, 16), torch.float32, 2)
+    given, layer = ((a, a), (b, b)), pairs.ExpertLora()
+    segments = pairs.dense_segments([(0, 1, 0, 2), (1, 2, 2, 3)], slots)
+    for ranks in ((16, 4), (8, 16), (8, 8)):
+        factors = []
+        for slot, rank in enumerate(ranks):
+            one = torch.randn(experts, rank, inner, generator=g)
+            two = torch.randn(experts, out, rank, generator=g)
+            a.write(slot, one)
+            b.write(slot, two)
+            factors.append((one.double(), two.double()))
+        for _ in range(2):
+            x = torch.randn(3, inner, generator=g)
+            y = torch.randn(3, 2 * out, generator=g)
+            want = y.double()
+            for row, slot, expert in ((0, 0, 1), (1, 0, 1), (2, 1, 2)):
+                one, two = (factor[expert] for factor in factors[slot])
+                want[row] += (two @ one @ x[row].double()).repeat(2)
+            assert layer.add(y, x, *given, segments)
+            assert torch.allclose(y.double(), want, atol=1e-4), ranks

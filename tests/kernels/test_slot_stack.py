@@ -80,7 +80,7 @@ def _same_bits(g, ranks, stacks, dense):
         y = torch.ones(sum(stop - start for *_, start, stop in segments), HIDDEN)
         x2 = torch.cos(torch.arange(y.numel()).view_as(y).float())
         own = pairs.dense_segments(segments, SLOTS)
-        assert pairs.add_lora_to_pairs(y, x2, given_[:1], given_[2:], own)
+        assert pairs.ExpertLora().add(y, x2, given_[:1], given_[2:], own)
         answers.append((wide, out, y))
     for own, whole in zip(*answers, strict=True):
         assert torch.equal(own, whole)

@@ -19,6 +19,9 @@ from .writable_slots import WritableSlots
 class SlotStack(WritableSlots):
     """One factor (lora_a or lora_b) of a layer's experts, for all slots.
 
+    Attributes:
+        version: another number after each change of a slot.
+
     Args:
         shape: of vLLM's stack: [slots, experts or 1, max rank, in] of lora_a, [slots, experts or 1,
             out, max rank] of lora_b. With 1, all experts share the factor.
@@ -33,6 +36,7 @@ class SlotStack(WritableSlots):
         self._slots: dict[int, torch.Tensor] = {}
         self._table: array[int] | None = None  # both are made anew after a change of a slot
         self._ranks: array[int] | None = None
+        self.version = 0
 
     @classmethod
     def of(cls, stack: torch.Tensor, ranks: Sequence[int], rank_axis: int) -> SlotStack:
@@ -112,6 +116,7 @@ class SlotStack(WritableSlots):
 
     def _put(self, slot: int, factor: torch.Tensor | None) -> None:
         self._table = self._ranks = None
+        self.version += 1
         if factor is None:
             self._slots.pop(slot, None)
         else:

@@ -18,6 +18,7 @@ from . import build, pool
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 # Multiplications below which a second thread costs more than it saves (2-core EPYC).
 SMALL = 50_000
+SLICE = 10  # int64 of a slice in the table of dense.py
 KEPT = 4096  # numbers of fp32 scratch that a layer keeps for its next call
 
 
@@ -64,13 +65,73 @@ class Segments(list[tuple[int, "torch.Tensor | None"]]):
         return address(made), count, highest
 
 
-class DenseLora:
-    """The call of the dense kernel for one layer.
+class Prepared:
+    """A call of the kernel of `dense.py`, of which most is the same each time.
 
-    A step of decoding calls it once for each layer, between products that read tens of megabytes
-    of weights. So whatever Python code and objects a call touches come from main memory: they cost
+    A step of decoding calls it for each layer, between products that read tens of megabytes of
+    weights. So whatever Python code and objects a call touches come from main memory: they cost
     more than the kernel itself. What is the same in each call is looked up once.
     """
+
+    _table: array[int] = array("q")  # empty: the kernel cannot be used
+
+    def _prepare_call(
+        self,
+        kernels: build.Kernels,
+        dtype: torch.dtype,
+        parts: array[int],
+        ranks: int,
+        work: int,
+        scale: float = 1.0,
+        factors: tuple[int, int] = (0, 0),
+    ) -> None:
+        """Make the table, which dense.py describes.
+
+        Args:
+            kernels: the compiled ones.
+            dtype: of activations and factors.
+            parts: the slices.
+            ranks: the sum of the slices' ranks.
+            work: multiplications for a row.
+            scale: of the product.
+            factors: address of the slots' own factors, number of slots; 0: the slices have them.
+        """
+        self._kernel, self._dtype, self._parts = kernels.add_lora, dtype, parts
+        self._ranks, self._work = ranks, work
+        self._z = torch.empty(0, dtype=torch.float32)
+        given = struct.unpack("<i", struct.pack("<f", scale))[0]
+        self._table = array("q", bytes(24 * 8))
+        self._table.extend((DTYPES[dtype], 0, 0, len(parts) // SLICE, address(parts)))
+        self._table.extend((0,) * 5)
+        self._table.extend((ranks, given, *factors, torch.get_num_threads()))
+        self._place = address(self._table)
+
+    def _call(
+        self, y: torch.Tensor, x: torch.Tensor, number: int, segments: int, rows: int
+    ) -> None:
+        """Call the kernel.
+
+        Args:
+            y: [rows, out of all slices].
+            x: [rows, in].
+            number: of segments.
+            segments: their address.
+            rows: of all segments.
+        """
+        table, z, size = self._table, self._z, rows * self._ranks
+        if z.numel() < size:
+            z = torch.empty(size, dtype=torch.float32)
+            if size <= KEPT:
+                self._z = z
+        table[0] = table[8] = table[16] = 0
+        table[25], table[26] = number, segments
+        table[29], table[30], table[31] = x.data_ptr(), x.stride(0), y.data_ptr()
+        table[32], table[33] = y.stride(0), z.data_ptr()
+        pool.run(self._kernel, self._place, rows * self._work < SMALL)
+
+
+class DenseLora(Prepared):
+    """The call of the dense kernel for one layer."""
 
     _factors: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None = None
 
@@ -97,14 +158,8 @@ class DenseLora:
             parts.extend((b.data_ptr(), strides[1][0], strides[1][-2], own, start))
             start, ranks, work = start + wide, ranks + rank, work + rank * (inner + own)
             width = max(width, inner)
-        self._kernel, self._dtype = kernels.add_lora, lora_a[0].dtype
-        self._parts, self._width = parts, width
-        self._slots = min(t.shape[0] for t in (*lora_a, *lora_b))
-        self._ranks, self._work = ranks, work
-        self._z = torch.empty(0, dtype=torch.float32)
-        slices = len(lora_a), address(parts)
-        self._table = _table(self._dtype, (0, 0), slices, (0,) * 5, ranks, scale)
-        self._place = address(self._table)
+        self._width, self._slots = width, min(t.shape[0] for t in (*lora_a, *lora_b))
+        self._prepare_call(kernels, lora_a[0].dtype, parts, ranks, work, scale)
 
     def add(
         self,
@@ -133,78 +188,15 @@ class DenseLora:
             or self._columns != columns
         ):
             self._prepare(lora_a, lora_b, output_slices, scale, columns)
-        table, dtype = self._table, y.dtype
-        if not table or dtype != self._dtype or x.dtype != dtype or y.device.type != "cpu":
+        dtype = y.dtype
+        if not self._table or dtype != self._dtype or x.dtype != dtype or y.device.type != "cpu":
             return False
-        y_strides, x_strides = y.stride(), x.stride()
-        if y_strides[1] != 1 or x_strides[1] != 1 or x_shape[1] < self._width:
+        if y.stride(1) != 1 or x.stride(1) != 1 or x_shape[1] < self._width:
             return False
         place, rows, highest = segments.table(x_shape[0])
         if rows == 0:
             return True
         if x_shape[0] != tokens or highest >= self._slots:
             return False
-        size = rows * self._ranks
-        z = self._z
-        if z.numel() < size:
-            z = torch.empty(size, dtype=torch.float32)
-            if size <= KEPT:
-                self._z = z
-        table[0] = table[8] = table[16] = 0
-        table[25], table[26] = len(segments), place
-        table[29], table[30], table[31] = x.data_ptr(), x_strides[0], y.data_ptr()
-        table[32], table[33] = y_strides[0], z.data_ptr()
-        pool.run(self._kernel, self._place, rows * self._work < SMALL)
+        self._call(y, x, len(segments), place, rows)
         return True
-
-
-def run(
-    kernels: build.Kernels,
-    y: torch.Tensor,
-    x: torch.Tensor,
-    segments: tuple[int, int],
-    slices: tuple[int, int],
-    rows: int,
-    ranks: int,
-    scale: float,
-    one_thread: bool,
-    factors: tuple[int, int] = (0, 0),
-) -> None:
-    """Call the kernel of `dense.py`, which says what is in its table.
-
-    Args:
-        kernels: the compiled ones.
-        y: [rows, out of all slices].
-        x: [rows, in].
-        segments: their number and their address.
-        slices: their number and their address.
-        rows: of all segments.
-        ranks: sum of the slices' ranks.
-        scale: of the product.
-        one_thread: the work is too small for more.
-        factors: address of the slots' own factors, number of slots; 0: the slices have them.
-    """
-    z = torch.empty(rows * ranks, dtype=torch.float32)
-    places = x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), z.data_ptr()
-    table = _table(y.dtype, segments, slices, places, ranks, scale, factors)
-    pool.run(kernels.add_lora, address(table), one_thread)
-
-
-def _table(
-    dtype: torch.dtype,
-    segments: tuple[int, int],
-    slices: tuple[int, int],
-    places: tuple[int, ...],
-    ranks: int,
-    scale: float,
-    factors: tuple[int, int] = (0, 0),
-) -> array[int]:
-    """Return the table of the kernel of `dense.py`; see `run`.
-
-    ``places``: address and stride of x, of y, and the address of z.
-    """
-    given = struct.unpack("<i", struct.pack("<f", scale))[0]
-    table = array("q", bytes(24 * 8))
-    table.extend((DTYPES[dtype], *segments, *slices, *places, ranks, given, *factors))
-    table.append(torch.get_num_threads())
-    return table

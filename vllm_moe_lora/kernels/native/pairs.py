@@ -10,7 +10,7 @@ import torch
 
 from ..slot_stack import SlotStack
 from . import build, pool
-from .calls import DTYPES, SMALL, address, fit, run
+from .calls import DTYPES, SMALL, Prepared, address, fit
 
 Segment = tuple[int, int, int, int]  # slot, expert, first pair, one past the last pair
 
@@ -210,7 +210,7 @@ def merge_experts(segments: Sequence[Segment]) -> list[tuple[int, int, int]]:
 
 
 def dense_segments(segments: Sequence[Segment], slots: int) -> array[int]:
-    """Return ``segments`` as `add_lora_to_pairs` takes them; ``slots``: of the stacks."""
+    """Return ``segments`` as `ExpertLora` takes them; ``slots``: of the stacks."""
     made = array("q")
     for slot, expert, start, stop in segments:
         # The kernel for dense layers does the work. There a segment's slot is this number.
@@ -218,37 +218,62 @@ def dense_segments(segments: Sequence[Segment], slots: int) -> array[int]:
     return made
 
 
-def add_lora_to_pairs(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[SlotStack],
-    lora_b: Sequence[SlotStack],
-    segments: array[int],
-) -> bool:
-    """Compute y[pair, slice i] += lora_b[i] (lora_a[i] x[pair]); return whether it was possible.
+class ExpertLora(Prepared):
+    """LoRA of one projection of routed experts, on pairs in the order of `Pairs.sorted`."""
 
-    Args:
-        y: [pairs, out of all slices], in the order of `Pairs.sorted`.
-        x: [pairs, in], in the same order.
-        lora_a: one stack a slice, [slots, experts or 1, rank, in].
-        lora_b: one stack a slice, [slots, experts or 1, out, rank].
-        segments: from `dense_segments`.
-    """
-    kernels, rows = build.kernels(), x.shape[0]
-    if kernels is None or not fit(y, x) or y.shape[0] != rows:
-        return False
-    slots, parts, places = lora_a[0].shape[0], array("q"), array("q")
-    first, highest, work = 0, 0, 0
-    for a, b in zip(lora_a, lora_b, strict=True):
-        (have, _, _, inner), out, ranks = a.shape, b.shape[2], a.ranks()
-        same = a.dtype == b.dtype == y.dtype and have == b.shape[0] == slots and b.ranks() == ranks
-        if not same or inner > x.shape[1] or first + out > y.shape[1]:
+    _factors: tuple[Sequence[SlotStack], Sequence[SlotStack]] | None = None
+    _versions: list[int] | None = None
+
+    def _prepare(self, lora_a: Sequence[SlotStack], lora_b: Sequence[SlotStack]) -> None:
+        self._table = array("q")
+        kernels, dtype, slots = build.kernels(), lora_a[0].dtype, lora_a[0].shape[0]
+        if kernels is None or dtype not in DTYPES:
+            return
+        parts, places = array("q"), array("q")
+        first, highest, work, width = 0, 0, 0, 0
+        for a, b in zip(lora_a, lora_b, strict=True):
+            inner, out, ranks = a.shape[3], b.shape[2], a.ranks()
+            if a.dtype != dtype or b.dtype != dtype or b.ranks() != ranks:
+                return
+            if a.shape[0] != slots or b.shape[0] != slots:
+                return
+            rank = max(ranks)
+            parts.extend((0, 0, 0, inner, rank, 0, 0, 0, out, first))
+            places.extend((a.table(), b.table(), address(ranks)))
+            first, highest, work = first + out, highest + rank, work + rank * (inner + out)
+            width = max(width, inner)
+        self._width, self._columns, self._places = width, first, places
+        self._prepare_call(kernels, dtype, parts, highest, work, factors=(address(places), slots))
+
+    def add(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a: Sequence[SlotStack],
+        lora_b: Sequence[SlotStack],
+        segments: array[int],
+    ) -> bool:
+        """Compute y[pair, slice i] += lora_b[i] (lora_a[i] x[pair]).
+
+        Args:
+            y: [pairs, out of all slices], in the order of `Pairs.sorted`.
+            x: [pairs, in], in the same order.
+            lora_a: one stack a slice, [slots, experts or 1, rank, in].
+            lora_b: one stack a slice, [slots, experts or 1, out, rank].
+            segments: from `dense_segments`.
+
+        Returns:
+            Whether it was possible. If not, y is as it was.
+        """
+        versions, known = [stack.version for stack in (*lora_a, *lora_b)], self._factors
+        same = known is not None and known[0] is lora_a and known[1] is lora_b
+        if not same or versions != self._versions:
+            self._factors, self._versions = (lora_a, lora_b), versions
+            self._prepare(lora_a, lora_b)
+        if not self._table or y.dtype != self._dtype or not fit(y, x):
             return False
-        rank = max(ranks)
-        parts.extend((0, 0, 0, inner, rank, 0, 0, 0, out, first))
-        places.extend((a.table(), b.table(), address(ranks)))
-        first, highest, work = first + out, highest + rank, work + rank * (inner + out)
-    spans = len(segments) // 4, address(segments)
-    slices, by_slot = (len(lora_a), address(parts)), (address(places), slots)
-    run(kernels, y, x, spans, slices, rows, highest, 1.0, rows * work < SMALL, by_slot)
-    return True
+        rows, width = x.shape
+        if y.shape[0] != rows or width < self._width or y.shape[1] < self._columns:
+            return False
+        self._call(y, x, len(segments) // 4, address(segments), rows)
+        return True

@@ -18,7 +18,7 @@ import torch
 
 from ...kernels.cpu import PairPlan, expand_add, shrink
 from ...kernels.native.calls import fit
-from ...kernels.native.pairs import Pairs, add_lora_to_pairs, dense_segments, merge_experts
+from ...kernels.native.pairs import ExpertLora, Pairs, dense_segments, merge_experts
 from .experts import CPULoRAExperts, combine
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ class Int4CPUExperts(CPULoRAExperts):
         """See `CPULoRAExperts.set_lora_context`."""
         super().set_lora_context(context)
         self._views = {}
+        self._lora13, self._lora2 = ExpertLora(), ExpertLora()
 
     def _experts(self, name: str, w: torch.Tensor) -> Views:
         """Return the weights of each expert; ``name`` is "w1" or "w2".
@@ -170,27 +171,31 @@ class Int4CPUExperts(CPULoRAExperts):
         context = self._lora_context
         assert context is not None
         a13, b13 = context.w13_lora_a_stacked, context.w13_lora_b_stacked
-        a2, b2 = context.w2_lora_a_stacked[0], context.w2_lora_b_stacked[0]
-        if not fit(hidden_states, output) or a2.dtype != output.dtype:
+        a2, b2 = context.w2_lora_a_stacked, context.w2_lora_b_stacked
+        if not fit(hidden_states, output):
             return False
         order, found = pairs.sorted()
-        tokens = pairs.rows[order // topk_ids.shape[1]]
-        x = hidden_states.index_select(0, tokens)
-        slices, segments = merge_experts(found), dense_segments(found, a2.shape[0])
+        slices, segments = merge_experts(found), dense_segments(found, a2[0].shape[0])
+        rows = order // topk_ids.shape[1]  # among the tokens with an adapter
+        x = hidden_states.index_select(0, rows if pairs.all_tokens else pairs.rows[rows])
         gate_up = _matmul(x, self._experts("w1", w1), slices)
-        if not add_lora_to_pairs(gate_up, x, a13, b13, segments):
+        if not self._lora13.add(gate_up, x, a13, b13, segments):
             return False
         h = gate_up.new_empty(x.shape[0], gate_up.shape[1] // 2)
         torch.ops._C.silu_and_mul(h, gate_up)
         y = _matmul(h, self._experts("w2", w2), slices)
-        if not add_lora_to_pairs(y, h, (a2,), (b2,), segments):
+        if not self._lora2.add(y, h, a2, b2, segments):
             return False
         weighted = y.to(torch.float32)
         if not router_weight_on_input:
-            weighted *= topk_weights[pairs.rows].flatten()[order].to(torch.float32).unsqueeze(1)
-        total = torch.zeros(output.shape, dtype=torch.float32)
-        total.index_add_(0, tokens, weighted)
-        output.index_copy_(0, pairs.rows, total.index_select(0, pairs.rows).to(output.dtype))
+            weights = topk_weights if pairs.all_tokens else topk_weights[pairs.rows]
+            weighted *= weights.flatten().index_select(0, order).to(torch.float32).unsqueeze(1)
+        total = torch.zeros(pairs.rows.numel(), output.shape[1], dtype=torch.float32)
+        total.index_add_(0, rows, weighted)
+        if pairs.all_tokens:
+            output.copy_(total)
+        else:
+            output.index_copy_(0, pairs.rows, total.to(output.dtype))
         return True
 
     def apply_lora(

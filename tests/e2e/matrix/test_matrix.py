@@ -67,12 +67,17 @@ def compare(oracle, options, steps):
     for number, (step, got) in enumerate(zip(steps, answers, strict=True)):
         if step["do"] == "batch":
             without = iter(next(plain)) if has_plain else itertools.repeat(None)
+            # Bare vLLM divides the logits of drafted tokens by uninitialised memory if any request
+            # of a batch is sampled, see test_ordinary.py, too.
+            drafted = "speculative_config" in options and any(
+                asked.get("temperature") for asked in step["requests"]
+            )
             for i, (asked, one) in enumerate(zip(step["requests"], got, strict=True)):
                 where = f"step {number}, request {i} ({asked['adapter']})"
                 sentences = expected.refusals(options, asked["adapter"], pinned)
                 if not refused(found, where, one, sentences):
                     found.request(where, asked, one)
-                if asked["adapter"] is None:
+                if asked["adapter"] is None and not drafted:
                     low = options["dtype"] != "float32"
                     if text := expected.same_base(where, asked, one, next(without), low):
                         found.wrong.append(text)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install what is missing, then style, types and tests. Other arguments go to pytest.
-#     ci/test.sh            what CI runs: 16 to 17 minutes on 2 cores
+#     ci/test.sh            what CI runs: 14 to 17 minutes on 2 cores
 #     ci/test.sh --quick    for a change in progress: 2 minutes, one release, one engine, no compiler
 #     ci/test.sh --all      every release of supported.toml, every variant of the kernels
 set -euo pipefail

@@ -5,8 +5,8 @@ runs it. The threads take numbered items of work from a counter in the table, so
 threads will do, one included. An item writes what no other item writes, and its sums have a fixed
 order. So results depend neither on the number of threads nor on who computes what.
 
-A thread takes several adjacent items at once: threads of two processors would else spend more time
-on passing the counter, and the cache lines that adjacent items write, to each other than on work.
+A thread takes several adjacent items at once. So threads pass the counter, and the cache lines that
+adjacent items write, to each other less often.
 
 Only `native.build` imports this module, because it needs numba.
 """

@@ -116,8 +116,8 @@ class Int4CPUExperts(CPULoRAExperts):
     def _experts(self, name: str, w: torch.Tensor) -> Views:
         """Return the weights of each expert; ``name`` is "w1" or "w2".
 
-        They are views, and kept, because making 150 of them in each step costs time. If weights
-        were loaded to another place, the views are made anew.
+        They are views, and kept, because making 150 of them for each layer of a step costs time.
+        If weights were loaded to another place, the views are made anew.
         """
         z, s = getattr(self, f"{name}_zp"), getattr(self, f"{name}_scale")
         places = w.data_ptr(), z.data_ptr(), s.data_ptr()

@@ -24,7 +24,7 @@ SPILLED = 32  # ptxas leaves a few stray bytes where it could do without
 
 
 def kernels(op: Any, arch: str, pairs: int, rank: int) -> list[tuple[Any, ...]]:
-    """(name, kernel, pointers, constants, warps, stages) of a batch of so many pairs, bf16."""
+    """(name, kernel, pointers, constants, launch options) of a batch of so many pairs, bf16."""
     config = op._get_config(pairs, rank, 2048)
     stages = 2 if arch.startswith("gfx") else config.shrink_stages
     both = {
@@ -48,7 +48,8 @@ def kernels(op: Any, arch: str, pairs: int, rank: int) -> list[tuple[Any, ...]]:
     ids_tables = dict.fromkeys((*ids, "order_ptr", "tiles_ptr"), "*i32")
     made.append(("sort", op._sort_pairs_kernel, ids_tables, sort))
     options = [(config.shrink_warps, stages), (config.expand_warps, 1), (4, 3)]
-    return [(*one, *option) for one, option in zip(made, options, strict=True)]
+    names = "num_warps", "num_stages"
+    return [(*one, dict(zip(names, o, strict=True))) for one, o in zip(made, options, strict=True)]
 
 
 def main(tree: str) -> int:
@@ -63,9 +64,9 @@ def main(tree: str) -> int:
     for arch in SHARED:
         for pairs in (op._FEW_PAIRS, op._FEW_PAIRS + 1):
             for rank in (8, 16, 32, 64, 128):
-                for name, kernel, *rest in kernels(op, arch, pairs, rank):
+                for name, kernel, *rest, options in kernels(op, arch, pairs, rank):
                     # Widths, strides and slice sizes of models are multiples of 16.
-                    built = ahead.build(kernel, arch, *rest, divisible=True)
+                    built = ahead.build(kernel, arch, *rest, divisible=True, **options)
                     narrow = re.findall(r"ld\.global\S*\.[bus]16\b", built.text)
                     wrong = built.spilled > SPILLED or built.shared > SHARED[arch] or narrow
                     bad += bool(wrong)

@@ -36,10 +36,8 @@ def build(
     arch: str,
     pointers: dict,
     constants: dict,
-    warps: int,
-    stages: int,
     divisible: bool = False,
-    **more: int,
+    **options: int,
 ) -> Compiled:
     """Compile as the first launch would.
 
@@ -48,7 +46,7 @@ def build(
         arch: such as sm_90, gfx942.
         pointers: element type of each tensor argument; all others are int32 or ``constants``.
         divisible: the int32 are multiples of 16, too, where the kernel specialises on that.
-        more: further options of the launch.
+        options: of the launch.
     """
     names = [one.name for one in kernel.params]
     assert {*pointers, *constants} <= set(names)
@@ -67,7 +65,6 @@ def build(
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # 3.9 on the default of fp fusion in 3.10
-        options = {"num_warps": warps, "num_stages": stages, **more}
         compiled = triton.compile(source, target=target(arch), options=options)
     shared = compiled.metadata.shared
     if not arch.startswith("sm_"):

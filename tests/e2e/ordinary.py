@@ -253,6 +253,15 @@ def steady(job):
     return {"errors": errors, **done}
 
 
+async def answer(llm, params, number, lora):
+    """The tokens of one request to a server."""
+    async for output in llm.generate(
+        {"prompt_token_ids": PROMPT}, params, str(number), lora_request=lora
+    ):
+        last = list(output.outputs[0].token_ids)
+    return last
+
+
 def pinned_online(job):
     """All slots hold pinned adapters, one of them is removed, and an adapter has no files."""
     a, b = requests(job).values()
@@ -267,13 +276,9 @@ def pinned_online(job):
 
         async def ask(lora):
             try:
-                async for output in llm.generate(
-                    {"prompt_token_ids": PROMPT}, params, str(next(numbers)), lora_request=lora
-                ):
-                    last = list(output.outputs[0].token_ids)
+                return await answer(llm, params, next(numbers), lora)
             except Exception as error:
                 return str(error)
-            return last
 
         found = {"before": [await ask(a), await ask(b)]}
         await llm.add_lora(a)
@@ -303,11 +308,7 @@ def displaced_online(job):
         )
 
         async def ask(lora):
-            async for output in llm.generate(
-                {"prompt_token_ids": PROMPT}, params, str(next(numbers)), lora_request=lora
-            ):
-                last = list(output.outputs[0].token_ids)
-            return last
+            return await answer(llm, params, next(numbers), lora)
 
         want = [await ask(one) for one in (a, b, c)]
         await llm.add_lora(a)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -18,3 +20,14 @@ def close(got, want):
     """Whether ``got`` is the fp64 ``want``, summed in fp32 and rounded once to got's dtype."""
     unit = 2.0**-8 if got.dtype == torch.bfloat16 else 2.0**-21
     return bool(((got.double() - want).abs() <= unit * want.abs() + 2e-6).all())
+
+
+@contextmanager
+def threads_of(number):
+    """Run kernels on so many threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

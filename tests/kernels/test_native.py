@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_cases import DTYPES, close
+from native_cases import DTYPES, close, threads_of
 
 from vllm_moe_lora.kernels import cpu_dense
 from vllm_moe_lora.kernels.native import build, calls, pairs
@@ -94,12 +94,8 @@ def test_many_items_for_few_threads(threads):
     """A thread takes several items at once, the last time perhaps fewer."""
     widths, tokens = (600, 300), 25
     y, x, a, b = _dense(torch.float32, tokens, widths, 14, 64, 0, slots=tokens)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads_of(threads):
         got = _native(y, x, a, b, torch.arange(tokens), 1.0, widths)
-    finally:
-        torch.set_num_threads(before)
     want, start = y.double(), 0
     for one_a, one_b, width in zip(a, b, widths, strict=True):
         z = torch.einsum("trk,tk->tr", one_a[:, 0].double(), x.double())
@@ -115,12 +111,8 @@ def test_dense_alone_and_in_a_batch(dtype, threads):
     widths = (320, 77)
     y, x, a, b = _dense(dtype, 203, widths, 16, 1056, 0)
     slots = torch.arange(203) % 4 - 1
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads_of(threads):
         together = _native(y, x, a, b, slots, 1.0, widths)
-    finally:
-        torch.set_num_threads(before)
     for row in (1, 2, 3, 66, 129, 202):
         alone = _native(y[row : row + 1], x[row : row + 1], a, b, slots[row : row + 1], 1.0, widths)
         assert torch.equal(alone[0], together[row]), row

@@ -18,7 +18,6 @@ from . import build, pool
 DTYPES = {torch.bfloat16: 0, torch.float32: 1}
 # Multiplications below which a second thread costs more than it saves (2-core EPYC).
 SMALL = 50_000
-SLICE = 10  # int64 of a slice in the table of dense.py
 KEPT = 4096  # numbers of fp32 scratch that a layer keeps for its next call
 
 
@@ -79,6 +78,7 @@ class Prepared:
         self,
         kernels: build.Kernels,
         dtype: torch.dtype,
+        slices: int,
         parts: array[int],
         ranks: int,
         work: int,
@@ -90,7 +90,8 @@ class Prepared:
         Args:
             kernels: the compiled ones.
             dtype: of activations and factors.
-            parts: the slices.
+            slices: how many.
+            parts: what the table has of the slices.
             ranks: the sum of the slices' ranks.
             work: multiplications for a row.
             scale: of the product.
@@ -101,7 +102,7 @@ class Prepared:
         self._z = torch.empty(0, dtype=torch.float32)
         given = struct.unpack("<i", struct.pack("<f", scale))[0]
         self._table = array("q", bytes(24 * 8))
-        self._table.extend((DTYPES[dtype], 0, 0, len(parts) // SLICE, address(parts)))
+        self._table.extend((DTYPES[dtype], 0, 0, slices, address(parts)))
         self._table.extend((0,) * 5)
         self._table.extend((ranks, given, *factors, torch.get_num_threads()))
         self._place = address(self._table)
@@ -159,7 +160,7 @@ class DenseLora(Prepared):
             start, ranks, work = start + wide, ranks + rank, work + rank * (inner + own)
             width = max(width, inner)
         self._width, self._slots = width, min(t.shape[0] for t in (*lora_a, *lora_b))
-        self._prepare_call(kernels, lora_a[0].dtype, parts, ranks, work, scale)
+        self._prepare_call(kernels, lora_a[0].dtype, len(lora_a), parts, ranks, work, scale)
 
     def add(
         self,

@@ -243,7 +243,8 @@ class ExpertLora(Prepared):
             first, highest, work = first + out, highest + rank, work + rank * (inner + out)
             width = max(width, inner)
         self._width, self._columns, self._places = width, first, places
-        self._prepare_call(kernels, dtype, parts, highest, work, factors=(address(places), slots))
+        by_slot = address(places), slots
+        self._prepare_call(kernels, dtype, len(lora_a), parts, highest, work, factors=by_slot)
 
     def add(
         self,

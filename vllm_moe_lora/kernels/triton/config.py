@@ -3,7 +3,7 @@
 The order in which a sum is added depends on the steps along x and on the number of parts. Both are
 chosen from the layer's shape only, never from the batch. So a request gets the same bits alone and
 in a batch. Tiles of the LoRA kernels have fewer than 64 rows: there NVIDIA's tensor cores use the
-same `mma.sync` instructions on every GPU. On AMD `matrix_options` asks for one instruction.
+same `mma.sync` instructions on every GPU. On AMD `_matrix_options` asks for one.
 
 No size was measured on a GPU yet. They were chosen by the registers, spills and shared memory of
 the compiled kernels, and tests/kernels/test_compiled.py checks these. `vllm-moe-lora tune` measures
@@ -150,11 +150,22 @@ def table(arch: str, dtype: torch.dtype) -> tuple[Tiles, ...]:
     )
 
 
-def matrix_options(arch: str) -> dict[str, int]:
-    """Return launch options of shrink and expand that only AMD's compiler knows.
+def shrink_options(arch: str, tiles: Tiles) -> dict[str, int]:
+    """Return the launch options of a shrink."""
+    options = {"num_warps": tiles.shrink_warps, "num_stages": tiles.shrink_stages}
+    return options | _matrix_options(arch)
 
-    Left to itself, it multiplies 16 x 16 tiles in a small batch and 32 x 32 ones in a large batch.
-    These add in different orders. The large ones also take two to three times the registers.
+
+def expand_options(arch: str, tiles: Tiles) -> dict[str, int]:
+    """Return the launch options of an expand."""
+    return {"num_warps": tiles.expand_warps, "num_stages": 1} | _matrix_options(arch)
+
+
+def _matrix_options(arch: str) -> dict[str, int]:
+    """Return launch options that only AMD's compiler knows.
+
+    Left to itself, it multiplies 16 x 16 tiles in a small batch and 32 x 32 ones in a large batch,
+    whose instructions add 16 and 8 products. The large ones take up to 3.2 times the registers.
     """
     return {"matrix_instr_nonkdim": 16} if arch.startswith("gfx") else {}
 

@@ -97,9 +97,7 @@ def add_lora(
         tiles.block_r,
         tiles.block_n,
         factors.page,
-        num_warps=tiles.expand_warps,
-        num_stages=1,
-        **config.matrix_options(arch),
+        **config.expand_options(arch, tiles),
     )
 
 
@@ -153,9 +151,7 @@ def shrink(
         tiles.block_r,
         tiles.block_k,
         factors.page,
-        num_warps=tiles.shrink_warps,
-        num_stages=tiles.shrink_stages,
-        **config.matrix_options(arch),
+        **config.shrink_options(arch, tiles),
     )
     return z
 

@@ -183,7 +183,6 @@ def free_unused(manager: Any) -> None:
     used = {slot for slot, lora_id in enumerate(manager.lora_index_to_id) if lora_id is not None}
     for module in filter(in_pages, manager.modules.values()):
         # A projection without LoRA has no pages.
-        for slot in (
-            set().union(*(one.taken for n in RANK_AXES for one in getattr(module, n))) - used
-        ):
+        taken = set().union(*(one.taken for n in RANK_AXES for one in getattr(module, n)))
+        for slot in taken - used:
             module.reset_lora(slot)
